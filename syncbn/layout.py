@@ -1,0 +1,63 @@
+"""How a tensor lies in memory: every layout is read as [outer, C, inner].
+
+A contiguous [N, C, *] tensor is (N, C, prod(*)); a channels-last one is (N * prod(*), C, 1). The element of channel c at
+(o, i) has the flat index (o * C + c) * inner + i in both, so kernels need no second family for channels-last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True if dimension 1 of x [N, C, *] varies fastest in memory and x has no gaps."""
+    return x.movedim(1, -1).is_contiguous()
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself if it is contiguous or channels-last, else a contiguous copy."""
+    return x if x.is_contiguous() or is_channels_last(x) else x.contiguous()
+
+
+def dense_like(t: Tensor, x: Tensor) -> Tensor:
+    """t with the strides of the dense tensor x of the same shape; a copy only where they differ."""
+    if x.is_contiguous():
+        return t.contiguous()
+    return t if is_channels_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def outer_c_inner(x: Tensor) -> tuple[int, int, int]:
+    """The sizes (outer, C, inner) as which the memory of the dense tensor x [N, C, *] is read."""
+    c = x.shape[1]
+    inner = 1
+    for size in x.shape[2:]:
+        inner = inner * size
+    if x.is_contiguous():
+        return x.shape[0], c, inner
+    return x.shape[0] * inner, c, 1
+
+
+def samples_per_channel(x: Tensor) -> int:
+    """The number of values that each channel of x [N, C, *] has: N times the spatial size. A host number, 0 for an empty batch."""
+    count = x.shape[0]
+    for size in x.shape[2:]:
+        count = count * size
+    return count
+
+
+def mask_bytes(x: Tensor) -> int:
+    """Bytes of the bit mask that `normalize` keeps for the dense tensor x.
+
+    A row is a run of memory that one thread group owns: a plane (length inner), or a pixel's channels (length C) where
+    inner is 1. Element f of memory, in row p, has bit f + 8 p (bit b is bit b % 8 of byte b // 8). The 8 idle bits behind
+    each row keep two rows out of one byte, so that rows are written independently and bytes stay aligned with memory.
+    """
+    rows, length = mask_rows(x)
+    return (rows * (length + 8) + 7) // 8
+
+
+def mask_rows(x: Tensor) -> tuple[int, int]:
+    """(number of rows, length of a row) of the bit mask of the dense tensor x; see `mask_bytes`."""
+    outer, c, inner = outer_c_inner(x)
+    return (outer, c) if inner == 1 else (outer * c, inner)

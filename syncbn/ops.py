@@ -1,0 +1,68 @@
+"""The four ops: their schemas on one screen, their fake kernels, and typed wrappers.
+
+Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the
+schema, the wrapper, the reference and the kernel. Tensors are dense (`layout.dense`); checks on what a caller passes are made
+in `function.py`, before any collective.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .layout import mask_bytes
+
+SCHEMAS = {
+    "stats": "(Tensor x, bool rank_weighted) -> Tensor",
+    "normalize": (
+        "(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual,"
+        " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+        " float? momentum, float eps, bool unbiased, str activation, float negative_slope) -> (Tensor y, Tensor mask)"
+    ),
+    "backward_reduce": (
+        "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
+        " float eps, str activation, float negative_slope) -> (Tensor sums, Tensor dz, Tensor dweight, Tensor dbias)"
+    ),
+    "backward_input": (
+        "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias,"
+        " float eps, str activation, float negative_slope) -> Tensor"
+    ),
+}
+
+_library = torch.library.Library("syncbn", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+stats = torch.ops.syncbn.stats.default
+normalize = torch.ops.syncbn.normalize.default
+backward_reduce = torch.ops.syncbn.backward_reduce.default
+backward_input = torch.ops.syncbn.backward_input.default
+
+
+@torch.library.register_fake("syncbn::stats", lib=_library)
+def _(x: Tensor, rank_weighted: bool) -> Tensor:
+    return x.new_empty(2 * x.shape[1] + 1 + rank_weighted, dtype=torch.float64)
+
+
+@torch.library.register_fake("syncbn::normalize", lib=_library)
+def _(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, _):
+    keep_mask = residual is not None and activation in ("relu", "leaky_relu")
+    return torch.empty_like(x), x.new_empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8)
+
+
+@torch.library.register_fake("syncbn::backward_reduce", lib=_library)
+def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope):
+    writes_dz = activation != "none" and (residual is not None or mask is not None)
+    return (
+        x.new_empty(2 * x.shape[1], dtype=torch.float64),
+        torch.empty_like(x) if writes_dz else x.new_empty(0),
+        x.new_empty(0) if weight is None else torch.empty_like(weight),
+        x.new_empty(0) if bias is None else torch.empty_like(bias),
+    )
+
+
+@torch.library.register_fake("syncbn::backward_input", lib=_library)
+def _(dy, x, stats, sums, weight, bias, eps, activation, negative_slope):
+    return torch.empty_like(x)
