@@ -1,0 +1,17 @@
+"""Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
+
+from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .environment import init_process_group
+from .function import sync_batch_norm
+from .groups import new_group
+from .modules import SyncBatchNorm
+
+__all__ = [
+    "SyncBatchNorm",
+    "convert_sync_batchnorm",
+    "init_process_group",
+    "new_group",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]
+__version__ = "0.1.0"
