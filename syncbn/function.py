@@ -75,9 +75,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             options.eps, options.unbiased, activation, options.negative_slope,
         )  # fmt: skip
 
-        ctx.has_residual, ctx.has_mask = residual is not None, mask.numel() > 0
+        ctx.has_residual = residual is not None
         keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
-        ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if ctx.has_mask else None)
+        keep_mask = ctx.has_residual and activation in ("relu", "leaky_relu")
+        ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if keep_mask else None)
         ctx.comm, ctx.options = comm, options
         return y
 

@@ -60,14 +60,14 @@ def resolve(process_group: Any = None) -> Communicator:
         if process_group.ndim != 1:
             raise ValueError(f"process_group must be a one-dimensional DeviceMesh, got {process_group.ndim} dimensions: slice it first")
         process_group = process_group.get_group()
-    if process_group is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        return ProcessGroupCommunicator(process_group) if process_group.size() > 1 else LOCAL
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what torch's new_group gives the others
         raise ValueError("process_group does not contain this rank: build the layer with the group that this rank belongs to")
-    if not (dist.is_available() and isinstance(process_group, dist.ProcessGroup)):
-        raise ValueError(
-            "process_group must be None, a torch.distributed ProcessGroup, a one-dimensional DeviceMesh or an mpi4py communicator,"
-            f" got {type(process_group).__name__}"
-        )
-    return ProcessGroupCommunicator(process_group) if process_group.size() > 1 else LOCAL
+    raise ValueError(
+        "process_group must be None, a torch.distributed ProcessGroup, a one-dimensional DeviceMesh or an mpi4py communicator,"
+        f" got {type(process_group).__name__}"
+    )
 
 
 def _is_mpi(group: Any) -> bool:
