@@ -19,6 +19,7 @@ class Result:
 
     y: Tensor
     dx: Tensor
+    dx_terms: Tensor  # weight * invstd * dz, the terms of dx: they may cancel, and their rounding is what remains
     dresidual: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
@@ -49,10 +50,15 @@ def batch_norm_step(
     if not unbiased:
         n = x.numel() // x.shape[1]
         running_var = 1 - momentum + (running_var - (1 - momentum)) * (n - 1) / n
-    y = activate(z if residual is None else z + residual, activation)
+    z = z if residual is None else z + residual
+    z.retain_grad()
+    y = activate(z, activation)
     y.backward(dy.double())
+    var = x.detach().movedim(1, 0).flatten(1).var(1, unbiased=False)
+    scale = (1.0 if weight is None else weight.detach()) / (var + eps).sqrt()
+    dx_terms = z.grad * scale.view(1, -1, *[1] * (x.dim() - 2))
     grads = [None if t is None else t.grad for t in (residual, weight, bias)]
-    return Result(y.detach(), x.grad, *grads, running_mean, running_var)
+    return Result(y.detach(), x.grad, dx_terms, *grads, running_mean, running_var)
 
 
 def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:

@@ -74,7 +74,7 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
     if layout is not None:
         assert is_channels_last(y) and is_channels_last(x.grad)
     assert_close(y, world.mine(want.y, counts), tolerance, "y", want.y)
-    assert_close(x.grad, world.mine(want.dx, counts), tolerance, "dx", want.dx)
+    assert_close(x.grad, world.mine(want.dx, counts), tolerance, "dx", want.dx_terms)
     if residual:
         assert_close(my_res.grad, world.mine(want.dresidual, counts), tolerance, "dresidual", want.dresidual)
     if layer.affine:  # local gradients: their sum over the ranks is the whole batch's
@@ -86,7 +86,7 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
             assert error <= max(tolerance, TOLERANCE[grad.dtype]), f"d{name}: {error:.2e}"
     if layer.track_running_stats:
         stats_tolerance = TOLERANCE[layer.running_mean.dtype]
-        assert_close(layer.running_mean, want.running_mean, stats_tolerance, "running_mean")
+        assert_close(layer.running_mean, want.running_mean, stats_tolerance, "running_mean", 0.1 * whole.double())
         assert_close(layer.running_var, want.running_var, stats_tolerance, "running_var")
         assert layer.num_batches_tracked == 1
         for other in world.all_gather(layer.running_var):
