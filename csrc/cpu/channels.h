@@ -1,0 +1,101 @@
+// Loops over whole tensors whose arithmetic has a few numbers for each channel.
+#pragma once
+
+#include "traverse.h"
+
+namespace syncbn::SYNCBN_ISA {
+
+template <typename acc_t, int K> struct Packs { Pack<acc_t> v[K]; };
+
+// K numbers of acc_t for each channel, repeated over `inner` columns and then over the channels again up to `width`.
+template <typename acc_t, int K> class PerChannel {
+  int64_t width_;
+  Buffer<acc_t> values_;
+
+ public:
+  // coefficients(c, v) sets v[0 .. K), float64.
+  template <typename F> PerChannel(int64_t channels, int64_t inner, int64_t width, F coefficients) : width_(width), values_(K * width) {
+    for (int64_t c = 0; c < channels; ++c) {
+      double v[K];
+      coefficients(c, v);
+      for (int k = 0; k < K; ++k)
+        for (int64_t j = c * inner; j < width; j += channels * inner)
+          for (int64_t i = j; i < j + inner; ++i) values_[k * width + i] = acc_t(v[k]);
+    }
+  }
+  INLINE Packs<acc_t, K> splat(int64_t j) const {
+    Packs<acc_t, K> p;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) p.v[k] = Pack<acc_t>(values_[k * width_ + j]);
+    return p;
+  }
+  template <typename Lanes> INLINE Packs<acc_t, K> at(int64_t j, Lanes lanes) const {
+    Packs<acc_t, K> p;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) p.v[k] = load(values_ + k * width_ + j, lanes);
+    return p;
+  }
+};
+
+// f(first element, lanes, coefficients, row of the mask, whether the row ends here) for packs that cover everything, in parallel
+// and backwards.
+template <typename acc_t, int K, bool masked, typename C, typename F> void map_packs(Layout layout, C coefficients, F f) {
+  // Heads end at a byte of the mask, so that packs have whole bytes.
+  auto head = [](int64_t first) { return masked ? int(-first & 7) : 0; };
+  if (by_columns(layout, masked)) {
+    Columns columns(layout, masked);
+    PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
+    columns.for_rows([&](int64_t first, int64_t n, int64_t row) {
+      for_packs(n, head(first), [&](int64_t i, auto lanes, int) { f(first + i, lanes, all.at(i, lanes), row, i + lanes.last == n); });
+    });
+  } else {
+    Planes planes(layout);
+    PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
+    planes.for_units(true, [&](int64_t c, int64_t, int64_t begin, int64_t end) {
+      auto p = all.splat(c);
+      for (int64_t chunk = end - 1; chunk >= begin; --chunk)
+        planes.for_pieces(c, chunk, [&](int64_t first, int64_t n, int64_t row) {
+          bool row_end = first + n == (row + 1) * layout.inner;
+          for_packs(n, head(first), [&](int64_t i, auto lanes, int) { f(first + i, lanes, p, row, row_end && i + lanes.last == n); });
+        });
+    });
+  }
+}
+
+// Two sums for each channel, float64: f(first element, lanes, coefficients, row of the mask, s1, s2) adds a pack to s1 and s2.
+template <typename acc_t, int K, bool masked, typename C, typename F>
+void sum_packs(Layout layout, double* sums, C coefficients, F f) {
+  using P = Pack<acc_t>;
+  if (by_columns(layout, masked)) {
+    Columns columns(layout, masked);
+    PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
+    columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
+      for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
+        acc_t s1[STRIP] = {}, s2[STRIP] = {};
+        add_rows(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) { return all.at(j + i, lanes); },
+                 [&](int64_t r, int64_t i, auto lanes, const auto& p, P& a1, P& a2) {
+                   f(r * columns.width + j + i, lanes, p, r, a1, a2);
+                 });
+        for (int64_t i = 0; i < n; ++i) {
+          out[i] += s1[i];
+          out[columns.width + i] += s2[i];
+        }
+      }
+    });
+  } else {
+    Planes planes(layout);
+    PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
+    planes.for_sums(sums, [&](int64_t c, int64_t chunk, double& sum1, double& sum2) {
+      P s1[ACCUMULATORS], s2[ACCUMULATORS];
+      for (int k = 0; k < ACCUMULATORS; ++k) s1[k] = s2[k] = P(acc_t(0));
+      auto p = all.splat(c);
+      planes.for_pieces(c, chunk, [&](int64_t first, int64_t n, int64_t row) {
+        for_packs<ACCUMULATORS>(n, 0, [&](int64_t i, auto lanes, int k) { f(first + i, lanes, p, row, s1[k], s2[k]); });
+      });
+      sum1 += sum((s1[0] + s1[1]) + (s1[2] + s1[3]));
+      sum2 += sum((s2[0] + s2[1]) + (s2[2] + s2[3]));
+    });
+  }
+}
+
+}  // namespace syncbn::SYNCBN_ISA
