@@ -23,17 +23,18 @@ void run(Layout layout, const Tensors& t, const Norm& norm, double* sums) {
   constexpr bool recompute = backward == Backward::sloped || backward == Backward::silu;
   auto dy = static_cast<const scalar_t*>(t.dy), x = static_cast<const scalar_t*>(t.x), residual = static_cast<const scalar_t*>(t.residual);
   auto dz = static_cast<scalar_t*>(t.dz);
+  const uint8_t* mask = t.mask;
   P slope = acc_t(norm.activation == Activation::leaky_relu ? norm.negative_slope : 0);
   auto coefficients = [&](int64_t c, double* v) {
     Affine a = affine<acc_t>(norm, layout.channels, c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  sum_packs<acc_t, 3, masked>(layout, sums, coefficients, [&](int64_t f, auto lanes, const auto& p, int64_t row, P& s1, P& s2) {
+  sum_packs<acc_t, 3, masked>(layout, sums, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, P& s1, P& s2) {
     P d = load(dy + f, lanes), xmu = load(x + f, lanes) - p.v[HI], z(acc_t(0));
     if constexpr (recompute) z = xmu * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
     uint32_t bits = 0;
-    if constexpr (masked) bits = read_bits(t.mask, f, row, lanes);
+    if constexpr (masked) bits = read_bits(mask, f, row, lanes);
     d = through<backward>(d, z, bits, slope);
     if (dz) store(dz + f, d, lanes);
     d = keep(d, lanes);

@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, 
   Input in(x);
   Norm norm = norm_of(in, stats, weight, bias, eps, activation, negative_slope);
   bool by_sign = norm.activation == Activation::relu || norm.activation == Activation::leaky_relu;
-  check(!(by_sign && residual && !mask), "mask must be given with a residual and ", activation, ", as normalize returned it");
+  check(!(by_sign && residual && !mask) || x.numel() == 0, "mask must be given with a residual and ", activation, ", as normalize returned it");
   const void *dy_data = in.same("dy", dy), *add = in.same("residual", residual);
   const uint8_t* bits = nullptr;
   if (mask && by_sign) bits = static_cast<uint8_t*>(flat("mask", *mask, ScalarType::Byte, in.mask_bytes(), in.mask_bytes()));

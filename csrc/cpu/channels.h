@@ -46,17 +46,20 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
     Columns columns(layout, masked);
     PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
     columns.for_rows([&](int64_t first, int64_t n, int64_t row) {
-      for_packs(n, head(first), [&](int64_t i, auto lanes, int) { f(first + i, lanes, all.at(i, lanes), row, i + lanes.last == n); });
+      for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) {
+        f(first + i, lanes, all.at(i, lanes), row, i + lanes.last == n);
+      });
     });
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
-    planes.for_units(true, [&](int64_t c, int64_t, int64_t begin, int64_t end) {
-      auto p = all.splat(c);
+    planes.for_units(true, [&](int64_t c0, int64_t c1, int64_t, int64_t begin, int64_t end) {
       for (int64_t chunk = end - 1; chunk >= begin; --chunk)
-        planes.for_pieces(c, chunk, [&](int64_t first, int64_t n, int64_t row) {
+        planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
           bool row_end = first + n == (row + 1) * layout.inner;
-          for_packs(n, head(first), [&](int64_t i, auto lanes, int) { f(first + i, lanes, p, row, row_end && i + lanes.last == n); });
+          for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) {
+            f(first + i, lanes, p, row, row_end && i + lanes.last == n);
+          });
         });
     });
   }
@@ -85,15 +88,18 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
-    planes.for_sums(sums, [&](int64_t c, int64_t chunk, double& sum1, double& sum2) {
-      P s1[ACCUMULATORS], s2[ACCUMULATORS];
-      for (int k = 0; k < ACCUMULATORS; ++k) s1[k] = s2[k] = P(acc_t(0));
-      auto p = all.splat(c);
-      planes.for_pieces(c, chunk, [&](int64_t first, int64_t n, int64_t row) {
-        for_packs<ACCUMULATORS>(n, 0, [&](int64_t i, auto lanes, int k) { f(first + i, lanes, p, row, s1[k], s2[k]); });
+    planes.for_sums(sums, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
+      P s1[MAX_GROUP], s2[MAX_GROUP];
+      for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
+      planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
+        Chains<acc_t> t1, t2;
+        for_packs<ACCUMULATORS>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) {
+          f(first + i, lanes, p, row, t1.s[k], t2.s[k]);
+        });
+        s1[c - c0] += t1.total();
+        s2[c - c0] += t2.total();
       });
-      sum1 += sum((s1[0] + s1[1]) + (s1[2] + s1[3]));
-      sum2 += sum((s2[0] + s2[1]) + (s2[2] + s2[3]));
+      for (int64_t c = c0; c < c1; ++c) add(c, sum(s1[c - c0]), sum(s2[c - c0]));
     });
   }
 }

@@ -20,24 +20,30 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, d
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   Planes planes(layout);
-  planes.for_sums(total, [&](int64_t c, int64_t chunk, double& sum_x, double& sumsq_x) {
-    P first(acc_t(0)), s1[ACCUMULATORS], s2[ACCUMULATORS];
-    for (int k = 0; k < ACCUMULATORS; ++k) s1[k] = s2[k] = first;
-    int packs = 0;
-    int64_t n = 0;
-    planes.for_pieces(c, chunk, [&](int64_t f, int64_t length, int64_t) {
-      n += length;
-      for (int64_t i = 0; i + PACK <= length && packs < SHIFT_PACKS; i += PACK, ++packs) first += load(x + f + i);
+  planes.for_sums(total, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
+    P shift[MAX_GROUP], s1[MAX_GROUP], s2[MAX_GROUP];
+    int64_t packs[MAX_GROUP] = {}, count[MAX_GROUP] = {};
+    for (int64_t c = c0; c < c1; ++c) shift[c - c0] = s1[c - c0] = s2[c - c0] = P(0);
+    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
+      count[c - c0] += n;
+      for (int64_t i = 0; i + PACK <= n && packs[c - c0] < SHIFT_PACKS; i += PACK, ++packs[c - c0]) shift[c - c0] += load(x + f + i);
     });
-    acc_t shift = acc_t(packs ? sum(first) / (packs * PACK) : 0);
-    planes.for_pieces(c, chunk, [&](int64_t f, int64_t length, int64_t) {
-      for_packs<ACCUMULATORS>(length, 0, [&](int64_t i, auto lanes, int k) {
-        P d = keep(load(x + f + i, lanes) - P(shift), lanes);
-        s1[k] += d;
-        s2[k] += d * d;
+    for (int64_t c = c0; c < c1; ++c) shift[c - c0] = P(acc_t(sum(shift[c - c0]) / (max(packs[c - c0], 1) * PACK)));
+    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
+      Chains<acc_t> t1, t2;
+      for_packs<ACCUMULATORS>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) {
+        P d = keep(load(x + f + i, lanes) - k, lanes);
+        t1.s[chain] += d;
+        t2.s[chain] += d * d;
       });
+      s1[c - c0] += t1.total();
+      s2[c - c0] += t2.total();
     });
-    unshift(n, shift, sum((s1[0] + s1[1]) + (s1[2] + s1[3])), sum((s2[0] + s2[1]) + (s2[2] + s2[3])), sum_x, sumsq_x);
+    for (int64_t c = c0; c < c1; ++c) {
+      double sum_x = 0, sumsq_x = 0;
+      unshift(count[c - c0], double(shift[c - c0].v[0][0]), sum(s1[c - c0]), sum(s2[c - c0]), sum_x, sumsq_x);
+      add(c, sum_x, sumsq_x);
+    }
   });
 }
 

@@ -7,10 +7,11 @@
 
 namespace syncbn::SYNCBN_ISA {
 
-constexpr int64_t CHUNK = 4096;          // values that share a shift: 16 KB of fp32, half of L1
-constexpr int64_t UNIT = 16 * CHUNK;     // values that one partial sum covers
+constexpr int64_t CHUNK = 16384;         // values that share a shift: 256 in each lane of acc_t
+constexpr int64_t UNIT = 4 * CHUNK;       // values that one partial sum covers
 constexpr int64_t GRAIN = 32768;         // values below which a thread is not worth waking; torch's own number
 constexpr int ACCUMULATORS = 4;          // independent chains hide the latency of an fma
+constexpr int64_t MAX_GROUP = 32;        // planes: channels walked together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;      // shorter planes are walked as columns
 constexpr int64_t MIN_WIDTH = 128;       // columns: rows of few channels are folded to at least this
 constexpr int64_t STRIP = 256;           // columns: accumulators of a strip stay in L1
@@ -63,46 +64,59 @@ template <int CHAINS = 1, typename F> INLINE void for_packs(int64_t n, int head,
 
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
 
-// The samples of a channel as chunks of about CHUNK values: parts of a plane, or several whole planes.
+// The samples of a channel as chunks of about CHUNK values: parts of a plane, or several whole planes. Where planes are short, a few
+// channels are walked together, so that memory is read in runs and not in snippets.
 struct Planes {
   Layout layout;
   int64_t parts;   // of a plane
   int64_t length;  // of a part
   int64_t planes;  // in a chunk
   int64_t chunks, units;  // of a channel
+  int64_t group;   // channels
 
   explicit Planes(Layout l) : layout(l) {
-    parts = ceil_div(l.inner, CHUNK);
-    length = (ceil_div(l.inner, parts) + 63) / 64 * 64;
+    length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
     parts = ceil_div(l.inner, length);
     planes = max(CHUNK / l.inner, 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(l.samples(), UNIT);
+    group = min(planes, MAX_GROUP);
   }
 
-  // f(first element, length, plane) for the pieces of memory in a chunk. Inside a plane they start at multiples of 8 elements, so
-  // that no two threads write one byte of the mask.
-  template <typename F> INLINE void for_pieces(int64_t c, int64_t chunk, F f) const {
+  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1). Inside a plane they start at
+  // multiples of 8 elements, so that no two threads write one byte of the mask.
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
     if (parts > 1) {
-      int64_t row = chunk / parts * layout.channels + c, part = chunk % parts, start = row * layout.inner;
+      int64_t row = chunk / parts * layout.channels + c0, part = chunk % parts, start = row * layout.inner;
       int64_t begin = part ? part * length - start % 8 : 0;
       int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
-      f(start + begin, end - begin, row);
+      f(c0, start + begin, end - begin, row);
     } else {
-      for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o) {
-        int64_t row = o * layout.channels + c;
-        f(row * layout.inner, layout.inner, row);
-      }
+      for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
+        for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.channels + c) * layout.inner, layout.inner, o * layout.channels + c);
     }
   }
+  // body(c0, c1, unit, first chunk, last chunk) for every unit of every group, in parallel; backwards where reverse is set.
+  template <typename F> void for_units(bool reverse, F body) const {
+    int64_t groups = ceil_div(layout.channels, group);
+    parallel_for(groups * units, GRAIN * units / max(layout.samples() * group, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        int64_t id = reverse ? begin + end - 1 - k : k, c = id / units * group, unit = id % units;
+        body(c, min(c + group, layout.channels), unit, unit * chunks / units, (unit + 1) * chunks / units);
+      }
+    });
+  }
 
-  // Adds up two sums per channel, float64: reduce(c, chunk, sum1, sum2) adds those of a chunk.
+  // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
   template <typename F> void for_sums(double* total, F reduce) const {
     int64_t channels = layout.channels;
     Buffer<double> sums(channels * units * 2);
-    for_units(false, [&](int64_t c, int64_t unit, int64_t begin, int64_t end) {
-      double* out = sums + (c * units + unit) * 2;
-      for (int64_t chunk = begin; chunk < end; ++chunk) reduce(c, chunk, out[0], out[1]);
+    for_units(false, [&](int64_t c0, int64_t c1, int64_t unit, int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        reduce(c0, c1, chunk, [&](int64_t c, double s1, double s2) {
+          sums[(c * units + unit) * 2] += s1;
+          sums[(c * units + unit) * 2 + 1] += s2;
+        });
     });
     for (int64_t c = 0; c < channels; ++c) {
       total[c] = total[channels + c] = 0;
@@ -111,16 +125,6 @@ struct Planes {
         total[channels + c] += sums[2 * k + 1];
       }
     }
-  }
-
-  // body(c, unit, first chunk, last chunk) for every unit of every channel, in parallel; backwards where reverse is set.
-  template <typename F> void for_units(bool reverse, F body) const {
-    parallel_for(layout.channels * units, GRAIN * units / max(layout.samples(), 1), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        int64_t id = reverse ? begin + end - 1 - k : k, c = id / units, unit = id % units;
-        body(c, unit, unit * chunks / units, (unit + 1) * chunks / units);
-      }
-    });
   }
 };
 
@@ -166,16 +170,27 @@ struct Columns {
           for (int64_t i = 0; i < layout.inner; ++i) total[row % 2 * channels + c] += *column++;
   }
 
-  // body(first element, length, row) for every row, in parallel and backwards.
+  // body(first element, length, row) for every row, in parallel; backwards, but by runs that a prefetcher follows.
   template <typename F> void for_rows(F body) const {
-    parallel_for(rows + (rest > 0), GRAIN / width, [&](int64_t begin, int64_t end) {
-      for (int64_t row = end - 1; row >= begin; --row) body(row * width, row < rows ? width : rest, row);
+    int64_t run = ceil_div(CHUNK, width), total = rows + (rest > 0);
+    parallel_for(ceil_div(total, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
+      for (int64_t k = end - 1; k >= begin; --k)
+        for (int64_t row = k * run; row < min((k + 1) * run, total); ++row) body(row * width, row < rows ? width : rest, row);
     });
   }
 };
 
 struct One { static constexpr int value = 1; };
 struct Four { static constexpr int value = 4; };
+
+// Sums in several chains, which hide the latency of an addition.
+template <typename T> struct Chains {
+  Pack<T> s[ACCUMULATORS];
+  INLINE Chains() {
+    for (int k = 0; k < ACCUMULATORS; ++k) s[k] = Pack<T>(0);
+  }
+  INLINE Pack<T> total() const { return (s[0] + s[1]) + (s[2] + s[3]); }
+};
 
 // Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs. Four rows at a time share the
 // loads of params and of the sums.
