@@ -142,10 +142,12 @@ def eval_batch_norm(
 ) -> Tensor:
     """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
     _check(input, residual, weight, bias, running_mean, running_var)
-    parameters = [running_mean, running_var, weight, bias]
-    if any(t is not None and t.dtype != input.dtype for t in parameters):  # torch wants one type: the input's, or float32 for 16 bits
-        parameters = [t if t is None else t.to(acc_type(input.dtype)) for t in parameters]
-    y = F.batch_norm(input, *parameters, training=False, eps=options.eps)
+    if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
+        # torch wants the four of one type: the input's, or float32 for 16 bits.
+        dtype = acc_type(input.dtype)
+        running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
+        weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
     if residual is not None:
         y = y + residual
     if options.activation == "relu":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mpi4py import MPI
@@ -48,7 +49,7 @@ class MPICommunicator:
 
     def _clone(self) -> MPI.Comm:
         """One clone for each communicator, kept as its attribute, and freed with it."""
-        clone = self.comm.Get_attr(_CLONE)
+        clone: Any = self.comm.Get_attr(_CLONE)
         if clone is None:
             clone = self.comm.Dup()
             self.comm.Set_attr(_CLONE, clone)
