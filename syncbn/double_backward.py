@@ -46,7 +46,7 @@ def differentiable_backward(
     activation: str,
     negative_slope: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dz, dweight and dbias (both float64) as differentiable functions of dy, x, weight, bias and residual.
+    """dx, dz, dweight and dbias as differentiable functions of dy, x, weight, bias and residual.
 
         mean, var = those of `stats` in value, functions of all ranks' x in their derivatives
         xhat = (x - mean) * invstd,  dz = dy * activation'(weight * xhat + bias + residual)
@@ -91,4 +91,8 @@ def differentiable_backward(
     sum_dy, sum_dy_xhat = GroupSum.apply(torch.cat([dbias, dweight]), comm).chunk(2)
     scale = invstd if weight is None else invstd * weight.double()
     dx = over(scale) * (dz - over(sum_dy / n) - xhat * over(sum_dy_xhat / n))
-    return dx.to(x.dtype), dz.to(x.dtype), dweight, dbias
+    return dx.to(x.dtype), dz.to(x.dtype), _like(dweight, weight), _like(dbias, bias)
+
+
+def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
+    return grad if parameter is None else grad.to(parameter.dtype)

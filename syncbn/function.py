@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import checkpoint, ops
 from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
 from .layout import dense, dense_like, samples_per_channel
@@ -48,7 +48,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
         local        dweight = sum_dy_xhat, dbias = sum_dy: left to DDP to average
 
-    Every rank runs one collective each way, whatever its samples and whatever requires a gradient.
+    Every rank runs one collective each way, whatever its samples and whatever requires a gradient. A recomputation of a
+    checkpoint has none in the forward direction, if it was given `checkpoint_contexts`.
     """
 
     @staticmethod
@@ -66,7 +67,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         activation = options.activation or "none"
-        stats = comm.all_reduce_(ops.stats(x, options.weighting == "ranks"))
+        stats = checkpoint.replay(options.name, x.shape[1])
+        if stats is not None or checkpoint.is_recomputation():
+            running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
+        if stats is None:
+            stats = comm.all_reduce_(ops.stats(x, options.weighting == "ranks"))
+        checkpoint.record(options.name, stats)
         _check_count(stats, x, comm)
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
@@ -87,16 +93,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         options: Options = ctx.options
         activation = options.activation or "none"
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            dx, dz, dweight, dbias = differentiable_backward(
+            grads = differentiable_backward(
                 dy, x, stats, weight, bias, residual, mask, ctx.comm, options.eps, activation, options.negative_slope
             )
-            return (
-                dx if ctx.needs_input_grad[0] else None,
-                dz if ctx.has_residual else None,
-                None if weight is None else dweight.to(weight.dtype),
-                None if bias is None else dbias.to(bias.dtype),
-                *[None] * 6,
-            )
+            return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
         dy = dense_like(dy, x)
 
         sums, dz, dweight, dbias = ops.backward_reduce(
@@ -105,7 +105,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         sums = ctx.comm.all_reduce_(sums)
         if ctx.has_residual and activation != "none":
             dy, activation = dz, "none"
-        dx = None
+        dx: Tensor | None = None
         if ctx.needs_input_grad[0]:
             dx = ops.backward_input(dy, x, stats, sums, weight, bias, options.eps, activation, options.negative_slope)
         return (
