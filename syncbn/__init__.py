@@ -1,5 +1,6 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
+from .checkpoint import checkpoint_contexts
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
 from .function import sync_batch_norm
@@ -8,6 +9,7 @@ from .modules import SyncBatchNorm
 
 __all__ = [
     "SyncBatchNorm",
+    "checkpoint_contexts",
     "convert_sync_batchnorm",
     "init_process_group",
     "new_group",
