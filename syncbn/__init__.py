@@ -4,10 +4,12 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
 from .function import sync_batch_norm
 from .groups import new_group
+from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
 
 __all__ = [
     "SyncBatchNorm",
+    "SyncBatchNormalization",
     "convert_sync_batchnorm",
     "init_process_group",
     "new_group",
