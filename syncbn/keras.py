@@ -211,7 +211,12 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         mean = tensors["moving_mean"]
         options.setdefault("dtype", mean.dtype)
         layer = cls(
-            momentum=decay, epsilon=epsilon, center="beta" in tensors, scale="gamma" in tensors, num_features=mean.numel(), **options
+            momentum=decay,
+            epsilon=epsilon,
+            center="beta" in tensors,
+            scale="gamma" in tensors,
+            num_features=mean.numel(),
+            **options,
         )
         copy_tensors(layer, tensors)
         return layer
@@ -221,5 +226,7 @@ def _initializer(argument: str, value: str | Initializer) -> Initializer:
     if callable(value):
         return value
     if value not in _INITIALIZERS:
-        raise ValueError(f"{argument} must be one of {tuple(_INITIALIZERS)} or a callable (shape, dtype=...) -> values, got {value!r}")
+        raise ValueError(
+            f"{argument} must be one of {tuple(_INITIALIZERS)} or a callable (shape, dtype=...) -> values, got {value!r}"
+        )
     return _INITIALIZERS[value]

@@ -146,7 +146,11 @@ class SyncBatchNorm(_BatchNorm):
         tensors = named_tensors(weights, center, scale)
         mean = tensors["moving_mean"]
         layer = cls(
-            mean.numel(), epsilon, 1 - decay, "gamma" in tensors or "beta" in tensors, **{"unbiased": False, "dtype": mean.dtype, **options}
+            mean.numel(),
+            epsilon,
+            1 - decay,
+            "gamma" in tensors or "beta" in tensors,
+            **{"unbiased": False, "dtype": mean.dtype, **options},
         )
         copy_tensors(layer, tensors)
         return layer
