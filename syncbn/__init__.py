@@ -5,11 +5,13 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
 from .function import sync_batch_norm
 from .groups import new_group
+from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
 
 __all__ = [
     "SyncBatchNorm",
     "checkpoint_contexts",
+    "SyncBatchNormalization",
     "convert_sync_batchnorm",
     "init_process_group",
     "new_group",

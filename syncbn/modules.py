@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .comm import LOCAL, resolve
 from .function import Options, eval_batch_norm, train_batch_norm
+from .keras_weights import copy_tensors, named_tensors, to_keras
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -85,13 +87,16 @@ class SyncBatchNorm(_BatchNorm):
         resolve(process_group)  # an unknown type is an error here, not at the first step
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._batch_norm(input, residual, self.training)
+
+    def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(f"input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
         running_mean, running_var = self.running_mean, self.running_var
-        if not self.training and running_mean is not None and running_var is not None:
+        if not training and running_mean is not None and running_var is not None:
             return eval_batch_norm(input, residual, self.weight, self.bias, running_mean, running_var, self._options())
         # Without running statistics eval mode uses this rank's batch, as torch does.
-        comm = resolve(self.process_group) if self.training else LOCAL
+        comm = resolve(self.process_group) if training else LOCAL
         return train_batch_norm(
             input,
             residual,
@@ -110,6 +115,54 @@ class SyncBatchNorm(_BatchNorm):
         from .convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: Mapping[str, Any] | Sequence[Any],
+        decay: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        center: bool = True,
+        scale: bool = True,
+        **options: Any,
+    ) -> SyncBatchNorm:
+        """The layer that continues where a Keras batch normalization stands: same outputs, same moving statistics from here on.
+
+        Args:
+            weights: gamma, beta, moving_mean, moving_variance as a dict of arrays, or the list that Keras' `layer.get_weights()` gives.
+            decay: Keras' momentum: running += (1 - decay) * (new - running).
+            epsilon: Keras' epsilon.
+            center, scale: those of the Keras layer; without them beta, gamma are not in the list. A dict says so itself.
+            options: further ones of this class; `unbiased` is False unless given, as in Keras.
+
+        Raises:
+            ValueError: an array is missing or has another length than the others.
+
+        >>> layer = SyncBatchNorm.from_keras([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 4.0]], decay=0.75)
+        >>> layer.momentum, layer.eps, layer.running_var
+        (0.25, 0.001, tensor([1., 4.]))
+        """
+        tensors = named_tensors(weights, center, scale)
+        mean = tensors["moving_mean"]
+        layer = cls(
+            mean.numel(),
+            epsilon,
+            1 - decay,
+            "gamma" in tensors or "beta" in tensors,
+            **{"unbiased": False, "dtype": mean.dtype, **options},
+        )
+        copy_tensors(layer, tensors)
+        return layer
+
+    def to_keras(self) -> dict[str, Any]:
+        """gamma, beta, moving_mean, moving_variance as numpy arrays, those that the layer has, in the order of Keras'
+        `layer.set_weights(list(weights.values()))`. The Keras layer has momentum = 1 - self.momentum and epsilon = self.eps.
+
+        >>> [(name, array.shape) for name, array in SyncBatchNorm(3).to_keras().items()]
+        [('gamma', (3,)), ('beta', (3,)), ('moving_mean', (3,)), ('moving_variance', (3,))]
+        """
+        return to_keras(self)
 
     def _options(self) -> Options:
         return Options(

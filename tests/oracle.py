@@ -67,6 +67,15 @@ def batch_norm_step(
     return Result(y.detach(), x.grad, *grads, running_mean, running_var, terms)
 
 
+def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """mean and biased variance [C] of whole [N, C, *] where each rank weighs the same: mean of the ranks' means, and mean of their mean
+    squares less its square. Ranks without samples count for nothing."""
+    dims = [0, *range(2, whole.dim())]
+    parts = [part for part in whole.split(counts) if len(part)]
+    mean = torch.stack([part.mean(dims) for part in parts]).mean(0)
+    return mean, torch.stack([part.square().mean(dims) for part in parts]).mean(0) - mean.square()
+
+
 def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:
     """max |got - want| / max |scale|, NaN where got is not finite; 0 for empty tensors. `scale` is `want` unless given: the whole
     batch's values, where `want` is one rank's."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import TOLERANCE, activate, assert_close, batch_norm_step, relative_error
+from oracle import TOLERANCE, activate, assert_close, batch_norm_step, rank_weighted_moments, relative_error
 from torch import nn
 
 import syncbn
@@ -147,8 +147,7 @@ def test_momentum_none_is_the_cumulative_average(world, counts):
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_ranks_weigh_the_same_when_told_so(world, counts, activation):
-    """weighting="ranks": mean of the ranks' means and mean squares, as Horovod's TensorFlow layer; float64 autograd of that formula.
-    Ranks without samples count for nothing."""
+    """weighting="ranks": mean of the ranks' means and mean squares, as Horovod's TensorFlow layer; float64 autograd of that formula."""
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
     dy = torch.randn_like(whole)
     layer = syncbn.SyncBatchNorm(
@@ -159,10 +158,7 @@ def test_ranks_weigh_the_same_when_told_so(world, counts, activation):
     y.backward(world.mine(dy, counts))
 
     whole.requires_grad_()
-    parts = [part for part in whole.split(counts) if len(part)]
-    mean = torch.stack([part.mean((0, 2)) for part in parts]).mean(0)
-    mean_square = torch.stack([part.square().mean((0, 2)) for part in parts]).mean(0)
-    var = mean_square - mean.square()
+    mean, var = rank_weighted_moments(whole, counts)
     want = activate((whole - mean[:, None]) / (var + layer.eps).sqrt()[:, None], activation)
     want.backward(dy)
     assert_close(y, world.mine(want.detach(), counts), 1e-10, "y", want.detach())

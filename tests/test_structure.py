@@ -16,11 +16,11 @@ PACKAGE = Path(syncbn.__file__).parent
 # From the bottom up; what one line lists may import only what stands above it.
 LAYERS = [
     {"layout", "native", "comm", "comm.process_group", "comm.mpi", "environment"},
-    {"reference", "groups"},
+    {"reference", "groups", "keras_weights"},
     {"ops"},
     {"function"},
     {"modules"},
-    {"fuse"},
+    {"fuse", "keras"},
     {"convert"},
     {"__init__"},
 ]
