@@ -15,6 +15,12 @@ if ! python -c 'import torch' 2>/dev/null; then
   echo "Installing $TORCH (set TORCH for another one, or install torch yourself first)"
   python -m pip install --quiet "$TORCH"
 fi
+# The kernels for GPUs take minutes to compile: here only where there is a GPU, and only for it.
+if command -v nvidia-smi >/dev/null; then
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd';')}
+else
+  export SYNCBN_BUILD_CUDA=${SYNCBN_BUILD_CUDA:-0}
+fi
 # Without isolation the build sees this torch, and brings no other.
 python -m pip install --quiet setuptools wheel
 python -m pip install --quiet --no-build-isolation -e ".[$(IFS=,; echo "$*")]"

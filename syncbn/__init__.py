@@ -1,5 +1,6 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
+from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
@@ -9,6 +10,7 @@ from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
 
 __all__ = [
+    "RankMismatchError",
     "SyncBatchNorm",
     "checkpoint_contexts",
     "SyncBatchNormalization",

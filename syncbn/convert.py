@@ -104,7 +104,7 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
 def _revert(child: SyncBatchNorm) -> None:
     attributes = vars(child)
     original, replaced = attributes.pop(_ORIGIN, (BatchNorm, {}))
-    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name"):
+    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed"):
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # its first input has come since

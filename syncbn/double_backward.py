@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .comm import Communicator
+from .exchange import Exchange
 from .layout import samples_per_channel
 from .reference import acc_type, effective_count, finalize, through_activation
 
@@ -24,13 +24,13 @@ class GroupSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, comm: Communicator, known: Tensor | None = None) -> Tensor:
-        ctx.comm = comm
-        return comm.all_reduce_(local.clone()) if known is None else known.clone()
+    def forward(ctx: Any, local: Tensor, exchange: Exchange, known: Tensor | None = None) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.all_reduce_(local.clone(), "double backward") if known is None else known.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return GroupSum.apply(grad.contiguous(), ctx.comm), None, None
+        return GroupSum.apply(grad.contiguous(), ctx.exchange), None, None
 
 
 def differentiable_backward(
@@ -41,7 +41,7 @@ def differentiable_backward(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    comm: Communicator,
+    exchange: Exchange,
     eps: float,
     activation: str,
     negative_slope: float,
@@ -74,7 +74,7 @@ def differentiable_backward(
     sample_weight = 1 / max(samples_per_channel(x), 1) if rank_weighted else 1.0
     moments = sample_weight * torch.cat([channel_sum(centered), channel_sum(centered.square())])
     known = torch.cat([offset * total_weight, (var + offset.square()) * total_weight])
-    first, second = (GroupSum.apply(moments, comm, known) / total_weight).chunk(2)
+    first, second = (GroupSum.apply(moments, exchange, known) / total_weight).chunk(2)
     invstd = (second - first.square() + eps).rsqrt()
     xhat = (centered - over(first)) * over(invstd)
 
@@ -88,7 +88,7 @@ def differentiable_backward(
         dz = through_activation(dy, x, stats, weight, bias, None, mask, eps, activation, negative_slope)
 
     dbias, dweight = channel_sum(dz), channel_sum(dz * xhat)
-    sum_dy, sum_dy_xhat = GroupSum.apply(torch.cat([dbias, dweight]), comm).chunk(2)
+    sum_dy, sum_dy_xhat = GroupSum.apply(torch.cat([dbias, dweight]), exchange).chunk(2)
     scale = invstd if weight is None else invstd * weight.double()
     dx = over(scale) * (dz - over(sum_dy / n) - xhat * over(sum_dy_xhat / n))
     return dx.to(x.dtype), dz.to(x.dtype), _like(dweight, weight), _like(dbias, bias)

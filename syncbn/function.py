@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from . import checkpoint, ops
 from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
+from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
 from .reference import ACTIVATIONS, acc_type
 
@@ -63,7 +64,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        comm: Communicator,
+        exchange: Exchange,
         options: Options,
     ) -> Tensor:
         activation = options.activation or "none"
@@ -71,9 +72,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
         if stats is None:
-            stats = comm.all_reduce_(ops.stats(x, options.weighting == "ranks"))
+            stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
         checkpoint.record(options.name, stats)
-        _check_count(stats, x, comm)
+        _check_count(stats, x, exchange.comm)
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,
@@ -84,7 +85,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
         keep_mask = ctx.has_residual and activation in ("relu", "leaky_relu")
         ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if keep_mask else None)
-        ctx.comm, ctx.options = comm, options
+        ctx.exchange, ctx.options = exchange, options
         return y
 
     @staticmethod
@@ -94,7 +95,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         activation = options.activation or "none"
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = differentiable_backward(
-                dy, x, stats, weight, bias, residual, mask, ctx.comm, options.eps, activation, options.negative_slope
+                dy, x, stats, weight, bias, residual, mask, ctx.exchange, options.eps, activation, options.negative_slope
             )
             return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
         dy = dense_like(dy, x)
@@ -102,7 +103,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         sums, dz, dweight, dbias = ops.backward_reduce(
             dy, x, stats, weight, bias, residual, mask, options.eps, activation, options.negative_slope
         )
-        sums = ctx.comm.all_reduce_(sums)
+        sums = ctx.exchange.all_reduce_(sums, "backward")
         if ctx.has_residual and activation != "none":
             dy, activation = dz, "none"
         dx: Tensor | None = None
@@ -132,16 +133,20 @@ def train_batch_norm(
     num_batches_tracked: Tensor | None,
     comm: Communicator,
     options: Options,
+    agreed: Agreed | None = None,
 ) -> Tensor:
-    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place."""
+    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
+
+    `agreed` is the layer's, where there is one."""
     _check(input, residual, weight, bias, running_mean, running_var)
     _check_transforms(input)
     # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
+    exchange = Exchange(comm, options.name, (input.dtype, options.weighting, options.eps), agreed)
     return SyncBatchNormFunction.apply(
-        input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, comm, options
+        input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
     )
 
 

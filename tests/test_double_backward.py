@@ -184,7 +184,8 @@ def test_differentiable_backward_gives_the_same_gradients(world, counts, dtype):
         results.append(torch.autograd.grad(layer(x), inputs, world.mine(dy, counts), create_graph=create_graph))
     for usual, differentiable in zip(*results, strict=True):
         scale = torch.stack(world.all_gather(F.pad(usual.abs().flatten(), (0, 1)).max().view(1))).max()
-        assert_close(differentiable, usual.double(), 1e-11 if dtype == torch.float64 else 1e-5, "gradient", scale)
+        # float64: the sums on the wire are about 0, which costs (mean/std)² 2⁻⁵³ = 1e-10.
+        assert_close(differentiable, usual.double(), 1e-9 if dtype == torch.float64 else 1e-5, "gradient", scale)
 
 
 @pytest.mark.process_group
