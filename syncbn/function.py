@@ -13,7 +13,7 @@ from . import checkpoint, ops
 from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
 from .layout import dense, dense_like, samples_per_channel
-from .reference import ACTIVATIONS, acc_type
+from .reference import ACTIVATIONS, acc_type, update_running_stats
 
 WEIGHTINGS = ("samples", "ranks")
 
@@ -74,6 +74,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             stats = comm.all_reduce_(ops.stats(x, options.weighting == "ranks"))
         checkpoint.record(options.name, stats)
         _check_count(stats, x, comm)
+        if torch.compiler.is_compiling():
+            # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
+            update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
+            running_mean = running_var = num_batches_tracked = None
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,
