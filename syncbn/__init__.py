@@ -5,6 +5,7 @@ from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
 from .function import sync_batch_norm
 from .groups import new_group
+from .join import join
 from .modules import SyncBatchNorm
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "checkpoint_contexts",
     "convert_sync_batchnorm",
     "init_process_group",
+    "join",
     "new_group",
     "revert_sync_batchnorm",
     "sync_batch_norm",
