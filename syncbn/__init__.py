@@ -7,6 +7,7 @@ from .environment import init_process_group
 from .function import sync_batch_norm
 from .groups import new_group
 from .keras import SyncBatchNormalization
+from .join import join
 from .modules import SyncBatchNorm
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "SyncBatchNormalization",
     "convert_sync_batchnorm",
     "init_process_group",
+    "join",
     "new_group",
     "revert_sync_batchnorm",
     "sync_batch_norm",

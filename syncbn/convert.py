@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
 
 from .comm import resolve
 from .fuse import Fusible, find_fusible, fuse, unfuse
@@ -94,8 +95,9 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 
 def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
     attributes = vars(child)
-    attributes[_ORIGIN] = type(child), {key: attributes[key] for key in ("process_group",) if key in attributes}
-    child.__class__ = _synchronized(type(child))
+    original = _class_below(child)
+    attributes[_ORIGIN] = original, {key: attributes[key] for key in ("process_group",) if key in attributes}
+    _become(child, _synchronized(original))
     attributes["layer_name"] = name or None
     if process_group is not None:
         child.process_group = process_group
@@ -108,8 +110,21 @@ def _revert(child: SyncBatchNorm) -> None:
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # its first input has come since
-    child.__class__ = original
+    _become(child, original)
     attributes.update(replaced)
+
+
+def _class_below(child: _BatchNorm) -> type[_BatchNorm]:
+    """The class of `child` without the one that torch.nn.utils.parametrize has put on top."""
+    return type(child).__bases__[0] if parametrize.is_parametrized(child) else type(child)
+
+
+def _become(child: _BatchNorm, cls: type[_BatchNorm]) -> None:
+    """Makes `child` a `cls`, parametrized as before: the class on top holds nothing but properties."""
+    if parametrize.is_parametrized(child):
+        properties = {name: value for name, value in vars(type(child)).items() if isinstance(value, property)}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), properties)
+    child.__class__ = cls
 
 
 @functools.cache
