@@ -13,6 +13,7 @@
 #include "ops.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // behind a lambda's parameters
 #define RARE inline __attribute__((noinline))  // kept out of the loops' code
 
 namespace syncbn::SYNCBN_ISA {
@@ -232,6 +233,35 @@ template <typename scalar_t> RARE void store(scalar_t* p, Pack<acc_type<scalar_t
   scalar_t buffer[PACK];
   store(buffer, a);
   for (int k = 0; k < lanes.last; ++k) p[k] = buffer[k];
+}
+
+// Stores of whole packs to aligned p go past the cache where `stream` is set.
+template <int BYTES> INLINE void stream_register(void* to, const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (BYTES == 64) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#endif
+#if defined(__AVX2__)
+  if constexpr (BYTES == 32) return _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+#endif
+#if defined(__x86_64__)
+  if constexpr (BYTES == 16) return _mm_stream_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
+#endif
+  memcpy(to, from, BYTES);
+}
+INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <typename scalar_t, typename Lanes> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Lanes lanes, bool) { store(p, a, lanes); }
+template <typename scalar_t> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Whole, bool stream) {
+  constexpr int TOTAL = PACK * sizeof(scalar_t), BYTES = TOTAL < REGISTER_BYTES ? TOTAL : REGISTER_BYTES;
+  if (!stream) return store(p, a);
+  alignas(64) char buffer[TOTAL];
+  store(reinterpret_cast<scalar_t*>(buffer), a);
+#pragma GCC unroll 8
+  for (int k = 0; k < TOTAL; k += BYTES) stream_register<BYTES>(reinterpret_cast<char*>(p) + k, buffer + k);
 }
 
 // The sum of all lanes in float64, as a tree.
