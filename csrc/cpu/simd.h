@@ -46,7 +46,9 @@ template <typename T> struct Pack {
   V v[REGISTERS];
 
   Pack() = default;
-  INLINE Pack(T value) { each([&](int r) { v[r] = value - V{}; }); }  // minus zero keeps the sign of zero
+  INLINE Pack(T value) {
+    for (int r = 0; r < REGISTERS; ++r) v[r] = value - V{};  // minus zero keeps the sign of zero
+  }
 
   template <typename F> static INLINE void each(F f) {
 #pragma GCC unroll 8
@@ -65,10 +67,16 @@ template <typename T> struct Pack {
   }
 };
 
-template <typename T> INLINE Pack<T> operator+(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] + b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator-(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] - b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator*(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] * b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator/(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] / b.v[r]; }); }
+#define OPERATOR(op)                                                          \
+  template <typename T> INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {    \
+    for (int r = 0; r < Pack<T>::REGISTERS; ++r) a.v[r] = a.v[r] op b.v[r];   \
+    return a;                                                                 \
+  }
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(/)
+#undef OPERATOR
 template <typename T> INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) { return a = a + b; }
 
 // ---- Which of a pack's lanes count ------------------------------------------------------------------------------------------
