@@ -9,19 +9,19 @@
 
 namespace syncbn::SYNCBN_ISA {
 
-constexpr int CHAINS = REGISTER_BYTES / 16;          // packs: 4 independent registers for each sum hide the latency of an fma
-constexpr int ROWS = CHAINS;                         // columns: rows that share the loads of sums and coefficients
-constexpr int64_t CHUNK = 256 * PACK * CHAINS;       // planes: values that share a shift, 256 to be added up in each lane of acc_t
-constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
-constexpr int64_t GRAIN = 32768;         // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 32;        // planes: channels walked together, their sums in L1
-constexpr int64_t MIN_PLANE = PACK;      // shorter planes are walked as columns
-constexpr int64_t MAP_WIDTH = 128;       // columns: rows of few channels are folded to at least this
-constexpr int64_t SUM_WIDTH = 1024;      // the same for sums: rows of 4 KB are streams of their own to a prefetcher
-constexpr int64_t STRIP = 1024;          // columns: accumulators of a strip stay in L1
-constexpr int64_t CHUNK_ROWS = 128;      // columns: rows that share a shift and are summed in acc_t
+constexpr int CHAINS = REGISTER_BYTES / 16; // packs: 4 independent registers for each sum hide the latency of an fma
+constexpr int ROWS = CHAINS;                // columns: rows that share the loads of sums and coefficients
+constexpr int64_t CHUNK = 256 * PACK * CHAINS;// planes: values that share a shift, 256 to be added up in each lane of acc_t
+constexpr int64_t UNIT = 65536;             // planes: values that one partial sum covers
+constexpr int64_t GRAIN = 32768;            // values below which a thread is not worth waking; torch's own number
+constexpr int64_t MAX_GROUP = 32;           // planes: channels walked together, their sums in L1
+constexpr int64_t MIN_PLANE = PACK;         // shorter planes are walked as columns
+constexpr int64_t MAP_WIDTH = 128;          // columns: rows of few channels are folded to at least this
+constexpr int64_t SUM_WIDTH = 1024;         // the same for sums: rows of 4 KB are streams of their own to a prefetcher
+constexpr int64_t STRIP = 1024;             // columns: accumulators of a strip stay in L1
+constexpr int64_t CHUNK_ROWS = 128;         // columns: rows that share a shift and are summed in acc_t
 constexpr int64_t STREAM_BYTES = 16 << 20;  // what a last-level cache may well hold until it is read again
-constexpr int64_t MAX_BLOCKS = 64;       // columns: partial sums per column
+constexpr int64_t MAX_BLOCKS = 64;          // columns: partial sums per column
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
