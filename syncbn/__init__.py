@@ -1,0 +1,23 @@
+"""Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
+
+from .agreement import RankMismatchError
+from .checkpoint import checkpoint_contexts
+from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .environment import init_process_group
+from .function import sync_batch_norm
+from .groups import new_group
+from .keras import SyncBatchNormalization
+from .modules import SyncBatchNorm
+
+__all__ = [
+    "RankMismatchError",
+    "SyncBatchNorm",
+    "checkpoint_contexts",
+    "SyncBatchNormalization",
+    "convert_sync_batchnorm",
+    "init_process_group",
+    "new_group",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""Who normalizes together, and how their sums are added: the rest of the package never asks which backend it has.
+
+    comm = resolve(process_group)      # None, a ProcessGroup, a one-dimensional DeviceMesh, or an mpi4py communicator
+    total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, with the same length and dtype
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .process_group import ProcessGroupCommunicator
+
+
+class Communicator(Protocol):
+    """A group of ranks that can add tensors."""
+
+    @property
+    def group(self) -> Any:
+        """What it was made from, which lives as long as the group."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        """The elementwise sum of `tensor` over the ranks, equal bits on all of them. May be `tensor` itself, overwritten."""
+
+
+class LocalCommunicator:
+    """This process alone."""
+
+    group = None
+    rank = 0
+    world_size = 1
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+LOCAL = LocalCommunicator()
+
+
+def resolve(process_group: Any = None) -> Communicator:
+    """The communicator of what a user passes as `process_group`.
+
+    None is the default group where torch.distributed is initialized, else this process alone. Raises ValueError for anything
+    that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
+    """
+    if process_group is None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return LOCAL
+        process_group = dist.group.WORLD
+    elif _is_mpi(process_group):
+        from .mpi import MPICommunicator  # only here: mpi4py starts MPI when it is imported
+
+        mpi = MPICommunicator(process_group)
+        return mpi if mpi.world_size > 1 else LOCAL
+    elif _is_device_mesh(process_group):
+        if process_group.ndim != 1:
+            raise ValueError(f"process_group must be a one-dimensional DeviceMesh, got {process_group.ndim} dimensions: slice it first")
+        process_group = process_group.get_group()
+    if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
+        return ProcessGroupCommunicator(process_group) if process_group.size() > 1 else LOCAL
+    if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what torch's new_group gives the others
+        raise ValueError("process_group does not contain this rank: build the layer with the group that this rank belongs to")
+    raise ValueError(
+        "process_group must be None, a torch.distributed ProcessGroup, a one-dimensional DeviceMesh or an mpi4py communicator,"
+        f" got {type(process_group).__name__}"
+    )
+
+
+def _is_mpi(group: Any) -> bool:
+    mpi = sys.modules.get("mpi4py.MPI")  # whoever holds a communicator has imported it
+    return mpi is not None and isinstance(group, mpi.Comm)
+
+
+def _is_device_mesh(group: Any) -> bool:
+    device_mesh = sys.modules.get("torch.distributed.device_mesh")
+    return device_mesh is not None and isinstance(group, device_mesh.DeviceMesh)

@@ -1,0 +1,67 @@
+"""An mpi4py communicator, without torch.distributed.
+
+CUDA tensors go through pinned host memory, or straight to MPI with SYNCBN_MPI_CUDA_AWARE=1.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+
+class Clone:
+    """A communicator's twin, whose messages cannot meet those of the first."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+
+
+@dataclass(frozen=True)
+class MPICommunicator:
+    """Works on a clone of `comm`, which the first exchange makes."""
+
+    comm: MPI.Comm
+
+    def __post_init__(self) -> None:
+        if self.comm.Is_inter():
+            raise ValueError("process_group must be an intra-communicator, got an inter-communicator")
+
+    @property
+    def group(self) -> Clone:
+        """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
+        clone: Any = self.comm.Get_attr(_CLONE)
+        if clone is None:
+            clone = Clone(self.comm.Dup())
+            self.comm.Set_attr(_CLONE, clone)
+        return clone
+
+    @property
+    def rank(self) -> int:
+        return self.comm.Get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.Get_size()
+
+    @torch.compiler.disable
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        clone = self.group.comm
+        if tensor.device.type == "cpu":
+            clone.Allreduce(MPI.IN_PLACE, tensor.numpy())
+        elif os.environ.get("SYNCBN_MPI_CUDA_AWARE") == "1":
+            torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows no stream: the buffer must be written by now
+            clone.Allreduce(MPI.IN_PLACE, tensor)
+        else:
+            host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            host.copy_(tensor)
+            clone.Allreduce(MPI.IN_PLACE, host.numpy())
+            tensor.copy_(host, non_blocking=True)
+        return tensor
+
+
+_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)

@@ -1,0 +1,129 @@
+"""Conversion of a model to synchronized batch normalization, and back. Lossless: only a module's class changes.
+
+Because each batch norm stays the same object, so do its parameters and buffers (optimizers stay valid), hooks, training flag,
+extra attributes, and every reference to it, in the model or outside.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from .comm import resolve
+from .fuse import Fusible, find_fusible, fuse, unfuse
+from .modules import LazySyncBatchNorm, SyncBatchNorm
+
+_TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_ORIGIN = "_converted_from"  # (class, attributes that the conversion replaced)
+
+
+class BatchNorm(_BatchNorm):
+    """Plain batch normalization of any number of dimensions: what a layer built as `SyncBatchNorm` reverts to."""
+
+    def _check_input_dim(self, input: Any) -> None: ...
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
+    """Turns every batch norm in `module` into a `SyncBatchNorm`, in place, and returns `module`.
+
+    `BatchNorm1d/2d/3d`, `torch.nn.SyncBatchNorm`, lazy batch norms, and subclasses that keep torch's forward are converted. A
+    subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost.
+
+    Args:
+        module: a model, or a batch norm itself.
+        process_group: of the converted layers, as in `SyncBatchNorm`. None keeps the group of a layer that has one.
+        fuse_activation: also make one layer of a batch norm and the ReLU, LeakyReLU or SiLU module behind it, where `torch.fx` can
+            trace `module` and shows that nothing else sees the value in between. The activation then passes its input on.
+
+    Raises:
+        ValueError: `process_group` is of an unknown type.
+
+    >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
+    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    resolve(process_group)  # an unknown type is an error before anything has changed
+    fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
+    left_alone = set()
+    for name, child in _batch_norms(module):
+        if isinstance(child, SyncBatchNorm):
+            child.process_group = child.process_group if process_group is None else process_group
+        elif type(child).forward in _TORCH_FORWARDS and "forward" not in vars(child):
+            _convert(child, name, process_group)
+        else:
+            left_alone.add(type(child).__name__)
+    if left_alone:
+        names = ", ".join(sorted(left_alone))
+        warnings.warn(f"not converted, because they have a forward of their own: {names}", stacklevel=2)
+    for pair in fusible:
+        fuse(pair)
+    return module
+
+
+def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Undoes `convert_sync_batchnorm`, in place, fused activations included, and returns `module`.
+
+    Each layer becomes exactly what it was converted from. One that was built as a `SyncBatchNorm` becomes a plain batch norm of any
+    number of dimensions; with options that torch's layers do not have, it is left alone, with one warning that names it.
+
+    >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8)))
+    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    """
+    left_alone = []
+    for name, child in _batch_norms(module):
+        if isinstance(child, SyncBatchNorm):
+            unfuse(child)
+            if child.activation is not None or not child.unbiased:
+                left_alone.append(name or type(child).__name__)
+            else:
+                _revert(child)
+    if left_alone:
+        warnings.warn(f"not reverted, because torch has no such layer: {', '.join(left_alone)}", stacklevel=2)
+    return module
+
+
+def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """(dotted name, batch norm), each once: a shared module is met under its first name."""
+    return ((name, child) for name, child in module.named_modules() if isinstance(child, _BatchNorm))
+
+
+def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
+    attributes = vars(child)
+    attributes[_ORIGIN] = type(child), {key: attributes[key] for key in ("process_group",) if key in attributes}
+    child.__class__ = _synchronized(type(child))
+    attributes["layer_name"] = name or None
+    if process_group is not None:
+        child.process_group = process_group
+
+
+def _revert(child: SyncBatchNorm) -> None:
+    attributes = vars(child)
+    original, replaced = attributes.pop(_ORIGIN, (BatchNorm, {}))
+    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed"):
+        attributes.pop(option, None)
+    if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
+        original = original.cls_to_become  # its first input has come since
+    child.__class__ = original
+    attributes.update(replaced)
+
+
+@functools.cache
+def _synchronized(original: type) -> type[SyncBatchNorm]:
+    """The class that an instance of `original` gets: torch's own become SyncBatchNorm, a subclass keeps its other methods."""
+    if issubclass(original, _LazyNormBase):
+        return LazySyncBatchNorm
+    if original in _PLAIN:
+        return SyncBatchNorm
+    bases = (SyncBatchNorm, original)
+    return type(f"Sync{original.__name__}", bases, {"__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self))})
+
+
+def _rebuild(original: type) -> SyncBatchNorm:
+    """Unpickles an instance of a class that `_synchronized` made."""
+    cls = _synchronized(original)
+    return cls.__new__(cls)

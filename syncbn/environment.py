@@ -1,0 +1,149 @@
+"""The place of this process among the others, from what torchrun, mpirun or srun has set, and the process group made of it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import socket
+import warnings
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+# launcher -> its variables for rank, world size, local rank, local world size. torchrun first: it may run inside the others.
+_LAUNCHERS = {
+    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # and Intel MPI
+    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+}
+# What identifies a job to all of its processes, to find a port that another job is not likely to take.
+_JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands: `rank` of `world_size` in all, `local_rank` of `local_world_size` on its host."""
+
+    launcher: str | None = None
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def place(env: Mapping[str, str] = os.environ) -> Place:
+    """This process's place according to `env`; alone where no launcher has left its variables.
+
+    Raises ValueError where a launcher has set only some of them.
+    """
+    for launcher, names in _LAUNCHERS.items():
+        found = [name for name in names if name in env]
+        if names[0] not in found or names[1] not in found:
+            continue
+        if len(found) < len(names):
+            missing = sorted(set(names) - set(found))
+            raise ValueError(f"{launcher} has set {', '.join(found)} but not {', '.join(missing)}: cannot tell this process's device")
+        rank, world_size, local_rank = (int(env[name]) for name in names[:3])
+        node = int(env.get("SLURM_NODEID", 0)) if launcher == "srun" else 0
+        return Place(launcher, rank, world_size, local_rank, _tasks_per_node(env[names[3]])[node])
+    return Place()
+
+
+def init_process_group(backend: str | None = None, timeout: datetime.timedelta | float | None = None) -> torch.device:
+    """Starts torch.distributed under torchrun, mpirun (Open MPI, MPICH, Intel MPI), srun, or alone, and returns this rank's device.
+
+    Args:
+        backend: "nccl", "gloo" or another of torch's. None takes NCCL where each rank of the host has a GPU of its own, else gloo.
+        timeout: after which a collective that some rank does not join fails; seconds or a timedelta. None is torch's default.
+
+    Returns:
+        cuda:<local rank>, set as the current device, where there are GPUs; else cpu.
+
+    Raises:
+        ValueError: the launcher's variables are incomplete, or mpi4py belongs to another MPI than mpirun.
+
+    Also sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which other tools read.
+    """
+    here = export()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device = torch.device("cuda", here.local_rank % gpus) if gpus else torch.device("cpu")
+    if gpus:
+        torch.cuda.set_device(device)
+    if backend is None:
+        backend = "nccl" if gpus >= here.local_world_size else "gloo"
+        if gpus and backend == "gloo":
+            warnings.warn(f"{here.local_world_size} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow", stacklevel=2)
+    if isinstance(timeout, (int, float)):
+        timeout = datetime.timedelta(seconds=timeout)
+    if here.launcher is None:  # alone: no address and no port that could be taken
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    return device
+
+
+def export() -> Place:
+    """Sets the variables that torchrun would have set, and returns this process's place."""
+    here = place()
+    if here.launcher in (None, "torchrun"):
+        return here
+    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        host, port = _meeting_point(here)
+        os.environ.setdefault("MASTER_ADDR", host)
+        os.environ.setdefault("MASTER_PORT", str(port))
+    names = _LAUNCHERS["torchrun"]
+    os.environ.update(zip(names, map(str, (here.rank, here.world_size, here.local_rank, here.local_world_size)), strict=True))
+    return here
+
+
+def _meeting_point(here: Place) -> tuple[str, int]:
+    """The host of rank 0 and a free port there."""
+    if here.launcher == "srun":
+        return _first_host(os.environ["SLURM_STEP_NODELIST"]), _port_of_job()
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        if here.local_world_size < here.world_size:
+            raise ValueError("mpirun over several hosts needs mpi4py (pip install 'syncbn[mpi]'), or MASTER_ADDR and MASTER_PORT") from None
+        return "127.0.0.1", _port_of_job()
+    if MPI.COMM_WORLD.Get_size() != here.world_size:
+        raise ValueError(
+            f"mpirun has started {here.world_size} ranks, but mpi4py ({MPI.Get_library_version().split(',')[0].split(chr(10))[0]})"
+            f" sees {MPI.COMM_WORLD.Get_size()}: it was built for another MPI"
+        )
+    message = bytearray(256)
+    if here.rank == 0:
+        with socket.socket() as s:
+            s.bind(("", 0))
+            text = f"{socket.gethostname() if here.local_world_size < here.world_size else '127.0.0.1'} {s.getsockname()[1]}"
+        message[: len(text)] = text.encode()
+    MPI.COMM_WORLD.Bcast(message)
+    host, port = message.rstrip(b"\0").decode().split()
+    return host, int(port)
+
+
+def _port_of_job() -> int:
+    """A port from 20000 to 29999 that all processes of a job compute alike."""
+    job = "".join(os.environ.get(name, "") for name in _JOB_IDS)
+    return 20000 + zlib.crc32(job.encode()) % 10000
+
+
+def _first_host(nodes: str) -> str:
+    """gpu[03-07,12],cpu1 -> gpu03"""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    assert match, nodes
+    return "".join(part or "" for part in match.groups())
+
+
+def _tasks_per_node(counts: str) -> list[int]:
+    """4(x2),3 -> [4, 4, 3]; a plain number is the count on every node that matters, this one."""
+    tasks = []
+    for part in counts.split(","):
+        count, _, times = part.rstrip(")").partition("(x")
+        tasks += [int(count)] * int(times or 1)
+    return tasks

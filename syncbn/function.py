@@ -1,0 +1,287 @@
+"""`sync_batch_norm` and its autograd function: the one place where ops and communicator meet."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import checkpoint, ops
+from .comm import LOCAL, Communicator, resolve
+from .double_backward import differentiable_backward
+from .exchange import Agreed, Exchange
+from .layout import dense, dense_like, samples_per_channel
+from .reference import ACTIVATIONS, acc_type
+
+WEIGHTINGS = ("samples", "ranks")
+
+
+class Options(NamedTuple):
+    """What a layer is told apart from its tensors. `name` is the layer's in messages."""
+
+    momentum: float | None = 0.1
+    eps: float = 1e-5
+    activation: str | None = None
+    negative_slope: float = 0.01
+    weighting: str = "samples"
+    unbiased: bool = True
+    name: str = "sync_batch_norm"
+
+    def checked(self) -> Options:
+        """self, or ValueError."""
+        if self.activation is not None and self.activation not in ACTIVATIONS[1:]:
+            raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {self.activation!r}")
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+        return self
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """Batch normalization over the samples of R ranks.
+
+        x, y, dy     [N, C, *]   this rank's samples, x dense; N differs by rank and may be 0
+        stats        [2C + 1]    sum, sum of squares and count over all ranks, float64 (2C + 2 where ranks weigh the same)
+
+        forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
+        backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
+        local        dweight = sum_dy_xhat, dbias = sum_dy: left to DDP to average
+
+    Every rank runs one collective each way, whatever its samples and whatever requires a gradient. A recomputation of a
+    checkpoint has none in the forward direction, if it was given `checkpoint_contexts`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        exchange: Exchange,
+        options: Options,
+    ) -> Tensor:
+        activation = options.activation or "none"
+        stats = checkpoint.replay(options.name, x.shape[1])
+        if stats is not None or checkpoint.is_recomputation():
+            running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
+        if stats is None:
+            stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
+        checkpoint.record(options.name, stats)
+        _check_count(stats, x, exchange.comm)
+        y, mask = ops.normalize(
+            x, stats, weight, bias, residual,
+            running_mean, running_var, num_batches_tracked, options.momentum,
+            options.eps, options.unbiased, activation, options.negative_slope,
+        )  # fmt: skip
+
+        ctx.has_residual = residual is not None
+        keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
+        keep_mask = ctx.has_residual and activation in ("relu", "leaky_relu")
+        ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if keep_mask else None)
+        ctx.exchange, ctx.options = exchange, options
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, stats, weight, bias, residual, mask = ctx.saved_tensors
+        options: Options = ctx.options
+        activation = options.activation or "none"
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = differentiable_backward(
+                dy, x, stats, weight, bias, residual, mask, ctx.exchange, options.eps, activation, options.negative_slope
+            )
+            return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
+        dy = dense_like(dy, x)
+
+        sums, dz, dweight, dbias = ops.backward_reduce(
+            dy, x, stats, weight, bias, residual, mask, options.eps, activation, options.negative_slope
+        )
+        sums = ctx.exchange.all_reduce_(sums, "backward")
+        if ctx.has_residual and activation != "none":
+            dy, activation = dz, "none"
+        dx: Tensor | None = None
+        if ctx.needs_input_grad[0]:
+            dx = ops.backward_input(dy, x, stats, sums, weight, bias, options.eps, activation, options.negative_slope)
+        return (
+            dx,
+            dy if ctx.has_residual else None,
+            None if weight is None else dweight,
+            None if bias is None else dbias,
+            *[None] * 6,
+        )
+
+
+# A leaf that requires a gradient, so that a layer without parameters enters its backward collective on a rank whose input
+# needs no gradient, too.
+_ANCHOR = torch.empty(0, requires_grad=True)
+
+
+def train_batch_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    comm: Communicator,
+    options: Options,
+    agreed: Agreed | None = None,
+) -> Tensor:
+    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
+
+    `agreed` is the layer's, where there is one."""
+    _check(input, residual, weight, bias, running_mean, running_var)
+    _check_transforms(input)
+    # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
+    input = dense(input)
+    residual = None if residual is None else dense_like(residual, input)
+    anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
+    exchange = Exchange(comm, options.name, (input.dtype, options.weighting, options.eps), agreed)
+    return SyncBatchNormFunction.apply(
+        input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
+    )
+
+
+def eval_batch_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    options: Options,
+) -> Tensor:
+    """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
+    _check(input, residual, weight, bias, running_mean, running_var)
+    if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
+        # torch wants the four of one type: the input's, or float32 for 16 bits.
+        dtype = acc_type(input.dtype)
+        running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
+        weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
+    if residual is not None:
+        y = y + residual
+    if options.activation == "relu":
+        return F.relu(y)
+    if options.activation == "leaky_relu":
+        return F.leaky_relu(y, options.negative_slope)
+    return F.silu(y) if options.activation == "silu" else y
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: Any = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    weighting: str = "samples",
+    unbiased: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` over the batch of all ranks, with residual and activation fused.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    Args:
+        input: this rank's x [N, C, *], 2 to 5 or more dimensions, floating point; N may differ by rank and be 0.
+        running_mean, running_var: [C], updated in place while training: running += momentum * (new - running). Both None or both given.
+        weight, bias: [C], of the input's type, float32 or float64; None for 1 and 0.
+        training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
+        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
+            DeviceMesh, or an mpi4py communicator.
+        residual: [N, C, *] of the input's shape and type, added before the activation.
+        activation: None, "relu", "leaky_relu" (with `negative_slope`) or "silu".
+        weighting: "samples", the statistic of the whole batch; or "ranks", where each rank weighs the same whatever its batch, as in
+            Horovod's TensorFlow layer.
+        unbiased: the running variance is var * n / (n - 1), as in torch; False keeps the biased one, as Keras and Horovod do.
+
+    Returns:
+        y [N, C, *] of the input's type and memory format.
+
+    Raises:
+        ValueError: an argument has the wrong shape, type or device (before any collective), or each channel has a single value over
+            all ranks while training (on every rank).
+    """
+    options = Options(momentum, eps, activation, negative_slope, weighting, unbiased).checked()
+    if training:
+        comm = resolve(process_group)
+        return train_batch_norm(input, residual, weight, bias, running_mean, running_var, None, comm, options)
+    if running_mean is None or running_var is None:
+        raise ValueError("running_mean and running_var must be given when training is False")
+    return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
+
+
+# ---- Checks, once, at the door ------------------------------------------------------------------------------------------------
+
+
+def _check(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> None:
+    if input.dim() < 2:
+        raise ValueError(f"input must have at least 2 dimensions [N, C, *], got {list(input.shape)}")
+    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise TypeError(f"input must be float32, float16, bfloat16 or float64, got {input.dtype}")
+    channels = input.shape[1]
+    for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        if t is None:
+            continue
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise ValueError(f"{name} must be [{channels}] to match input {list(input.shape)}, got {list(t.shape)}")
+        if t.device != input.device:
+            raise ValueError(f"{name} must be on {input.device} as the input is, got {t.device}")
+        if name in ("weight", "bias") and t.dtype not in (input.dtype, torch.float32, torch.float64):
+            raise ValueError(f"{name} must be float32, float64 or {input.dtype} as the input is, got {t.dtype}")
+        if not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be given both or neither")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
+        raise ValueError(
+            f"residual must be {list(input.shape)} {input.dtype} on {input.device} as the input is,"
+            f" got {list(residual.shape)} {residual.dtype} on {residual.device}"
+        )
+
+
+def _check_transforms(input: Tensor) -> None:
+    """Raises where torch could only say that an internal function lacks a method."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None):
+        raise NotImplementedError(
+            "synchronized batch norm in training mode has no forward-mode derivative and no torch.func transform (jvp, grad, vmap):"
+            " use torch.autograd.grad, with create_graph=True for higher derivatives, or the layer in eval mode"
+        )
+
+
+def _check_count(stats: Tensor, x: Tensor, comm: Communicator) -> None:
+    """Raises where each channel has one value over all ranks: its variance is undefined.
+
+    Reads the device only where this rank has at most one value, so that no training step of real size waits for the device.
+    All ranks that could raise do read it, and agree.
+    """
+    local = samples_per_channel(x)
+    if local > 1 or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    if (local if comm is LOCAL else stats[2 * x.shape[1]].item()) == 1:
+        raise ValueError(f"expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank")

@@ -1,0 +1,232 @@
+"""`SyncBatchNormalization`: the same layer in Keras' and Horovod's words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+
+from .function import Options
+from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
+from .modules import SyncBatchNorm
+
+Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras' are
+
+_INITIALIZERS: dict[str, Initializer] = {"zeros": torch.zeros, "ones": torch.ones}
+
+
+class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[misc]
+    """Batch normalization over the batches of all ranks, with the conventions of Keras and Horovod's `SyncBatchNormalization`.
+
+        outputs          = gamma * (inputs - mean) / sqrt(variance + epsilon) + beta
+        moving_mean      = momentum * moving_mean + (1 - momentum) * mean
+        moving_variance  = momentum * moving_variance + (1 - momentum) * variance          biased
+
+    Every rank weighs the same, whatever its batch: mean and variance come from the average of the ranks' means and mean squares.
+
+    Args:
+        axis: the dimension of the features, negative from the end.
+        momentum: the decay of the moving values; in torch's sense it is 1 - momentum.
+        epsilon: added to the variance.
+        center, scale: learn beta, gamma.
+        beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: "zeros", "ones", or a callable
+            (shape, dtype=...) -> values, such as `torch.rand`.
+        fused: accepted as False only, as in Horovod.
+        name: of the layer, for messages.
+        num_features: builds the layer at once; else its first call does.
+        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
+            DeviceMesh, or an mpi4py communicator.
+        weighting: "ranks", or "samples" for the statistic of the whole batch. With equal batches they are the same.
+        activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
+
+    Shape:
+        inputs, outputs: 2 or more dimensions, the features on `axis`. `training` in a call overrides `train()` and `eval()`.
+
+    Raises:
+        ValueError: `fused` is not False, an initializer is unknown, `axis` is no dimension of the input, and as `SyncBatchNorm`.
+
+    Before it is built, a layer has no parameters that DistributedDataParallel could take: give `num_features`, load a state dict,
+    or call it once.
+
+    >>> layer = SyncBatchNormalization(momentum=0.5)
+    >>> layer(torch.randn(2, 4, 4, 8), training=True).shape
+    torch.Size([2, 4, 4, 8])
+    >>> [name for name, _ in layer.named_parameters()], [name for name, _ in layer.named_buffers()]
+    (['gamma', 'beta'], ['moving_mean', 'moving_variance'])
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    moving_mean: Tensor
+    moving_variance: Tensor
+    cls_to_become = None  # built, it is the same class
+
+    def __init__(
+        self,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-3,
+        center: bool = True,
+        scale: bool = True,
+        beta_initializer: str | Initializer = "zeros",
+        gamma_initializer: str | Initializer = "ones",
+        moving_mean_initializer: str | Initializer = "zeros",
+        moving_variance_initializer: str | Initializer = "ones",
+        fused: bool | None = False,
+        name: str | None = None,
+        *,
+        num_features: int | None = None,
+        process_group: Any = None,
+        weighting: str = "ranks",
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if fused in (True, None):
+            raise ValueError("SyncBatchNormalization does not support fused=True.")
+        if not isinstance(axis, int):
+            raise TypeError(f"axis must be one dimension, an integer, got {axis!r}")
+        super().__init__(  # without tensors: they have other names here
+            0, epsilon, momentum, False, False, process_group,
+            activation=activation, negative_slope=negative_slope, weighting=weighting, unbiased=False,
+        )  # fmt: skip
+        self.axis = axis
+        self.center = center
+        self.scale = scale
+        self.name = self.layer_name = name
+        self.affine = center or scale
+        self.track_running_stats = True
+        self._initializers = {
+            "gamma": _initializer("gamma_initializer", gamma_initializer),
+            "beta": _initializer("beta_initializer", beta_initializer),
+            "moving_mean": _initializer("moving_mean_initializer", moving_mean_initializer),
+            "moving_variance": _initializer("moving_variance_initializer", moving_variance_initializer),
+        }
+        for torch_name in TORCH_NAMES.values():
+            delattr(self, torch_name)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        for parameter, wanted in (("gamma", scale), ("beta", center)):
+            self.register_parameter(parameter, UninitializedParameter(**factory) if wanted else None)  # type: ignore[arg-type]
+        for buffer in ("moving_mean", "moving_variance"):
+            self.register_buffer(buffer, UninitializedBuffer(**factory))
+        if num_features is not None:
+            self._build(num_features)
+
+    # torch's names, where torch's tools and the parent class look for them
+    weight = property(lambda self: self.gamma)  # type: ignore[assignment]
+    bias = property(lambda self: self.beta)  # type: ignore[assignment]
+    running_mean = property(lambda self: self.moving_mean)  # type: ignore[assignment]
+    running_var = property(lambda self: self.moving_variance)  # type: ignore[assignment]
+    epsilon = property(lambda self: self.eps)
+
+    def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
+        x = self.channels_second(inputs)
+        if x.shape[1] != self.num_features:
+            raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")
+        y = self._batch_norm(x, None, self.training if training is None else bool(training))
+        return y.movedim(1, self.axis)
+
+    def channels_second(self, inputs: Tensor) -> Tensor:
+        """A view of the inputs as [N, C, *], C on `axis` before."""
+        if inputs.dim() < 2 or not -inputs.dim() <= self.axis < inputs.dim():
+            raise ValueError(f"inputs must have 2 or more dimensions, axis {self.axis} among them, got {list(inputs.shape)}")
+        return inputs.movedim(self.axis, 1)
+
+    # ---- Building: torch's mechanism for lazy modules ---------------------------------------------------------------------------
+
+    def initialize_parameters(self, inputs: Tensor, training: bool | None = None) -> None:
+        """What the first call does before `forward`."""
+        self._build(self.channels_second(inputs).shape[1])
+
+    def reset_parameters(self) -> None:
+        self._reset("gamma", "beta", "moving_mean", "moving_variance")
+
+    def reset_running_stats(self) -> None:
+        self._reset("moving_mean", "moving_variance")
+
+    def _build(self, num_features: int) -> None:
+        self.num_features = num_features
+        for name in self._initializers:
+            tensor: Any = getattr(self, name)
+            if is_lazy(tensor):  # not loaded from a state dict
+                tensor.materialize((num_features,))
+                self._reset(name)
+        for hook in ("_load_hook", "_initialize_hook"):
+            if hook in vars(self):
+                getattr(self, hook).remove()
+
+    @torch.no_grad()
+    def _reset(self, *names: str) -> None:
+        if self.num_features == 0:  # not built yet
+            return
+        for name in names:
+            tensor: Any = getattr(self, name)
+            if tensor is not None:
+                tensor.copy_(torch.as_tensor(self._initializers[name](tuple(tensor.shape), dtype=tensor.dtype)))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.Module._load_from_state_dict(self, *args)  # not torch's batch norm's, which would want num_batches_tracked
+        if not is_lazy(self.moving_mean):
+            self._build(len(self.moving_mean))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        for buffer in self._buffers.values():
+            if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy, unlike a parameter
+                factory: dict[str, Any] = {"device": buffer.device, "dtype": buffer.dtype}
+                memo[id(buffer)] = UninitializedBuffer(**factory)
+        return super().__deepcopy__(memo)
+
+    def _options(self) -> Options:
+        if self.momentum is None:  # torch's tools set this
+            raise ValueError("momentum must be a number, the decay of the moving values, got None; see syncbn.update_bn_stats")
+        return super()._options()._replace(momentum=1 - self.momentum)
+
+    def extra_repr(self) -> str:
+        names = ("axis", "momentum", "epsilon", "center", "scale", "weighting", "num_features")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: Mapping[str, Any] | Sequence[Any],
+        decay: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        center: bool = True,
+        scale: bool = True,
+        **options: Any,
+    ) -> SyncBatchNormalization:
+        """As `SyncBatchNorm.from_keras`, with this class's options.
+
+        >>> layer = SyncBatchNormalization.from_keras([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 4.0]], axis=1)
+        >>> layer.moving_variance
+        tensor([1., 4.])
+        """
+        tensors = named_tensors(weights, center, scale)
+        mean = tensors["moving_mean"]
+        options.setdefault("dtype", mean.dtype)
+        layer = cls(
+            momentum=decay,
+            epsilon=epsilon,
+            center="beta" in tensors,
+            scale="gamma" in tensors,
+            num_features=mean.numel(),
+            **options,
+        )
+        copy_tensors(layer, tensors)
+        return layer
+
+
+def _initializer(argument: str, value: str | Initializer) -> Initializer:
+    if callable(value):
+        return value
+    if value not in _INITIALIZERS:
+        raise ValueError(
+            f"{argument} must be one of {tuple(_INITIALIZERS)} or a callable (shape, dtype=...) -> values, got {value!r}"
+        )
+    return _INITIALIZERS[value]

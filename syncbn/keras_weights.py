@@ -1,0 +1,55 @@
+"""Weights of a Keras batch normalization as tensors, and back: what `from_keras` and `to_keras` of both layers do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+TORCH_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "moving_variance": "running_var"}
+
+
+def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scale: bool) -> dict[str, Tensor]:
+    """moving_mean, moving_variance, and gamma and beta where there are any, each [C], of what a Keras layer exports."""
+    names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
+    if isinstance(weights, Mapping):
+        named = {key.split("/")[-1].split(":")[0]: value for key, value in weights.items()}  # "bn/gamma:0" -> "gamma"
+        if not {"moving_mean", "moving_variance"} <= set(named) <= set(TORCH_NAMES):
+            raise ValueError(f"weights must have moving_mean and moving_variance, and may have gamma and beta, got {list(weights)}")
+    elif len(weights) == len(names):
+        named = dict(zip(names, weights, strict=True))
+    else:
+        raise ValueError(f"weights must be {names}, for center={center} and scale={scale}, got {len(weights)} arrays")
+    tensors = {name: torch.as_tensor(value) for name, value in named.items()}
+    tensors = {name: t if t.is_floating_point() else t.to(torch.get_default_dtype()) for name, t in tensors.items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 1 or tensor.shape != tensors["moving_mean"].shape:
+            wanted = list(tensors["moving_mean"].shape)
+            raise ValueError(f"{name} must be [C] like moving_mean {wanted}, got {list(tensor.shape)}")
+    return tensors
+
+
+@torch.no_grad()
+def copy_tensors(layer: _BatchNorm, tensors: Mapping[str, Tensor]) -> None:
+    """gamma, beta, moving_mean, moving_variance into weight, bias, running_mean, running_var; a parameter that is not given is removed."""
+    for name, torch_name in TORCH_NAMES.items():
+        if name in tensors:
+            getattr(layer, torch_name).copy_(tensors[name])
+        elif getattr(layer, torch_name) is not None:
+            setattr(layer, torch_name, None)
+
+
+def to_keras(layer: _BatchNorm) -> dict[str, Any]:
+    """What `SyncBatchNorm.to_keras` returns."""
+    if layer.running_mean is None or is_lazy(layer.running_mean):
+        raise ValueError("Keras weights need running statistics: track_running_stats=True, and a layer that has been built")
+    tensors = {name: getattr(layer, torch_name) for name, torch_name in TORCH_NAMES.items()}
+    return {
+        name: (t.float() if t.dtype == torch.bfloat16 else t).detach().cpu().numpy().copy()  # numpy has no bfloat16
+        for name, t in tensors.items()
+        if t is not None
+    }

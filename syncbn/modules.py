@@ -1,0 +1,206 @@
+"""`SyncBatchNorm`: the module. It decides between training and eval and holds parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+
+from .comm import LOCAL, resolve
+from .exchange import Agreed
+from .function import Options, eval_batch_norm, train_batch_norm
+from .keras_weights import copy_tensors, named_tensors, to_keras
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the batches of all ranks of a process group.
+
+        y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
+
+    With x split over the ranks in any way, this is `torch.nn.BatchNorm*d` on the concatenated batch: outputs, gradients and moving
+    statistics. Without a process group, or with one rank, it is plain batch normalization. Eval mode never communicates.
+
+    Args:
+        num_features: C, the size of dimension 1.
+        eps: added to the variance.
+        momentum: running += momentum * (new - running); None for the cumulative average.
+        affine: learn weight and bias, both [C].
+        track_running_stats: keep running_mean and running_var; else eval mode normalizes by this rank's batch.
+        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
+            DeviceMesh, or an mpi4py communicator.
+        device, dtype: of parameters and buffers.
+        activation: None, "relu", "leaky_relu" or "silu", applied to the output at no extra cost.
+        negative_slope: of leaky_relu.
+        weighting: "samples" for the statistic of the whole batch; "ranks" to weigh every rank the same, as Horovod's TensorFlow
+            layer does.
+        unbiased: running_var takes var * n / (n - 1), as in torch; False takes var, as Keras and Horovod do.
+
+    Shape:
+        input, residual, output: [N, C] or [N, C, *], float32, float64, float16 or bfloat16, any memory format. N may differ by rank
+        and be 0.
+
+    Raises:
+        ValueError: an unknown activation, weighting or process_group; an input that does not fit; a single value per channel over
+            all ranks while training (on every rank).
+
+    The state dict is that of `torch.nn.BatchNorm*d`.
+
+    >>> layer = SyncBatchNorm(8, activation="relu")
+    >>> layer(torch.randn(2, 8, 4, 4)).shape
+    torch.Size([2, 8, 4, 4])
+    """
+
+    # Set on the class, so that a converted module needs no __init__ to have them.
+    process_group: Any = None
+    activation: str | None = None
+    negative_slope: float = 0.01
+    weighting: str = "samples"
+    unbiased: bool = True
+    layer_name: str | None = None  # the dotted name in the model, for messages
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        negative_slope: float = 0.01,
+        weighting: str = "samples",
+        unbiased: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.activation = activation
+        self.negative_slope = negative_slope
+        self.weighting = weighting
+        self.unbiased = unbiased
+        self._options().checked()
+        resolve(process_group)  # an unknown type is an error here, not at the first step
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._batch_norm(input, residual, self.training)
+
+    def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
+        if input.dim() >= 2 and input.shape[1] != self.num_features:
+            raise ValueError(f"input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
+        running_mean, running_var = self.running_mean, self.running_var
+        if not training and running_mean is not None and running_var is not None:
+            return eval_batch_norm(input, residual, self.weight, self.bias, running_mean, running_var, self._options())
+        # Without running statistics eval mode uses this rank's batch, as torch does.
+        comm = resolve(self.process_group) if training else LOCAL
+        return train_batch_norm(
+            input,
+            residual,
+            self.weight,
+            self.bias,
+            running_mean if self.track_running_stats else None,
+            running_var if self.track_running_stats else None,
+            self.num_batches_tracked if self.track_running_stats else None,
+            comm,
+            self._options(),
+            None if comm is LOCAL or torch.compiler.is_compiling() else self._agreed(),
+        )
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+        """`syncbn.convert_sync_batchnorm`, where torch's users look for it."""
+        from .convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+    @classmethod
+    def from_keras(
+        cls,
+        weights: Mapping[str, Any] | Sequence[Any],
+        decay: float = 0.99,
+        epsilon: float = 1e-3,
+        *,
+        center: bool = True,
+        scale: bool = True,
+        **options: Any,
+    ) -> SyncBatchNorm:
+        """The layer that continues where a Keras batch normalization stands: same outputs, same moving statistics from here on.
+
+        Args:
+            weights: gamma, beta, moving_mean, moving_variance as a dict of arrays, or the list that Keras' `layer.get_weights()` gives.
+            decay: Keras' momentum: running += (1 - decay) * (new - running).
+            epsilon: Keras' epsilon.
+            center, scale: those of the Keras layer; without them beta, gamma are not in the list. A dict says so itself.
+            options: further ones of this class; `unbiased` is False unless given, as in Keras.
+
+        Raises:
+            ValueError: an array is missing or has another length than the others.
+
+        >>> layer = SyncBatchNorm.from_keras([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 4.0]], decay=0.75)
+        >>> layer.momentum, layer.eps, layer.running_var
+        (0.25, 0.001, tensor([1., 4.]))
+        """
+        tensors = named_tensors(weights, center, scale)
+        mean = tensors["moving_mean"]
+        layer = cls(
+            mean.numel(),
+            epsilon,
+            1 - decay,
+            "gamma" in tensors or "beta" in tensors,
+            **{"unbiased": False, "dtype": mean.dtype, **options},
+        )
+        copy_tensors(layer, tensors)
+        return layer
+
+    def to_keras(self) -> dict[str, Any]:
+        """gamma, beta, moving_mean, moving_variance as numpy arrays, those that the layer has, in the order of Keras'
+        `layer.set_weights(list(weights.values()))`. The Keras layer has momentum = 1 - self.momentum and epsilon = self.eps.
+
+        >>> [(name, array.shape) for name, array in SyncBatchNorm(3).to_keras().items()]
+        [('gamma', (3,)), ('beta', (3,)), ('moving_mean', (3,)), ('moving_variance', (3,))]
+        """
+        return to_keras(self)
+
+    def _agreed(self) -> Agreed:
+        if "agreed" not in vars(self):
+            vars(self)["agreed"] = Agreed()
+        return vars(self)["agreed"]
+
+    def _options(self) -> Options:
+        return Options(
+            self.momentum,
+            self.eps,
+            self.activation,
+            self.negative_slope,
+            self.weighting,
+            self.unbiased,
+            self.layer_name or type(self).__name__,
+        )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions from 2 on: the function checks it."""
+
+    def extra_repr(self) -> str:
+        extra = super().extra_repr()
+        for name in ("activation", "weighting", "unbiased"):
+            if getattr(self, name) != getattr(SyncBatchNorm, name):
+                extra += f", {name}={getattr(self, name)!r}"
+        return extra
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        memo[id(self.process_group)] = self.process_group  # a copy exchanges with the same ranks; groups cannot be copied
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
+
+
+class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
+    """A `SyncBatchNorm` that takes num_features from its first input: what a lazy batch norm is converted to."""
+
+    cls_to_become = SyncBatchNorm

@@ -1,0 +1,127 @@
+"""One suite for any number of ranks: `pytest`, `torchrun --nproc-per-node N -m pytest`, `mpirun -n N python -m pytest`.
+
+Every rank runs the same tests in the same order, with the same random numbers. Markers say where a test belongs:
+
+    world_size(n, ...)   only with these numbers of ranks
+    process_group        only with torch.distributed (that is, not under mpirun, where the group is MPI.COMM_WORLD)
+    gpu                  needs a CUDA device
+
+What does not fit is deselected. Only rank 0 reports; the others print what failed.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import syncbn
+from syncbn.environment import place
+
+HERE = place()
+UNDER_MPI = HERE.launcher not in (None, "torchrun")
+_STDERR = os.dup(2)  # pytest captures the other one
+TIMEOUT = 60  # seconds: a rank that fails leaves the others waiting no longer than this
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run."""
+
+    rank: int
+    size: int
+    group: Any  # what a layer gets as process_group
+
+    def mine(self, whole: Tensor, counts: tuple[int, ...]) -> Tensor:
+        """This rank's rows of the whole batch, as a tensor of its own."""
+        return whole.split(counts)[self.rank].clone(memory_format=torch.preserve_format)
+
+    def all_gather(self, t: Tensor) -> list[Tensor]:
+        """`t` of every rank, for comparisons."""
+        if self.size == 1:
+            return [t]
+        if UNDER_MPI:
+            return self.group.allgather(t.detach().cpu())
+        tensors = [torch.empty_like(t) for _ in range(self.size)]
+        dist.all_gather(tensors, t.detach().contiguous())
+        return tensors
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
+    config.addinivalue_line("markers", "process_group: needs torch.distributed")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    if HERE.rank > 0:
+        config.option.verbose = -2  # errors only
+        config.option.no_summary = True
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    torch.set_num_threads(1)
+    if HERE.launcher == "torchrun":
+        syncbn.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK  # -k may pick tests that belong to another number of ranks
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    kept, left_out = [], []
+    for item in items:
+        (kept if _fits(item) else left_out).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
+def _fits(item: pytest.Item) -> bool:
+    sizes = [size for marker in item.iter_markers("world_size") for size in marker.args]
+    if sizes and HERE.world_size not in sizes:
+        return False
+    if item.get_closest_marker("process_group") and HERE.launcher != "torchrun":
+        return False
+    return torch.cuda.is_available() or not item.get_closest_marker("gpu")
+
+
+@pytest.fixture(autouse=True)
+def time_limit() -> Iterator[None]:
+    """Ends this rank, with the stacks of its threads, if a test takes too long: MPI has no timeout, and the launcher then ends the others."""
+    faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True, file=_STDERR)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True)
+def seed(request: pytest.FixtureRequest) -> None:
+    """The same numbers on every rank, and whatever other tests ran before."""
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    group = None
+    if UNDER_MPI:
+        from mpi4py import MPI
+
+        group = MPI.COMM_WORLD
+        assert group.Get_size() == HERE.world_size, "mpi4py was built for another MPI than mpirun"
+    return World(HERE.rank, HERE.world_size, group)
+
+
+@pytest.fixture
+def subprocess_env() -> dict[str, str]:
+    """The environment for a job that a test starts: without this run's own launcher's variables."""
+    drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+    return env | {"OMP_NUM_THREADS": "1"}

@@ -1,0 +1,180 @@
+"""Every row of DESIGN's table of bad input, on any number of ranks: an error on every rank, before any collective, or the right result.
+
+After each error the ranks exchange once more, to show that none of them is out of step.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from oracle import batch_norm_step, relative_error
+from torch import nn
+
+import syncbn
+
+
+def in_step(world):
+    """A layer still works on all ranks."""
+    x = torch.randn(2, 3, 4) + world.rank
+    y = syncbn.SyncBatchNorm(3, process_group=world.group)(x)
+    mean = torch.stack(world.all_gather(y.detach())).mean((0, 1, 3))
+    assert mean.abs().max() < 1e-5  # of values of size 1, in float32
+
+
+X = torch.zeros(2, 3, 4)
+CALLS = {  # what is wrong: (arguments of sync_batch_norm, exception, words that the message must have)
+    "1-D input": (dict(input=torch.zeros(3)), ValueError, ["input", "2 dimensions", "[3]"]),
+    "integer input": (dict(input=X.long()), TypeError, ["input", "float32", "int64"]),
+    "complex input": (dict(input=X.to(torch.complex64)), TypeError, ["input", "complex64"]),
+    "weight too long": (dict(weight=torch.ones(4)), ValueError, ["weight", "[3]", "[2, 3, 4]", "[4]"]),
+    "weight of two dimensions": (dict(weight=torch.ones(3, 1)), ValueError, ["weight", "[3]", "[3, 1]"]),
+    "bias too short": (dict(bias=torch.ones(2)), ValueError, ["bias", "[3]", "[2]"]),
+    "weight in a dtype of its own": (dict(weight=torch.ones(3).half()), ValueError, ["weight", "float32", "float16"]),
+    "integer running_mean": (
+        dict(running_mean=torch.zeros(3).long(), running_var=torch.ones(3)),
+        ValueError,
+        ["running_mean", "floating point", "int64"],
+    ),
+    "running_mean alone": (dict(running_mean=torch.zeros(3)), ValueError, ["running_var", "both or neither"]),
+    "running_var too long": (
+        dict(running_mean=torch.zeros(3), running_var=torch.ones(5)),
+        ValueError,
+        ["running_var", "[3]", "[5]"],
+    ),
+    "weight on another device": (dict(weight=torch.ones(3, device="meta")), ValueError, ["weight", "cpu", "meta"]),
+    "residual of another shape": (dict(residual=X[:1]), ValueError, ["residual", "[2, 3, 4]", "[1, 3, 4]"]),
+    "residual of another dtype": (dict(residual=X.double()), ValueError, ["residual", "float32", "float64"]),
+    "unknown activation": (dict(activation="gelu"), ValueError, ["activation", "'relu'", "'leaky_relu'", "'silu'", "'gelu'"]),
+    "unknown weighting": (dict(weighting="equal"), ValueError, ["weighting", "'samples'", "'ranks'", "'equal'"]),
+    "unknown process_group": (dict(process_group="world"), ValueError, ["process_group", "DeviceMesh", "mpi4py", "str"]),
+    "eval without statistics": (dict(training=False), ValueError, ["running_mean", "running_var"]),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_bad_argument_is_named_before_any_collective(world, name):
+    changes, exception, words = CALLS[name]
+    arguments = {"input": X, "running_mean": None, "running_var": None, "process_group": world.group} | changes
+    with pytest.raises(exception) as error:
+        syncbn.sync_batch_norm(**arguments)
+    for word in words:
+        assert word in str(error.value), f"{word!r} is missing in {error.value}"
+    in_step(world)
+
+
+def test_wrong_number_of_channels(world):
+    layer = syncbn.SyncBatchNorm(4, process_group=world.group)
+    with pytest.raises(ValueError, match=r"4 channels.*num_features.*\[2, 3, 4\]"):
+        layer(X)
+    with pytest.raises(ValueError, match="2 dimensions"):
+        layer(torch.zeros(4))
+    in_step(world)
+
+
+@pytest.mark.parametrize("option", [{"activation": "gelu"}, {"weighting": "equal"}, {"process_group": 3}], ids=str)
+def test_a_bad_option_is_an_error_when_the_layer_is_built(option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        syncbn.SyncBatchNorm(4, **option)
+
+
+@pytest.mark.process_group
+@pytest.mark.world_size(2, 3, 4)
+def test_a_group_without_this_rank_is_refused(world):
+    import torch.distributed as dist
+
+    group = dist.new_group([0])
+    if world.rank > 0:
+        with pytest.raises(ValueError, match="does not contain this rank"):
+            syncbn.SyncBatchNorm(3, process_group=group)
+    in_step(world)
+
+
+@pytest.mark.process_group
+@pytest.mark.world_size(2, 4)
+def test_a_device_mesh_of_two_dimensions_is_refused(world):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("a", "b"))
+    with pytest.raises(ValueError, match="one-dimensional DeviceMesh, got 2"):
+        syncbn.SyncBatchNorm(3, process_group=mesh)
+    in_step(world)
+
+
+@pytest.mark.parametrize("rank_with_the_value", [0, -1])
+@pytest.mark.parametrize("weighting", ["samples", "ranks"])
+def test_one_value_per_channel_over_all_ranks_raises_on_every_rank(world, rank_with_the_value, weighting):
+    holder = rank_with_the_value % world.size
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group, weighting=weighting)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layer(torch.randn(1 if world.rank == holder else 0, 3))
+    in_step(world)
+
+
+@pytest.mark.world_size(2, 3, 4)
+def test_one_value_on_each_rank_is_enough(world):
+    """Together they are a batch: torch refused this once."""
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group)
+    whole = torch.randn(world.size, 3)
+    y = layer(whole[world.rank : world.rank + 1])
+    assert relative_error(y, batch_norm_step(whole, whole).y[world.rank : world.rank + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_no_samples_anywhere_changes_nothing(world, dtype):
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=dtype, activation="relu")
+    x = torch.empty(0, 3, 4, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape and x.grad.shape == x.shape
+    assert torch.equal(layer.running_mean, torch.zeros(3, dtype=dtype)) and torch.equal(layer.running_var, torch.ones(3, dtype=dtype))
+    assert layer.num_batches_tracked == 0
+    for grad in (layer.weight.grad, layer.bias.grad):
+        assert torch.equal(grad, torch.zeros(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_inf_propagate_as_in_batch_norm(world, value):
+    """Only the channel that has it is lost, on every rank."""
+    whole = torch.randn(2 * world.size, 3, 5)
+    whole[-1, 1, 2] = value
+    layer, plain = syncbn.SyncBatchNorm(3, process_group=world.group), nn.BatchNorm1d(3)
+    x = whole[2 * world.rank : 2 * world.rank + 2].clone().requires_grad_()
+    y = layer(x)
+    y.square().sum().backward()
+    want = plain(whole)[2 * world.rank : 2 * world.rank + 2]
+    assert torch.equal(y.isfinite(), want.isfinite()) and not y[:, 1].isfinite().any() and y[:, [0, 2]].isfinite().all()
+    assert torch.equal(layer.running_var.isfinite(), plain.running_var.isfinite())
+    assert x.grad[:, [0, 2]].isfinite().all()
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("empty", [0, 1], ids=["rank 0 fails", "rank 1 fails"])
+def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subprocess_env, empty):
+    """The rank that fails ends; the one that waits for it gets an error within the group's timeout, not never."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import torch, torch.distributed as dist, syncbn, sys, time
+        syncbn.init_process_group("gloo", timeout=5)
+        layer = syncbn.SyncBatchNorm(3)
+        x = torch.randn(2, 4 if dist.get_rank() == {empty} else 3, 5)
+        start = time.time()
+        try:
+            layer(x)
+        except ValueError as error:
+            print("named:", error, flush=True)
+            time.sleep(20)  # still there, but never coming: only the timeout can end the wait
+        except RuntimeError as error:
+            print(f"after {{time.time() - start:.0f}} s: {{error}}", flush=True)
+            raise
+        """)
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "named: input must have 3 channels" in done.stdout
+    assert "after 5 s" in done.stdout or "after 6 s" in done.stdout or "after 4 s" in done.stdout, done.stdout

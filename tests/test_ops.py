@@ -1,0 +1,209 @@
+"""Three gates for each op: it equals float64 batch normalization, its schema and fake kernel hold, and it is accurate on bad data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
+
+import syncbn
+from syncbn import ops, reference
+from syncbn.layout import is_channels_last, mask_bytes, outer_c_inner
+
+pytestmark = pytest.mark.world_size(1)
+
+SHAPES = [
+    (4, 1),  # one channel
+    (6, 5),
+    (0, 3, 4),  # empty batch
+    (0, 3),
+    (1, 3, 5, 7),
+    (3, 7, 5, 11),  # primes: nothing divides a warp
+    (2, 3, 40, 60),  # more than one chunk of samples, and a rest
+    (4, 16, 7, 7),
+    (2, 8, 1, 1),  # both contiguous and channels-last
+    (2, 3, 2, 3, 5),
+]
+
+
+def channels_last(x):
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtype):
+    c = shape[1]
+    make = lambda: layout(torch.randn(shape).to(dtype))  # noqa: E731
+    x, dy, res = make(), make(), make() if residual else None
+    weight, bias = torch.randn(2, c, dtype=dtype)
+    running_mean, running_var, tracked = torch.zeros(c), torch.ones(c), torch.tensor(0)
+    how = (1e-5, activation, 0.01)
+
+    stats = ops.stats(x, False)
+    y, mask = ops.normalize(
+        x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01
+    )
+    keeps_mask = residual and activation in ("relu", "leaky_relu")
+    assert mask.numel() == (mask_bytes(x) if keeps_mask else 0)
+    sums, dz, dweight, dbias = ops.backward_reduce(
+        dy, x, stats, weight, bias, res if activation == "silu" else None, mask if keeps_mask else None, *how
+    )
+    if residual and activation != "none":
+        dx = ops.backward_input(dz, x, stats, sums, weight, bias, 1e-5, "none", 0.01)
+    else:
+        assert dz.numel() == 0
+        dx = ops.backward_input(dy, x, stats, sums, weight, bias, *how)
+
+    assert stats.dtype == sums.dtype == torch.float64
+    assert y.dtype == dx.dtype == dweight.dtype == dbias.dtype == dtype
+    assert is_channels_last(y) == is_channels_last(x) and is_channels_last(dx) == is_channels_last(x)
+    if shape[0] == 0:
+        assert stats.count_nonzero() == 0 and sums.count_nonzero() == 0 and dweight.count_nonzero() == 0 and tracked == 0
+        assert torch.equal(running_mean, torch.zeros(c)) and torch.equal(running_var, torch.ones(c))
+        return
+    want = batch_norm_step(x, dy, weight, bias, res, None if activation == "none" else activation)
+    for name, got in {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}.items():
+        assert_close(got, getattr(want, name), TOLERANCE[dtype], name, want.terms.get(name))
+    if dz.numel():
+        assert_close(dz, want.dresidual, TOLERANCE[dtype], "dz")
+    assert_close(running_mean, want.running_mean, TOLERANCE[torch.float32], "running_mean", 0.1 * x.double())
+    assert_close(running_var, want.running_var, TOLERANCE[torch.float32], "running_var")
+    assert tracked == 1
+
+
+@pytest.mark.parametrize("rank_weighted", [False, True])
+def test_stats_says_what_it_sums(rank_weighted):
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    got = ops.stats(x, rank_weighted)
+    sums = torch.cat([x.sum((0, 2)), x.square().sum((0, 2))])
+    want = torch.cat([sums / 20, torch.tensor([20.0, 1.0])]) if rank_weighted else torch.cat([sums, torch.tensor([20.0])])
+    assert_close(got, want, 1e-14, "stats")  # sums of 20 values
+    assert ops.stats(x[:0], rank_weighted).count_nonzero() == 0
+
+
+def test_mask_has_a_bit_for_each_element_in_memory_order():
+    x = torch.randn(2, 3, 5, 7)
+    for t in (x, channels_last(x)):
+        outer, c, inner = outer_c_inner(t)
+        assert (outer, c, inner) == ((2, 3, 35) if t is x else (70, 3, 1))
+        packed = reference._pack_bits(t > 0, t)
+        assert torch.equal(reference._unpack_bits(packed, t), t > 0)
+        row = c if inner == 1 else inner
+        flat = reference._in_memory_order(t)
+        for f in (0, 1, row - 1, row, t.numel() - 1):  # element f of memory, in row p, has bit f + 8 p
+            bit = f + 8 * (f // row)
+            assert (packed[bit // 8] >> (bit % 8)) & 1 == (flat[f] > 0)
+
+
+CASES = {
+    "plain": dict(activation="none"),
+    "relu and residual": dict(activation="relu", residual=True),
+    "silu and residual": dict(activation="silu", residual=True),
+    "no parameters, no buffers": dict(activation="leaky_relu", affine=False, track=False),
+    "momentum None": dict(activation="none", momentum=None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+def test_opcheck(name, layout):
+    """Schema, aliasing, fake kernel and traceability of every op, as torch.library checks them."""
+    case = {"residual": False, "affine": True, "track": True, "momentum": 0.1} | CASES[name]
+    x, dy = layout(torch.randn(2, 3, 4, 5)), layout(torch.randn(2, 3, 4, 5))
+    residual = layout(torch.randn(2, 3, 4, 5)) if case["residual"] else None
+    weight, bias = (torch.randn(3), torch.randn(3)) if case["affine"] else (None, None)
+    buffers = (torch.zeros(3), torch.ones(3), torch.tensor(0)) if case["track"] else (None, None, None)
+    activation = case["activation"]
+    stats = ops.stats(x, False)
+    normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], 1e-5, True, activation, 0.01)
+    _, mask = ops.normalize(*normalize_args)
+    mask = mask if mask.numel() else None
+    reduce_args = (dy, x, stats, weight, bias, residual if activation == "silu" else None, mask, 1e-5, activation, 0.01)
+    sums = ops.backward_reduce(*reduce_args)[0]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd is function.py's
+    torch.library.opcheck(ops.stats, (x, False), test_utils=checks)
+    torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
+    torch.library.opcheck(ops.backward_reduce, reduce_args, test_utils=checks)
+    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, weight, bias, 1e-5, activation, 0.01), test_utils=checks)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+def test_gradcheck(activation, residual):
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    weight, bias = torch.randn(2, 2, dtype=torch.float64).unbind()
+    res = torch.randn_like(x) if residual else None
+    f = lambda x, w, b, r: syncbn.sync_batch_norm(x, None, None, w, b, residual=r, activation=activation)  # noqa: E731
+    inputs = tuple(t if t is None else t.detach().requires_grad_() for t in (x, weight, bias, res))
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+# ---- Accuracy -------------------------------------------------------------------------------------------------------------------
+
+
+def outliers(x: torch.Tensor, value: float) -> torch.Tensor:
+    x = x.clone()
+    x[0, :, :1] = value
+    return x
+
+
+NORMAL = torch.randn(2, 3, 40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+ADVERSARIAL = {  # name: (values, bound on var's relative error)
+    "mean/std 1": (NORMAL + 1, 1e-7),
+    "mean/std 1e2": (NORMAL + 1e2, 1e-7),
+    "mean/std 1e4": (NORMAL + 1e4, 1e-6),
+    "mean/std 1e5": (NORMAL + 1e5, 4e-6),  # float64 sums on the wire: (mean/std)² 2⁻⁵³ and the shift's rounding
+    "std 1e-6 around 0": (NORMAL * 1e-6, 1e-7),
+    "var far below eps": (NORMAL * 1e-4 + 3, 1e-6),
+    "first value 0 in N(1000, 1)": (outliers(NORMAL + 1000, 0.0), 1e-6),
+    "first value 1e4 in N(0, 1)": (outliers(NORMAL, 1e4), 1e-6),
+    "leading zeros": (torch.cat([torch.zeros(2, 3, 300).double(), NORMAL + 1000], -1), 2e-6),
+    "sparse": (NORMAL.clamp(min=2) - 2, 1e-6),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+def test_variance_and_output_stay_accurate_in_float32(name, layout):
+    values, bound = ADVERSARIAL[name]
+    x = layout(values.float())
+    exact = x.double()
+    mean, var, _ = reference.finalize(ops.stats(x, False), 1e-5)
+    want_var = exact.var((0, 2), unbiased=False)
+    assert ((var - want_var).abs() / want_var).max() < bound
+    assert ((mean - exact.mean((0, 2))).abs() <= 1e-7 * exact.abs().mean((0, 2)) + 1e-12).all()
+    y = syncbn.sync_batch_norm(x, None, None)
+    want = F.batch_norm(exact, None, None, training=True)
+    assert relative_error(y, want) < 2e-6
+
+
+def test_raw_sums_would_fail_the_accuracy_tests():
+    """What the shift is for: the same law misses by far without it."""
+    x = ADVERSARIAL["mean/std 1e4"][0].float()
+    n = x.numel() / x.shape[1]
+    var = x.square().sum((0, 2)) / n - (x.sum((0, 2)) / n).square()
+    want = x.double().var((0, 2), unbiased=False)
+    assert ((var - want).abs() / want).max() > 1e-2
+
+
+def test_counts_beyond_what_float32_and_int32_hold():
+    """The count is a float64: exact beyond 2²⁴ and 2³¹ samples, and beyond fp16's 65504."""
+    n = 2.0**31 + 3
+    stats = torch.tensor([2 * n, 5 * n, n], dtype=torch.float64)
+    mean, var, _ = reference.finalize(stats, 0.0)
+    assert mean.item() == 2 and var.item() == 1
+    running_mean, running_var, tracked = torch.zeros(1).half(), torch.zeros(1).double(), torch.tensor(0)
+    reference.update_running_stats(stats, running_mean, running_var, tracked, 1.0, True)
+    assert running_mean.item() == 2 and running_var.item() == n / (n - 1)
+
+
+def test_nan_passes_through_relu_as_in_torch():
+    x = torch.tensor([[1.0, float("nan")], [2.0, 3.0], [4.0, -1.0]])
+    y = syncbn.sync_batch_norm(x, None, None, activation="relu")
+    want = F.relu(F.batch_norm(x, None, None, training=True))
+    assert torch.equal(y.isnan(), want.isnan()) and y[:, 1].isnan().all()
