@@ -6,6 +6,7 @@ from .function import sync_batch_norm
 from .groups import new_group
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
+from .statistics import update_bn_stats
 
 __all__ = [
     "SyncBatchNorm",
@@ -15,5 +16,6 @@ __all__ = [
     "new_group",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "update_bn_stats",
 ]
 __version__ = "0.1.0"

@@ -21,7 +21,7 @@ LAYERS = [
     {"function"},
     {"modules"},
     {"fuse", "keras"},
-    {"convert"},
+    {"convert", "statistics"},
     {"__init__"},
 ]
 
