@@ -2,6 +2,7 @@
 
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
+from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group
 from .keras import SyncBatchNormalization
@@ -12,6 +13,7 @@ __all__ = [
     "SyncBatchNorm",
     "SyncBatchNormalization",
     "convert_sync_batchnorm",
+    "fold_batchnorm",
     "init_process_group",
     "new_group",
     "revert_sync_batchnorm",

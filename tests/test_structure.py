@@ -21,7 +21,7 @@ LAYERS = [
     {"function"},
     {"modules"},
     {"fuse", "keras"},
-    {"convert", "statistics"},
+    {"convert", "fold", "statistics"},
     {"__init__"},
 ]
 
