@@ -16,7 +16,7 @@ images, labels = map(torch.tensor, load_digits(return_X_y=True))
 images = images.float().view(-1, 1, 8, 8).div(16)
 dataset = torch.utils.data.TensorDataset(images, labels)
 sampler = torch.utils.data.distributed.DistributedSampler(dataset)
-loader = torch.utils.data.DataLoader(dataset, batch_size=32, sampler=sampler)
+loader = torch.utils.data.DataLoader(dataset, batch_size=32, sampler=sampler, drop_last=True)
 
 model = nn.Sequential(
     nn.Conv2d(1, 16, 3, padding=1, bias=False),
