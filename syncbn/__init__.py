@@ -1,5 +1,7 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
+from .agreement import RankMismatchError
+from .checkpoint import checkpoint_contexts
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
 from .fold import fold_batchnorm
@@ -10,8 +12,10 @@ from .modules import SyncBatchNorm
 from .statistics import update_bn_stats
 
 __all__ = [
+    "RankMismatchError",
     "SyncBatchNorm",
     "SyncBatchNormalization",
+    "checkpoint_contexts",
     "convert_sync_batchnorm",
     "fold_batchnorm",
     "init_process_group",

@@ -96,7 +96,7 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
     attributes = vars(child)
     attributes[_ORIGIN] = type(child), {key: attributes[key] for key in ("process_group",) if key in attributes}
     child.__class__ = _synchronized(type(child))
-    child.layer_name = name or None
+    attributes["layer_name"] = name or None
     if process_group is not None:
         child.process_group = process_group
 
@@ -104,7 +104,7 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
 def _revert(child: SyncBatchNorm) -> None:
     attributes = vars(child)
     original, replaced = attributes.pop(_ORIGIN, (BatchNorm, {}))
-    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name"):
+    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed"):
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # its first input has come since
@@ -113,7 +113,7 @@ def _revert(child: SyncBatchNorm) -> None:
 
 
 @functools.cache
-def _synchronized(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
+def _synchronized(original: type) -> type[SyncBatchNorm]:
     """The class that an instance of `original` gets: torch's own become SyncBatchNorm, a subclass keeps its other methods."""
     if issubclass(original, _LazyNormBase):
         return LazySyncBatchNorm
@@ -123,7 +123,7 @@ def _synchronized(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
     return type(f"Sync{original.__name__}", bases, {"__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self))})
 
 
-def _rebuild(original: type[_BatchNorm]) -> SyncBatchNorm:
+def _rebuild(original: type) -> SyncBatchNorm:
     """Unpickles an instance of a class that `_synchronized` made."""
     cls = _synchronized(original)
     return cls.__new__(cls)

@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from . import ops
+from . import checkpoint, ops
 from .comm import LOCAL, Communicator, resolve
+from .double_backward import differentiable_backward
+from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
 from .reference import ACTIVATIONS, acc_type
 
@@ -39,14 +42,15 @@ class Options(NamedTuple):
 class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization over the samples of R ranks.
 
-        x, y, dy     [N, C, *]   this rank's samples; N differs by rank and may be 0
+        x, y, dy     [N, C, *]   this rank's samples, x dense; N differs by rank and may be 0
         stats        [2C + 1]    sum, sum of squares and count over all ranks, float64 (2C + 2 where ranks weigh the same)
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
         local        dweight = sum_dy_xhat, dbias = sum_dy: left to DDP to average
 
-    Every rank runs one collective each way, whatever its samples and whatever requires a gradient.
+    Every rank runs one collective each way, whatever its samples and whatever requires a gradient. A recomputation of a
+    checkpoint has none in the forward direction, if it was given `checkpoint_contexts`.
     """
 
     @staticmethod
@@ -60,15 +64,17 @@ class SyncBatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        comm: Communicator,
+        exchange: Exchange,
         options: Options,
     ) -> Tensor:
-        x = dense(x)
-        residual = None if residual is None else dense_like(residual, x)
         activation = options.activation or "none"
-
-        stats = comm.all_reduce_(ops.stats(x, options.weighting == "ranks"))
-        _check_count(stats, x, comm)
+        stats = checkpoint.replay(options.name, x.shape[1])
+        if stats is not None or checkpoint.is_recomputation():
+            running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
+        if stats is None:
+            stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
+        checkpoint.record(options.name, stats)
+        _check_count(stats, x, exchange.comm)
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,
@@ -79,7 +85,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
         keep_mask = ctx.has_residual and activation in ("relu", "leaky_relu")
         ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if keep_mask else None)
-        ctx.comm, ctx.options = comm, options
+        ctx.exchange, ctx.options = exchange, options
         return y
 
     @staticmethod
@@ -87,15 +93,20 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x, stats, weight, bias, residual, mask = ctx.saved_tensors
         options: Options = ctx.options
         activation = options.activation or "none"
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            grads = differentiable_backward(
+                dy, x, stats, weight, bias, residual, mask, ctx.exchange, options.eps, activation, options.negative_slope
+            )
+            return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
         dy = dense_like(dy, x)
 
         sums, dz, dweight, dbias = ops.backward_reduce(
             dy, x, stats, weight, bias, residual, mask, options.eps, activation, options.negative_slope
         )
-        sums = ctx.comm.all_reduce_(sums)
+        sums = ctx.exchange.all_reduce_(sums, "backward")
         if ctx.has_residual and activation != "none":
             dy, activation = dz, "none"
-        dx = None
+        dx: Tensor | None = None
         if ctx.needs_input_grad[0]:
             dx = ops.backward_input(dy, x, stats, sums, weight, bias, options.eps, activation, options.negative_slope)
         return (
@@ -122,12 +133,20 @@ def train_batch_norm(
     num_batches_tracked: Tensor | None,
     comm: Communicator,
     options: Options,
+    agreed: Agreed | None = None,
 ) -> Tensor:
-    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place."""
+    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
+
+    `agreed` is the layer's, where there is one."""
     _check(input, residual, weight, bias, running_mean, running_var)
+    _check_transforms(input)
+    # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
+    input = dense(input)
+    residual = None if residual is None else dense_like(residual, input)
     anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
+    exchange = Exchange(comm, options.name, (input.dtype, options.weighting, options.eps), agreed)
     return SyncBatchNormFunction.apply(
-        input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, comm, options
+        input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
     )
 
 
@@ -142,10 +161,12 @@ def eval_batch_norm(
 ) -> Tensor:
     """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
     _check(input, residual, weight, bias, running_mean, running_var)
-    parameters = [running_mean, running_var, weight, bias]
-    if any(t is not None and t.dtype != input.dtype for t in parameters):  # torch wants one type: the input's, or float32 for 16 bits
-        parameters = [t if t is None else t.to(acc_type(input.dtype)) for t in parameters]
-    y = F.batch_norm(input, *parameters, training=False, eps=options.eps)
+    if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
+        # torch wants the four of one type: the input's, or float32 for 16 bits.
+        dtype = acc_type(input.dtype)
+        running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
+        weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
     if residual is not None:
         y = y + residual
     if options.activation == "relu":
@@ -243,6 +264,18 @@ def _check(
         raise ValueError(
             f"residual must be {list(input.shape)} {input.dtype} on {input.device} as the input is,"
             f" got {list(residual.shape)} {residual.dtype} on {residual.device}"
+        )
+
+
+def _check_transforms(input: Tensor) -> None:
+    """Raises where torch could only say that an internal function lacks a method."""
+    if torch.compiler.is_compiling():
+        return
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None):
+        raise NotImplementedError(
+            "synchronized batch norm in training mode has no forward-mode derivative and no torch.func transform (jvp, grad, vmap):"
+            " use torch.autograd.grad, with create_graph=True for higher derivatives, or the layer in eval mode"
         )
 
 

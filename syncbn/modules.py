@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .comm import LOCAL, resolve
+from .exchange import Agreed
 from .function import Options, eval_batch_norm, train_batch_norm
 from .keras_weights import copy_tensors, named_tensors, to_keras
 
@@ -107,6 +108,7 @@ class SyncBatchNorm(_BatchNorm):
             self.num_batches_tracked if self.track_running_stats else None,
             comm,
             self._options(),
+            None if comm is LOCAL or torch.compiler.is_compiling() else self._agreed(),
         )
 
     @classmethod
@@ -163,6 +165,11 @@ class SyncBatchNorm(_BatchNorm):
         [('gamma', (3,)), ('beta', (3,)), ('moving_mean', (3,)), ('moving_variance', (3,))]
         """
         return to_keras(self)
+
+    def _agreed(self) -> Agreed:
+        if "agreed" not in vars(self):
+            vars(self)["agreed"] = Agreed()
+        return vars(self)["agreed"]
 
     def _options(self) -> Options:
         return Options(

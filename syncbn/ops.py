@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import reference
+from . import native, reference
 from .layout import mask_bytes
 
 SCHEMAS = {
@@ -34,6 +34,8 @@ _library = torch.library.Library("syncbn", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+
+native.load()  # after the schemas, which the compiled kernels fill in
 
 stats = torch.ops.syncbn.stats.default
 normalize = torch.ops.syncbn.normalize.default

@@ -137,7 +137,7 @@ def backward_reduce(
     dz, the gradient of the residual, is written only where a residual was added before an activation (mask or residual given):
     else it is empty. dweight and dbias have the type of weight and bias, empty where these are None.
     """
-    dz = _through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
+    dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
     mean, _, invstd = finalize(stats, eps)
     hi, lo = _split(mean, dz.dtype)
     sum_dy = _sum(_by_channel(dz))
@@ -169,7 +169,7 @@ def backward_input(
     same, it is this rank's count times the number of ranks. Where a residual was added before the activation, pass dz as dy and
     activation "none".
     """
-    dz = _through_activation(dy, x, stats, weight, bias, None, None, eps, activation, negative_slope)
+    dz = through_activation(dy, x, stats, weight, bias, None, None, eps, activation, negative_slope)
     mean, _, invstd = finalize(stats, eps)
     hi, lo = _split(mean, dz.dtype)
     sum_dy, sum_dy_xhat = sums.chunk(2)
@@ -257,7 +257,7 @@ def _activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
     return F.silu(z)
 
 
-def _through_activation(
+def through_activation(
     dy: Tensor,
     x: Tensor,
     stats: Tensor,

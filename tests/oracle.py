@@ -19,12 +19,12 @@ class Result:
 
     y: Tensor
     dx: Tensor
-    dx_terms: Tensor  # weight * invstd * dz, the terms of dx: they may cancel, and their rounding is what remains
     dresidual: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
+    terms: dict[str, Tensor]  # sizes of what dx, dweight and dbias are sums of: these may cancel, and their rounding remains
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
@@ -56,9 +56,15 @@ def batch_norm_step(
     y.backward(dy.double())
     var = x.detach().movedim(1, 0).flatten(1).var(1, unbiased=False)
     scale = (1.0 if weight is None else weight.detach()) / (var + eps).sqrt()
-    dx_terms = z.grad * scale.view(1, -1, *[1] * (x.dim() - 2))
+    by_channel = lambda t: t.detach().movedim(1, 0).flatten(1)  # noqa: E731
+    dz, xmu = by_channel(z.grad), by_channel(x) - by_channel(x).mean(1, keepdim=True)
+    terms = {
+        "dx": dz.abs().amax(1) * scale,
+        "dweight": (dz * xmu).abs().sum(1) / (var + eps).sqrt(),
+        "dbias": dz.abs().sum(1),
+    }
     grads = [None if t is None else t.grad for t in (residual, weight, bias)]
-    return Result(y.detach(), x.grad, dx_terms, *grads, running_mean, running_var)
+    return Result(y.detach(), x.grad, *grads, running_mean, running_var, terms)
 
 
 def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:

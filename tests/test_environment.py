@@ -83,11 +83,11 @@ def test_export_gives_srun_tasks_one_meeting_point(monkeypatch):
 
 
 JOB = """
-import os, torch, torch.distributed as dist, syncbn
+import os, sys, torch, torch.distributed as dist, syncbn
 device = syncbn.init_process_group(timeout=30)
 x = torch.ones(1, device=device)
 dist.all_reduce(x)
-os.write(1, f"sum {int(x)} of {dist.get_world_size()} on {device}\\n".encode())  # at once: the ranks share a pipe
+open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(f"sum {int(x)} of {dist.get_world_size()} on {device}, {os.environ.get('LOCAL_RANK')}")
 """
 
 
@@ -100,12 +100,15 @@ def test_init_process_group_under(launcher, tmp_path, subprocess_env):
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
         "mpirun": ["mpirun", "-n", "2", sys.executable],
     }[launcher]
-    done = subprocess.run(
-        [*command, str(tmp_path / "job.py")], env=subprocess_env, capture_output=True, text=True, timeout=100
-    )
+    command += [str(tmp_path / "job.py"), str(tmp_path)]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     size = 1 if launcher == "none" else 2
-    assert done.stdout.count(f"sum {size} of {size}") == size, done.stdout
+    for rank in range(size):
+        said = (tmp_path / str(rank)).read_text()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        assert said.startswith(f"sum {size} of {size} on {device}")
+        assert said.endswith(f", {None if launcher == 'none' else rank}")
 
 
 @pytest.mark.process_group

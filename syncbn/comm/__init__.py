@@ -19,6 +19,10 @@ class Communicator(Protocol):
     """A group of ranks that can add tensors."""
 
     @property
+    def group(self) -> Any:
+        """What it was made from, which lives as long as the group."""
+
+    @property
     def rank(self) -> int: ...
 
     @property
@@ -31,6 +35,7 @@ class Communicator(Protocol):
 class LocalCommunicator:
     """This process alone."""
 
+    group = None
     rank = 0
     world_size = 1
 

@@ -7,21 +7,38 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
 
+class Clone:
+    """A communicator's twin, whose messages cannot meet those of the first."""
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        self.comm = comm
+
+
 @dataclass(frozen=True)
 class MPICommunicator:
-    """Works on a clone of `comm`, so that its messages cannot meet the caller's. The first exchange makes the clone."""
+    """Works on a clone of `comm`, which the first exchange makes."""
 
     comm: MPI.Comm
 
     def __post_init__(self) -> None:
         if self.comm.Is_inter():
             raise ValueError("process_group must be an intra-communicator, got an inter-communicator")
+
+    @property
+    def group(self) -> Clone:
+        """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
+        clone: Any = self.comm.Get_attr(_CLONE)
+        if clone is None:
+            clone = Clone(self.comm.Dup())
+            self.comm.Set_attr(_CLONE, clone)
+        return clone
 
     @property
     def rank(self) -> int:
@@ -33,7 +50,7 @@ class MPICommunicator:
 
     @torch.compiler.disable
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        clone = self._clone()
+        clone = self.group.comm
         if tensor.device.type == "cpu":
             clone.Allreduce(MPI.IN_PLACE, tensor.numpy())
         elif os.environ.get("SYNCBN_MPI_CUDA_AWARE") == "1":
@@ -46,13 +63,5 @@ class MPICommunicator:
             tensor.copy_(host, non_blocking=True)
         return tensor
 
-    def _clone(self) -> MPI.Comm:
-        """One clone for each communicator, kept as its attribute, and freed with it."""
-        clone = self.comm.Get_attr(_CLONE)
-        if clone is None:
-            clone = self.comm.Dup()
-            self.comm.Set_attr(_CLONE, clone)
-        return clone
 
-
-_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.Free(), nopython=False)
+_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)

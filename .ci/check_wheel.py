@@ -1,0 +1,29 @@
+"""Builds the wheel, installs it where the source tree is out of sight, and runs a layer with its compiled kernels."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CHECK = """
+import torch, syncbn
+from syncbn import native
+cpu = native.status()[0]
+assert cpu.loaded, cpu.reason
+assert {folder!r} in syncbn.__file__, syncbn.__file__
+x = torch.randn(2, 3, 4)
+assert torch.allclose(syncbn.SyncBatchNorm(3)(x), torch.nn.BatchNorm1d(3)(x), atol=1e-6)
+print("wheel:", syncbn.__file__, cpu.reason)
+"""
+
+with tempfile.TemporaryDirectory() as folder:
+    pip = [sys.executable, "-m", "pip", "--quiet"]
+    env = os.environ | {"SYNCBN_BUILD_CPU": "1", "SYNCBN_BUILD_CUDA": "0"}
+    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, str(ROOT)], env=env, check=True)
+    (wheel,) = Path(folder).glob("*.whl")
+    assert "-py3-none-" in wheel.name, wheel.name
+    subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
+    env = os.environ | {"PYTHONPATH": f"{folder}/site"}
+    subprocess.run([sys.executable, "-c", CHECK.format(folder=folder)], cwd=folder, env=env, check=True)

@@ -1,0 +1,68 @@
+// Which of the compiled instruction sets runs: the widest that this CPU has, or at most the one that was asked for.
+#include <cstring>
+
+#include "ops.h"
+
+#define DECLARE(isa)                                                                                                             \
+  namespace isa {                                                                                                                \
+  void stats(Dtype, Layout, const void*, bool, double*);                                                                         \
+  void normalize(Dtype, Layout, const void*, const void*, const Norm&, const RunningStats&, void*, uint8_t*);                    \
+  void backward_reduce(Dtype, Layout, const void*, const void*, const void*, const uint8_t*, const Norm&, double*, void*, Param, \
+                       Param);                                                                                                   \
+  void backward_input(Dtype, Layout, const void*, const void*, const Norm&, const double*, void*);                               \
+  constexpr Kernels table{#isa, stats, normalize, backward_reduce, backward_input};                                              \
+  }
+
+namespace syncbn {
+
+DECLARE(baseline)
+#if defined(SYNCBN_X86)
+DECLARE(avx2)
+DECLARE(avx512)
+#endif
+
+namespace {
+
+// Widest first.
+const Kernels* const tables[] = {
+#if defined(SYNCBN_X86)
+    &avx512::table, &avx2::table,
+#endif
+    &baseline::table};
+
+bool runs_here([[maybe_unused]] const Kernels& table) {
+#if defined(SYNCBN_X86)
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd");
+  if (&table == &avx512::table) return v4;
+  if (&table == &avx2::table) return v3;
+#endif
+  return true;
+}
+
+const Kernels* widest(const char* at_most) {
+  bool allowed = at_most == nullptr;
+  for (const Kernels* table : tables) {
+    allowed = allowed || strcmp(table->name, at_most) == 0;
+    if (allowed && runs_here(*table)) return table;
+  }
+  return nullptr;
+}
+
+const Kernels* current = widest(nullptr);
+
+}  // namespace
+
+const Kernels& kernels() { return *current; }
+
+}  // namespace syncbn
+
+// The name of the instruction set in use, after limiting it to `at_most` unless that is null. Null if there is none of that name.
+extern "C" __attribute__((visibility("default"))) const char* syncbn_cpu_isa(const char* at_most) {
+  using namespace syncbn;
+  const Kernels* table = at_most ? widest(at_most) : current;
+  if (!table) return nullptr;
+  current = table;
+  return table->name;
+}

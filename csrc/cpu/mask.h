@@ -1,0 +1,31 @@
+// The bit mask of z > 0: element f of memory, in row p, has bit f + 8 p. See syncbn/layout.py.
+#pragma once
+
+#include "simd.h"
+
+namespace syncbn::SYNCBN_ISA {
+
+// The bits of a pack that starts at element f, at any bit of a byte. The idle byte behind a row makes the third byte readable.
+template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes) {
+  const uint8_t* p = mask + f / 8 + row;
+  return (p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16) >> (f % 8) & 0xffff;
+}
+
+// Writes the bits of lanes [first, last) of a pack at element f. They start or end at a byte unless the row does, and the last bits
+// of a row are written up to its idle bits, as zeros.
+template <typename Lanes> INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Lanes lanes, bool row_end) {
+  int64_t start = f + lanes.first;
+  uint8_t* p = mask + start / 8 + row;
+  int before = int(start % 8), length = before + lanes.last - lanes.first;
+  bits = (bits & ((1u << lanes.last) - 1)) >> lanes.first << before;
+  for (int k = 0; 8 * k < length; ++k) p[k] = uint8_t(bits >> (8 * k));
+  if (row_end && length % 8 == 0) p[length / 8] = 0;
+}
+INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Whole, bool row_end) {
+  uint8_t* p = mask + f / 8 + row;
+  uint16_t both = uint16_t(bits);
+  memcpy(p, &both, sizeof(both));
+  if (row_end) p[2] = 0;
+}
+
+}  // namespace syncbn::SYNCBN_ISA

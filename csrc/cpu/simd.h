@@ -1,0 +1,277 @@
+// Pack: 16 values in registers, whatever the instruction set, so that the order of additions is the same in all of them.
+//
+// Everything is in the namespace of the instruction set that this file is compiled for, and nothing of the standard library is
+// instantiated: a function shared between two of them could be linked in the version that this CPU cannot run.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "ops.h"
+
+#define INLINE inline __attribute__((always_inline))
+#define RARE inline __attribute__((noinline))  // kept out of the loops' code
+
+namespace syncbn::SYNCBN_ISA {
+
+struct float16 { uint16_t bits; };
+struct bfloat16 { uint16_t bits; };
+
+template <typename scalar_t> struct AccType { using type = float; };
+template <> struct AccType<double> { using type = double; };
+template <typename scalar_t> using acc_type = typename AccType<scalar_t>::type;
+
+template <typename T> struct IntOf { using type = int32_t; };
+template <> struct IntOf<double> { using type = int64_t; };
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;
+#endif
+
+constexpr int PACK = 16;
+
+template <typename T> struct Pack {
+  static constexpr int LANES = REGISTER_BYTES / sizeof(T), REGISTERS = PACK / LANES;
+  using Int = typename IntOf<T>::type;
+  typedef T V __attribute__((vector_size(REGISTER_BYTES)));
+  typedef Int I __attribute__((vector_size(REGISTER_BYTES)));
+  V v[REGISTERS];
+
+  Pack() = default;
+  INLINE Pack(T value) { each([&](int r) { v[r] = value - V{}; }); }  // minus zero keeps the sign of zero
+
+  template <typename F> static INLINE void each(F f) {
+#pragma GCC unroll 8
+    for (int r = 0; r < REGISTERS; ++r) f(r);
+  }
+  template <typename F> static INLINE Pack map(F f) {
+    Pack result;
+    each([&](int r) { result.v[r] = f(r); });
+    return result;
+  }
+  // The number of each lane, for masks: 0, 1, 2, ...
+  static INLINE I lane(int r) {
+    I index;
+    for (int k = 0; k < LANES; ++k) index[k] = r * LANES + k;
+    return index;
+  }
+};
+
+template <typename T> INLINE Pack<T> operator+(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] + b.v[r]; }); }
+template <typename T> INLINE Pack<T> operator-(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] - b.v[r]; }); }
+template <typename T> INLINE Pack<T> operator*(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] * b.v[r]; }); }
+template <typename T> INLINE Pack<T> operator/(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] / b.v[r]; }); }
+template <typename T> INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) { return a = a + b; }
+
+// ---- Which of a pack's lanes count ------------------------------------------------------------------------------------------
+
+struct Whole {  // all of them, known when compiled
+  static constexpr int first = 0, last = PACK;
+};
+struct Overlap {  // all can be read and written, but those outside [first, last) belong to another pack
+  int first, last;
+};
+struct Partial {  // only [0, last) is in memory
+  static constexpr int first = 0;
+  int last;
+};
+
+template <typename T> INLINE Pack<T> keep(Pack<T> a, Whole) { return a; }
+template <typename T, typename Lanes> INLINE Pack<T> keep(Pack<T> a, Lanes lanes) {
+  using P = Pack<T>;
+  using Int = typename P::Int;
+  return P::map([&](int r) {
+    auto inside = (P::lane(r) >= Int(lanes.first)) & (P::lane(r) < Int(lanes.last));
+    return inside ? a.v[r] : typename P::V{};
+  });
+}
+
+// ---- Bits: one for each lane ------------------------------------------------------------------------------------------------
+
+// Lanes that are not <= 0; so NaN counts as positive, as torch's relu lets it through.
+template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
+  using P = Pack<T>;
+  uint32_t bits = 0;
+  P::each([&](int r) {
+    auto negative = a.v[r] <= 0;
+#if defined(__AVX512F__)
+    uint32_t part = sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)negative) : _mm512_movepi64_mask((__m512i)negative);
+#elif defined(__AVX2__)
+    uint32_t part = sizeof(T) == 4 ? _mm256_movemask_ps((__m256)negative) : _mm256_movemask_pd((__m256d)negative);
+#elif defined(__x86_64__)
+    uint32_t part = sizeof(T) == 4 ? _mm_movemask_ps((__m128)negative) : _mm_movemask_pd((__m128d)negative);
+#else
+    uint32_t part = 0;
+    for (int k = 0; k < P::LANES; ++k) part |= uint32_t(negative[k] & 1) << k;
+#endif
+    bits |= part << (r * P::LANES);
+  });
+  return ~bits & 0xffff;
+}
+
+// a where the lane's bit is set, else b.
+template <typename T> INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b) {
+  using P = Pack<T>;
+  using Int = typename P::Int;
+  return P::map([&](int r) {
+    auto set = ((Int(bits) - typename P::I{}) & (Int(1) << P::lane(r))) != 0;
+    return set ? a.v[r] : b.v[r];
+  });
+}
+
+// a where z is not <= 0, else b.
+template <typename T> INLINE Pack<T> select_positive(Pack<T> z, Pack<T> a, Pack<T> b) {
+  return Pack<T>::map([&](int r) { return z.v[r] <= 0 ? b.v[r] : a.v[r]; });
+}
+
+// ---- Conversions ------------------------------------------------------------------------------------------------------------
+
+template <typename To, typename From> INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+INLINE float to_float(bfloat16 b) { return bit_cast<float>(uint32_t(b.bits) << 16); }
+INLINE float to_float(float16 h) {
+  uint32_t magnitude = h.bits & 0x7fffu;
+  float f = bit_cast<float>(magnitude << 13) * 0x1p112f;  // rebiases the exponent, subnormals included
+  uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(f) | special | uint32_t(h.bits & 0x8000u) << 16);
+}
+
+INLINE bfloat16 to_bfloat16(float f) {
+  uint32_t u = bit_cast<uint32_t>(f);
+  return {f != f ? uint16_t(0x7fc0) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16)};  // to nearest even
+}
+INLINE float16 to_float16(float f) {
+  uint32_t u = bit_cast<uint32_t>(f), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;  // to nearest even
+  uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds
+  uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
+  uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  return {uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite))};
+}
+
+// ---- Loads and stores -------------------------------------------------------------------------------------------------------
+
+template <typename T> INLINE Pack<T> load(const T* p) {
+  Pack<T> a;
+  memcpy(&a, p, sizeof(a));
+  return a;
+}
+template <typename T> INLINE void store(T* p, Pack<T> a) { memcpy(p, &a, sizeof(a)); }
+
+typedef uint16_t Half16 __attribute__((vector_size(Pack<float>::LANES * 2)));
+typedef uint32_t Word16 __attribute__((vector_size(REGISTER_BYTES)));
+
+INLINE Pack<float> load(const bfloat16* p) {
+  using P = Pack<float>;
+  return P::map([&](int r) {
+    Half16 half;
+    memcpy(&half, p + r * P::LANES, sizeof(half));
+    return (P::V)(__builtin_convertvector(half, Word16) << 16);
+  });
+}
+INLINE void store(bfloat16* p, Pack<float> a) {
+  using P = Pack<float>;
+  P::each([&](int r) {
+    Word16 u = (Word16)a.v[r];
+    u = a.v[r] != a.v[r] ? Word16{} + 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
+    Half16 half = __builtin_convertvector(u, Half16);
+    memcpy(p + r * P::LANES, &half, sizeof(half));
+  });
+}
+
+#if defined(__F16C__)
+#if defined(__AVX512F__)
+INLINE Pack<float>::V load_register(const float16* p) { return (Pack<float>::V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_register(float16* p, Pack<float>::V v) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+INLINE Pack<float>::V load_register(const float16* p) { return (Pack<float>::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE void store_register(float16* p, Pack<float>::V v) {
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
+#else
+RARE Pack<float>::V load_register(const float16* p) {
+  Pack<float>::V v;
+  for (int k = 0; k < Pack<float>::LANES; ++k) v[k] = to_float(p[k]);
+  return v;
+}
+RARE void store_register(float16* p, Pack<float>::V v) {
+  for (int k = 0; k < Pack<float>::LANES; ++k) p[k] = to_float16(v[k]);
+}
+#endif
+INLINE Pack<float> load(const float16* p) {
+  return Pack<float>::map([&](int r) { return load_register(p + r * Pack<float>::LANES); });
+}
+INLINE void store(float16* p, Pack<float> a) {
+  Pack<float>::each([&](int r) { store_register(p + r * Pack<float>::LANES, a.v[r]); });
+}
+
+template <typename scalar_t, typename Lanes> INLINE Pack<acc_type<scalar_t>> load(const scalar_t* p, Lanes) { return load(p); }
+template <typename scalar_t> RARE Pack<acc_type<scalar_t>> load(const scalar_t* p, Partial lanes) {
+  scalar_t buffer[PACK] = {};
+  for (int k = 0; k < lanes.last; ++k) buffer[k] = p[k];
+  return load(buffer);
+}
+
+template <typename scalar_t, typename Lanes> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Lanes) { store(p, a); }
+template <typename scalar_t> RARE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Partial lanes) {
+  scalar_t buffer[PACK];
+  store(buffer, a);
+  for (int k = 0; k < lanes.last; ++k) p[k] = buffer[k];
+}
+
+// The sum of all lanes in float64, as a tree.
+template <typename T> INLINE double sum(Pack<T> a) {
+  T lanes[PACK];
+  store(lanes, a);
+  double total[PACK];
+  for (int k = 0; k < PACK; ++k) total[k] = double(lanes[k]);
+#pragma GCC unroll 4
+  for (int half = PACK / 2; half; half /= 2)
+    for (int k = 0; k < half; ++k) total[k] += total[k + half];
+  return total[0];
+}
+
+// ---- The dtype switch: outermost, once ----------------------------------------------------------------------------------------
+
+template <typename F> void with_dtype(Dtype dtype, F f) {
+  switch (dtype) {
+    case Dtype::float32: return f(float{});
+    case Dtype::float64: return f(double{});
+    case Dtype::float16: return f(float16{});
+    case Dtype::bfloat16: return f(bfloat16{});
+  }
+}
+
+INLINE double get(Param p, int64_t c) {
+  switch (p.dtype) {
+    case Dtype::float32: return static_cast<const float*>(p.data)[c];
+    case Dtype::float64: return static_cast<const double*>(p.data)[c];
+    case Dtype::float16: return to_float(static_cast<const float16*>(p.data)[c]);
+    default: return to_float(static_cast<const bfloat16*>(p.data)[c]);
+  }
+}
+INLINE void set(Param p, int64_t c, double value) {
+  switch (p.dtype) {
+    case Dtype::float32: static_cast<float*>(p.data)[c] = float(value); break;
+    case Dtype::float64: static_cast<double*>(p.data)[c] = value; break;
+    case Dtype::float16: static_cast<float16*>(p.data)[c] = to_float16(float(value)); break;
+    default: static_cast<bfloat16*>(p.data)[c] = to_bfloat16(float(value));
+  }
+}
+
+}  // namespace syncbn::SYNCBN_ISA

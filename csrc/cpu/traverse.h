@@ -1,0 +1,214 @@
+// How the ops walk [outer, C, inner]: by planes where inner is long, by columns where channels lie side by side.
+//
+// All divisions of the work depend on the shape alone, never on the number of threads: so the bits do not either.
+#pragma once
+
+#include "simd.h"
+
+namespace syncbn::SYNCBN_ISA {
+
+constexpr int64_t CHUNK = 16384;         // values that share a shift: 256 in each lane of acc_t
+constexpr int64_t UNIT = 4 * CHUNK;       // values that one partial sum covers
+constexpr int64_t GRAIN = 32768;         // values below which a thread is not worth waking; torch's own number
+constexpr int ACCUMULATORS = 4;          // independent chains hide the latency of an fma
+constexpr int64_t MAX_GROUP = 32;        // planes: channels walked together, their sums in L1
+constexpr int64_t MIN_PLANE = PACK;      // shorter planes are walked as columns
+constexpr int64_t MIN_WIDTH = 128;       // columns: rows of few channels are folded to at least this
+constexpr int64_t STRIP = 256;           // columns: accumulators of a strip stay in L1
+constexpr int64_t CHUNK_ROWS = 256;      // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t MAX_BLOCKS = 64;       // columns: partial sums per column
+
+INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T> class Buffer {
+  T* data_;
+
+ public:
+  explicit Buffer(int64_t size) : data_(new T[size]()) {}
+  Buffer(const Buffer&) = delete;
+  ~Buffer() { delete[] data_; }
+  operator T*() { return data_; }
+  operator const T*() const { return data_; }
+};
+
+template <typename F> void parallel_for(int64_t n, int64_t grain, F f) {
+  syncbn::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+// f(i, lanes, k) for packs that cover [0, n), with k < CHAINS taking turns. The first pack ends at `head` values where that is
+// not 0; the last may overlap the one before it.
+template <int CHAINS = 1, typename F> INLINE void for_packs(int64_t n, int head, F f) {
+  if (n < PACK) return f(0, Partial{int(n)}, 0);
+  int64_t i = 0;
+  if (head) {
+    f(0, Overlap{0, head}, 0);
+    i = head;
+  }
+  for (; i + CHAINS * PACK <= n; i += CHAINS * PACK) {
+#pragma GCC unroll 8
+    for (int k = 0; k < CHAINS; ++k) f(i + k * PACK, Whole{}, k);
+  }
+  if constexpr (CHAINS > 1) {
+#pragma GCC unroll 8
+    for (int k = 0; k < CHAINS - 1; ++k) {
+      if (i + PACK <= n) {
+        f(i, Whole{}, k);
+        i += PACK;
+      }
+    }
+  }
+  if (i < n) f(n - PACK, Overlap{int(i + PACK - n), PACK}, CHAINS - 1);
+}
+
+// ---- Planes -----------------------------------------------------------------------------------------------------------------
+
+// The samples of a channel as chunks of about CHUNK values: parts of a plane, or several whole planes. Where planes are short, a few
+// channels are walked together, so that memory is read in runs and not in snippets.
+struct Planes {
+  Layout layout;
+  int64_t parts;   // of a plane
+  int64_t length;  // of a part
+  int64_t planes;  // in a chunk
+  int64_t chunks, units;  // of a channel
+  int64_t group;   // channels
+
+  explicit Planes(Layout l) : layout(l) {
+    length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
+    parts = ceil_div(l.inner, length);
+    planes = max(CHUNK / l.inner, 1);
+    chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
+    units = ceil_div(l.samples(), UNIT);
+    group = min(planes, MAX_GROUP);
+  }
+
+  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1). Inside a plane they start at
+  // multiples of 8 elements, so that no two threads write one byte of the mask.
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
+    if (parts > 1) {
+      int64_t row = chunk / parts * layout.channels + c0, part = chunk % parts, start = row * layout.inner;
+      int64_t begin = part ? part * length - start % 8 : 0;
+      int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
+      f(c0, start + begin, end - begin, row);
+    } else {
+      for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
+        for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.channels + c) * layout.inner, layout.inner, o * layout.channels + c);
+    }
+  }
+  // body(c0, c1, unit, first chunk, last chunk) for every unit of every group, in parallel; backwards where reverse is set.
+  template <typename F> void for_units(bool reverse, F body) const {
+    int64_t groups = ceil_div(layout.channels, group);
+    parallel_for(groups * units, GRAIN * units / max(layout.samples() * group, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        int64_t id = reverse ? begin + end - 1 - k : k, c = id / units * group, unit = id % units;
+        body(c, min(c + group, layout.channels), unit, unit * chunks / units, (unit + 1) * chunks / units);
+      }
+    });
+  }
+
+  // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
+  template <typename F> void for_sums(double* total, F reduce) const {
+    int64_t channels = layout.channels;
+    Buffer<double> sums(channels * units * 2);
+    for_units(false, [&](int64_t c0, int64_t c1, int64_t unit, int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        reduce(c0, c1, chunk, [&](int64_t c, double s1, double s2) {
+          sums[(c * units + unit) * 2] += s1;
+          sums[(c * units + unit) * 2 + 1] += s2;
+        });
+    });
+    for (int64_t c = 0; c < channels; ++c) {
+      total[c] = total[channels + c] = 0;
+      for (int64_t k = c * units; k < (c + 1) * units; ++k) {
+        total[c] += sums[2 * k];
+        total[channels + c] += sums[2 * k + 1];
+      }
+    }
+  }
+};
+
+// Where a mask is read or written its rows must be walked as they lie: planes, or pixels.
+INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inner == 1 : layout.inner < MIN_PLANE; }
+
+// ---- Columns ----------------------------------------------------------------------------------------------------------------
+
+// Memory as rows of `width` columns that hold every channel `inner` times: each row is a sample, or a few where a sample is short.
+struct Columns {
+  Layout layout;
+  int64_t width, rows;
+  int64_t rest;  // columns of a last, shorter row
+
+  // A mask has its rows one by one, so these are not folded.
+  Columns(Layout l, bool masked) : layout(l) {
+    int64_t sample = l.channels * l.inner;
+    int64_t fold = masked ? 1 : max(min(ceil_div(MIN_WIDTH, sample), l.outer), 1);
+    width = fold * sample;
+    rows = l.outer / fold;
+    rest = l.outer % fold * sample;
+  }
+
+  // Adds up two sums per channel. reduce(row, rows, j, n, sums) writes those of columns [j, j + n), n <= STRIP, float64:
+  // sums[0 .. n) and sums[width .. width + n).
+  template <typename F> void for_sums(double* total, F reduce) const {
+    int64_t blocks = max(min(rows / CHUNK_ROWS, MAX_BLOCKS), 1);
+    int64_t strip = (ceil_div(width, ceil_div(width, STRIP)) + PACK - 1) / PACK * PACK, strips = ceil_div(width, strip);
+    Buffer<double> sums((blocks + 1) * 2 * width);
+    parallel_for(blocks * strips, GRAIN * blocks * strips / max(rows * width, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t id = begin; id < end; ++id) {
+        int64_t block = id / strips, j = id % strips * strip, row = block * rows / blocks, next = (block + 1) * rows / blocks;
+        reduce(row, next - row, j, min(strip, width - j), sums + block * 2 * width + j);
+      }
+    });
+    for (int64_t j = 0; j < rest; j += strip) reduce(rows, 1, j, min(strip, rest - j), sums + blocks * 2 * width + j);
+    int64_t channels = layout.channels;
+    for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
+    const double* column = sums;
+    for (int64_t row = 0; row < 2 * (blocks + 1); ++row)
+      for (int64_t j = 0; j < width; j += channels * layout.inner)
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t i = 0; i < layout.inner; ++i) total[row % 2 * channels + c] += *column++;
+  }
+
+  // body(first element, length, row) for every row, in parallel; backwards, but by runs that a prefetcher follows.
+  template <typename F> void for_rows(F body) const {
+    int64_t run = ceil_div(CHUNK, width), total = rows + (rest > 0);
+    parallel_for(ceil_div(total, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
+      for (int64_t k = end - 1; k >= begin; --k)
+        for (int64_t row = k * run; row < min((k + 1) * run, total); ++row) body(row * width, row < rows ? width : rest, row);
+    });
+  }
+};
+
+struct One { static constexpr int value = 1; };
+struct Four { static constexpr int value = 4; };
+
+// Sums in several chains, which hide the latency of an addition.
+template <typename T> struct Chains {
+  Pack<T> s[ACCUMULATORS];
+  INLINE Chains() {
+    for (int k = 0; k < ACCUMULATORS; ++k) s[k] = Pack<T>(0);
+  }
+  INLINE Pack<T> total() const { return (s[0] + s[1]) + (s[2] + s[3]); }
+};
+
+// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs. Four rows at a time share the
+// loads of params and of the sums.
+template <typename acc_t, typename Params, typename Add>
+INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
+  auto step = [&](int64_t r, auto count) {
+    for_packs(n, 0, [&](int64_t i, auto lanes, int) {
+      Pack<acc_t> a1 = load(s1 + i, lanes), a2 = load(s2 + i, lanes);
+      auto p = params(i, lanes);
+#pragma GCC unroll 4
+      for (int k = 0; k < count.value; ++k) add(r + k, i, lanes, p, a1, a2);
+      store(s1 + i, a1, lanes);
+      store(s2 + i, a2, lanes);
+    });
+  };
+  int64_t end = row + rows;
+  for (; row + 4 <= end; row += 4) step(row, Four{});
+  for (; row < end; ++row) step(row, One{});
+}
+
+}  // namespace syncbn::SYNCBN_ISA

@@ -1,0 +1,26 @@
+# Sourced by quickstart.sh and test.sh: a virtual environment with syncbn and the extras named in "$@".
+# An active environment is used as it is; else .venv is made here. PYTHON and TORCH choose the interpreter and torch.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${VIRTUAL_ENV:-}" ]; then
+  [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
+  . .venv/bin/activate
+fi
+python - <<'EOF' || exit 1
+import sys
+sys.exit(0 if sys.version_info >= (3, 10) else f"syncbn needs Python 3.10 or newer, this is {sys.version.split()[0]}: set PYTHON")
+EOF
+if ! python -c 'import torch' 2>/dev/null; then
+  # Without a GPU the known-good version; PyPI's torch for Linux brings CUDA along, several gigabytes.
+  command -v nvidia-smi >/dev/null && TORCH=${TORCH:-torch>=2.11} || TORCH=${TORCH:-torch==2.13.0}
+  echo "Installing $TORCH (set TORCH for another one, or install torch yourself first)"
+  python -m pip install --quiet "$TORCH"
+fi
+# The kernels for GPUs take minutes to compile: here only where there is a GPU, and only for it.
+if command -v nvidia-smi >/dev/null; then
+  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u | paste -sd';')}
+else
+  export SYNCBN_BUILD_CUDA=${SYNCBN_BUILD_CUDA:-0}
+fi
+# Without isolation the build sees this torch, and brings no other.
+python -m pip install --quiet setuptools wheel
+python -m pip install --quiet --no-build-isolation -e ".[$(IFS=,; echo "$*")]"

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Runs a script on every GPU of this host (or every core, where there is none), or on several hosts.
+#
+#   launch/torchrun.sh train.py --lr 0.1
+#   RANKS=4 launch/torchrun.sh train.py
+#   HOSTS=2 MASTER_ADDR=host0 launch/torchrun.sh train.py       # the same on each host
+set -euo pipefail
+RANKS=${RANKS:-auto}                  # on each host
+HOSTS=${HOSTS:-1}
+MASTER_ADDR=${MASTER_ADDR:-localhost} # one of the hosts: all meet there
+MASTER_PORT=${MASTER_PORT:-29500}
+RESTARTS=${RESTARTS:-0}               # how often a job whose rank has died starts anew
+meet=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-syncbn}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
+[ "$HOSTS" = 1 ] && meet=(--standalone)
+exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" "${meet[@]}" "$@"

@@ -1,0 +1,176 @@
+"""Builds the compiled kernels beside the Python files: syncbn/libsyncbn_cpu.so and syncbn/libsyncbn_cuda.so.
+
+They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. What cannot be
+built is left out with one line that says why (`pip install -v` shows it), and the reference runs in its place.
+
+    SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it where a C++ compiler is
+    SYNCBN_BUILD_CUDA     the same where nvcc is, whether or not the installed torch has CUDA
+    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; default: all from 7.5 on that nvcc knows, and PTX for the newest
+    CXX, NVCC             the compilers
+    MAX_JOBS              compilers that run at once; default: one per core
+"""
+
+import os
+import platform
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:  # before setuptools 70.1
+    from wheel.bdist_wheel import bdist_wheel
+
+TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the libraries run with
+ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Nobody reads errno or floating-point traps here, and both keep sqrt and comparisons from being vectorized.
+MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
+ISAS = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
+
+
+class CannotBuild(Exception):
+    """The reason, as the rest of a sentence."""
+
+
+def compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        raise CannotBuild("no C++ compiler is on PATH")
+    return found
+
+
+def torch_folder() -> Path:
+    """The installed torch's: an isolated build does not see it on sys.path, but it lies in this environment all the same."""
+    for folder in (*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages()):
+        if (Path(folder) / "torch/include/torch/csrc/stable/library.h").exists():
+            return Path(folder) / "torch"
+    raise CannotBuild("torch >= 2.11 is not installed in this environment: install it, then use --no-build-isolation")
+
+
+def torch_flags() -> tuple[list[str], list[str]]:
+    """For the bindings: (compile, link)."""
+    torch = torch_folder()
+    return [f"-DTORCH_TARGET_VERSION={TARGET}", "-isystem", str(torch / "include")], [f"-L{torch / 'lib'}", "-ltorch_cpu"]
+
+
+def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
+    """([compile command, ...], link command); the object is the last argument of each of the first."""
+    cxx, (include, link) = compiler(), torch_flags()
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    commands = []
+    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+        flags = [cxx, *CXXFLAGS, *MATHFLAGS, "-c", str(source)]
+        if source.stem in ("bindings", "dispatch"):
+            flags += include if source.stem == "bindings" else []
+            commands.append([*flags, *(["-DSYNCBN_X86"] if x86 else []), "-o", str(temp / f"{source.stem}.o")])
+            continue
+        # The same file once for each instruction set, in a namespace of that name.
+        for isa in ISAS if x86 else ["baseline"]:
+            commands.append([*flags, f"-DSYNCBN_ISA={isa}", *ISAS[isa], "-o", str(temp / f"{source.stem}.{isa}.o")])
+    commands.sort(key=lambda command: "backward_reduce" not in command[-1])  # the longest first
+    return commands, [cxx, "-shared", *link]
+
+
+def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
+    """As cpu_commands. The kernels need nvcc alone, the bindings the C++ compiler alone."""
+    nvcc = shutil.which(os.environ.get("NVCC", "")) or shutil.which("nvcc")
+    kernels, bindings = sorted(Path("csrc/cuda").glob("*.cu")), sorted(Path("csrc/cuda").glob("*.cpp"))
+    if not nvcc:
+        raise CannotBuild("nvcc is not on PATH")
+    if not kernels:
+        raise CannotBuild("csrc/cuda has no kernels")
+    cxx, (include, link) = compiler(), torch_flags()
+    dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    toolkit_include, toolkit_lib = re.findall(r'INCLUDES=.*?"-I([^"]+)"', dryrun), re.findall(r'"-L([^"]+)"', dryrun)
+    gencode, names = architectures(nvcc)
+    commands = [
+        [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, "-c", str(f), "-o", str(temp / f"{f.stem}.cu.o")]
+        for f in kernels
+    ]
+    includes = ["-DUSE_CUDA", *include, *(flag for folder in toolkit_include for flag in ("-isystem", folder))]
+    for source in [*bindings, Path("csrc/build_info.cpp")]:
+        flags = [cxx, *CXXFLAGS, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"', "-c", str(source)]
+        commands.append([*flags, "-o", str(temp / f"{source.stem}.o")])
+    if not (torch_folder() / "lib/libtorch_cuda.so").exists():
+        # A stand-in under that name: the library must ask for it wherever it is loaded, though it is not needed here.
+        subprocess.run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull], check=True)
+    folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
+    runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    return commands, [cxx, "-shared", *link, *folders, "-Wl,--no-as-needed", "-ltorch_cuda", *runtime]
+
+
+def architectures(nvcc: str) -> tuple[list[str], str]:
+    """(nvcc's flags, their names as native.py reads them)."""
+    wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
+    if wanted == [""]:
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+        wanted = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+        wanted[-1] += "+PTX"
+    flags, names = [], []
+    for name in wanted:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", name):
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST must be numbers such as 8.0;9.0+PTX, got {name!r}")
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + ([f"compute_{number}"] if name.endswith("+PTX") else [])
+        flags += [f"-gencode=arch=compute_{number},code={code}" for code in codes]
+        names.append(name.replace(".", ""))
+    return flags, " ".join(names)
+
+
+class BuildLibraries(build_ext):
+    """Plain shared libraries instead of Python modules."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return fullname.replace(".", "/") + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        temp = Path(self.build_temp).resolve() / target.stem
+        temp.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            commands, link = COMMANDS[ext.name](temp)
+            changed = max(path.stat().st_mtime for path in [*Path("csrc").rglob("*.*"), Path(__file__)])
+            stale = [c for c in commands if not Path(c[-1]).exists() or Path(c[-1]).stat().st_mtime < changed]
+            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+                list(pool.map(run, stale))
+            # Objects first: a linker takes from a library only what came before it asked for.
+            run([*link[:2], "-o", str(target), *(c[-1] for c in commands), *link[2:]])
+        except CannotBuild as reason:
+            print(f"syncbn: {target.name} is not built: {reason}", file=sys.stderr)
+            raise CompileError(str(reason)) from None
+
+
+def run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise CannotBuild(f"`{' '.join(command)}` failed:\n{result.stdout}{result.stderr}")
+
+
+class AnyPython(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+COMMANDS = {"syncbn.libsyncbn_cpu": cpu_commands, "syncbn.libsyncbn_cuda": cuda_commands}
+
+
+def extensions() -> list[Extension]:
+    found = []
+    for name, switch in (("syncbn.libsyncbn_cpu", "SYNCBN_BUILD_CPU"), ("syncbn.libsyncbn_cuda", "SYNCBN_BUILD_CUDA")):
+        if os.environ.get(switch) != "0" and sys.platform == "linux":
+            found.append(Extension(name, [], optional=os.environ.get(switch) != "1"))
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython})

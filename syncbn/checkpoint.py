@@ -1,0 +1,133 @@
+"""Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
+
+    forward     every layer inside keeps its summed statistics, in order: 2C + 1 numbers each
+    recompute   takes them in the same order: no collective, no second update of the moving statistics
+
+A checkpoint inside another one records what the outer one replays. Records belong to one call of `checkpoint`, so any number can
+be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Entry(NamedTuple):
+    """The summed statistics of one call of a layer."""
+
+    layer: str
+    stats: Tensor
+
+
+class Record:
+    """What the layers inside one checkpoint exchanged, in order."""
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.position = 0  # of the running recomputation
+
+    def replay(self, layer: str, channels: int) -> Tensor:
+        if self.position >= len(self.entries):
+            raise RuntimeError(f"recomputation of a checkpoint: {layer} was not called in the forward pass ({_ADVICE})")
+        recorded, stats = self.entries[self.position]
+        if recorded != layer or (stats.numel() - 1) // 2 != channels:
+            raise RuntimeError(
+                f"recomputation of a checkpoint: call {self.position} is {layer} with {channels} channels, but was {recorded}"
+                f" with {(stats.numel() - 1) // 2} in the forward pass ({_ADVICE})"
+            )
+        self.position += 1
+        return stats
+
+
+_ADVICE = "the function must call the same layers in the same order"
+# Each thread has its own: CUDA recomputes on autograd's threads.
+_recording: ContextVar[tuple[Record, ...]] = ContextVar("recording", default=())
+_replaying: ContextVar[Record | None] = ContextVar("replaying", default=None)
+
+Contexts = tuple[AbstractContextManager, AbstractContextManager]
+
+
+def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
+    """The `context_fn` of `torch.utils.checkpoint.checkpoint`, for functions with synchronized layers inside.
+
+    Args:
+        context_fn: another one to combine with, such as selective checkpointing's, by `functools.partial`.
+
+    Returns:
+        the contexts of the forward pass and of the recomputation.
+
+    Where checkpoints are nested, give it to each of them.
+
+    >>> layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    >>> y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+    >>> y.sum().backward()
+    >>> layer.num_batches_tracked
+    tensor(1)
+    """
+    record = Record()
+    others = context_fn() if context_fn else ()
+    return _Together(_forward, record, *others[:1]), _Together(_recompute, record, *others[1:])
+
+
+def replay(layer: str, channels: int) -> Tensor | None:
+    """The statistics that `layer` has to use again, if this is a recomputation that has them."""
+    if torch.compiler.is_compiling():
+        return None
+    replaying = _replaying.get()
+    return None if replaying is None else replaying.replay(layer, channels)
+
+
+def record(layer: str, stats: Tensor) -> None:
+    """Keeps the statistics of `layer` for the recomputations of the checkpoints that it is in."""
+    if not torch.compiler.is_compiling():
+        for recording in _recording.get():
+            recording.entries.append(Entry(layer, stats))
+
+
+def is_recomputation() -> bool:
+    """True inside a backward pass, where a forward pass can only be one that is run again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Together:
+    """A context made of another and of one of torch's, that can be entered again: torch enters the recomputation's each time."""
+
+    def __init__(self, ours: Callable[[Record], AbstractContextManager], record: Record, *theirs: AbstractContextManager) -> None:
+        self.ours, self.record, self.theirs = ours, record, theirs
+        self.entered: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            for context in (*self.theirs, self.ours(self.record)):
+                stack.enter_context(context)
+            self.entered.append(stack.pop_all())
+
+    def __exit__(self, *error: object) -> bool | None:
+        return self.entered.pop().__exit__(*error)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _forward(record: Record) -> Iterator[None]:
+    token = _recording.set((*_recording.get(), record))
+    try:
+        yield
+    finally:
+        _recording.reset(token)
+
+
+@contextmanager
+def _recompute(record: Record) -> Iterator[None]:
+    """What is recorded meanwhile belongs to checkpoints inside this one: theirs come later in this thread's `_recording`."""
+    record.position = 0
+    token, outer = _replaying.set(record), _recording.set(())
+    try:
+        yield
+    finally:
+        _replaying.reset(token)
+        _recording.reset(outer)

@@ -1,0 +1,98 @@
+"""The backward pass as a differentiable function, for `create_graph=True`: gradient penalties and other losses of a gradient.
+
+The ops of the usual backward pass are opaque to autograd. Here it is once more, in plain torch, with the group's statistics as
+functions of x, so that autograd differentiates it again, any number of times, across the ranks. The loss that is differentiated
+is the sum of the ranks' losses, as it is in the first backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange import Exchange
+from .layout import samples_per_channel
+from .reference import acc_type, effective_count, finalize, through_activation
+
+
+class GroupSum(torch.autograd.Function):
+    """total = Σ local over the ranks. Each rank's loss depends on each rank's part: the gradient is summed over the ranks, too.
+
+    `known` is the total where it has been exchanged before; then the forward direction needs no collective.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, exchange: Exchange, known: Tensor | None = None) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.all_reduce_(local.clone(), "double backward") if known is None else known.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return GroupSum.apply(grad.contiguous(), ctx.exchange), None, None
+
+
+def differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    exchange: Exchange,
+    eps: float,
+    activation: str,
+    negative_slope: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx, dz, dweight and dbias as differentiable functions of dy, x, weight, bias and residual.
+
+        mean, var = those of `stats` in value, functions of all ranks' x in their derivatives
+        xhat = (x - mean) * invstd,  dz = dy * activation'(weight * xhat + bias + residual)
+        dx   = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n)
+
+    One collective here, as in the usual backward pass, and two in its derivative. `residual` is needed for silu only; the other
+    activations have the `mask` of signs.
+    """
+    acc = acc_type(x.dtype)
+    dims = [d for d in range(x.dim()) if d != 1]
+
+    def channel_sum(t: Tensor) -> Tensor:
+        return t.sum(dims, dtype=torch.float64)
+
+    def over(t: Tensor) -> Tensor:
+        return t.to(acc).view(-1, *[1] * (x.dim() - 2))
+
+    # Sums about the known mean: they do not cancel, and they are 0 and var in value.
+    mean, var, _ = finalize(stats, eps)
+    total_weight, n = stats[-1].clamp(min=1), effective_count(stats, x)
+    hi = mean.to(acc)
+    centered = x.to(acc) - over(hi)
+    offset = mean - hi.double()
+    rank_weighted = stats.numel() == 2 * x.shape[1] + 2
+    sample_weight = 1 / max(samples_per_channel(x), 1) if rank_weighted else 1.0
+    moments = sample_weight * torch.cat([channel_sum(centered), channel_sum(centered.square())])
+    known = torch.cat([offset * total_weight, (var + offset.square()) * total_weight])
+    first, second = (GroupSum.apply(moments, exchange, known) / total_weight).chunk(2)
+    invstd = (second - first.square() + eps).rsqrt()
+    xhat = (centered - over(first)) * over(invstd)
+
+    if activation == "silu":
+        z = xhat if weight is None else xhat * over(weight)
+        z = z if bias is None else z + over(bias)
+        z = z if residual is None else z + residual.to(acc)
+        s = torch.sigmoid(z)
+        dz = dy.to(acc) * (s * (1 + z * (1 - s)))
+    else:  # a slope by the sign of z, constant almost everywhere
+        dz = through_activation(dy, x, stats, weight, bias, None, mask, eps, activation, negative_slope)
+
+    dbias, dweight = channel_sum(dz), channel_sum(dz * xhat)
+    sum_dy, sum_dy_xhat = GroupSum.apply(torch.cat([dbias, dweight]), exchange).chunk(2)
+    scale = invstd if weight is None else invstd * weight.double()
+    dx = over(scale) * (dz - over(sum_dy / n) - xhat * over(sum_dy_xhat / n))
+    return dx.to(x.dtype), dz.to(x.dtype), _like(dweight, weight), _like(dbias, bias)
+
+
+def _like(grad: Tensor, parameter: Tensor | None) -> Tensor:
+    return grad if parameter is None else grad.to(parameter.dtype)

@@ -1,0 +1,117 @@
+"""A layer's communicator: every collective carries the layer's name, into checks, logs, profiles and errors.
+
+SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting for it; profilers show a range for each.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from contextlib import nullcontext
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from . import agreement
+from .comm import LOCAL, Communicator
+
+log = logging.getLogger("syncbn")
+
+
+class Agreed:
+    """In which groups, and for which directions, the ranks have found that they mean this layer. Belongs to one layer: a copy of the
+    layer has agreed to nothing."""
+
+    def __init__(self) -> None:
+        self.groups: dict[str, WeakSet] = {}
+
+    def first(self, kind: str, group: object) -> bool:
+        """True once for each kind and group."""
+        groups = self.groups.setdefault(kind, WeakSet())
+        if group in groups:
+            return False
+        groups.add(group)
+        return True
+
+    def __reduce__(self) -> tuple[type[Agreed], tuple[()]]:
+        return Agreed, ()  # for copies and pickles
+
+
+class Exchange(NamedTuple):
+    """A communicator that adds tensors on behalf of one layer."""
+
+    comm: Communicator
+    layer: str
+    facts: tuple  # what else must be the same on all ranks
+    agreed: Agreed | None  # None for a call without a layer, which has no first time
+
+    @property
+    def group(self) -> object:
+        return self.comm.group
+
+    @property
+    def rank(self) -> int:
+        return self.comm.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.comm.world_size
+
+    def all_reduce_(self, tensor: Tensor, kind: str = "exchange") -> Tensor:
+        """`Communicator.all_reduce_`. `kind` is the exchange's name, such as "forward".
+
+        Raises:
+            RankMismatchError: the ranks do not mean the same exchange; on all of them.
+            RuntimeError: some rank did not come within the group's timeout, or its process has ended. Names the layer.
+        """
+        if torch.compiler.is_compiling() or self.comm is LOCAL:
+            return self.comm.all_reduce_(tensor)
+        try:
+            self._agree(tensor, kind)
+            with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
+                if os.environ.get("SYNCBN_DEBUG") == "1":
+                    return self._logged(tensor, kind)
+                return self.comm.all_reduce_(tensor)
+        except agreement.RankMismatchError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.layer}: rank {self.rank} of {self.world_size} waited in vain for the other ranks in its {kind} exchange"
+                f" of {tensor.numel()} numbers. A rank has failed, has left the loop, or has skipped the layer; SYNCBN_CHECK=always"
+                f" finds where ranks part. ({error})"
+            ) from error
+
+    def _agree(self, tensor: Tensor, kind: str) -> None:
+        mode = agreement.mode()
+        if mode == "off" or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return
+        if mode == "always" or (self.agreed is not None and self.agreed.first(kind, self.group)):
+            what = (f"{kind} of {self.layer}", f"{tensor.numel()} numbers", *map(str, self.facts))
+            agreement.compare(self.comm, ", ".join(what), tensor.device)
+
+    def _logged(self, tensor: Tensor, kind: str) -> Tensor:
+        start = _now(tensor)
+        total = self.comm.all_reduce_(tensor)
+        milliseconds = (_now(tensor) - start) * 1e3
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        log.info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, tensor.numel(), dtype, milliseconds)
+        return total
+
+
+def _is_profiling() -> bool:
+    return torch.autograd._profiler_enabled()  # a range costs microseconds even where nobody looks
+
+
+def _now(tensor: Tensor) -> float:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return time.perf_counter()
+
+
+if os.environ.get("SYNCBN_DEBUG") == "1":  # seen without any setup of logging, too
+    log.setLevel(logging.INFO)
+    if not logging.getLogger().handlers:
+        log.addHandler(logging.StreamHandler())
