@@ -57,8 +57,6 @@ Contexts = tuple[AbstractContextManager, AbstractContextManager]
 def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
     """The `context_fn` of `torch.utils.checkpoint.checkpoint`, for functions with synchronized layers inside.
 
-        checkpoint(function, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
-
     Args:
         context_fn: another one to combine with, such as selective checkpointing's, by `functools.partial`.
 
@@ -66,6 +64,12 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
         the contexts of the forward pass and of the recomputation.
 
     Where checkpoints are nested, give it to each of them.
+
+    >>> layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    >>> y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+    >>> y.sum().backward()
+    >>> layer.num_batches_tracked
+    tensor(1)
     """
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # as torch's checkpoint asks
         return context_fn() if context_fn else create_selective_checkpoint_contexts(_keep_exchanges)

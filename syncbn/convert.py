@@ -46,7 +46,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
         ValueError: `process_group` is of an unknown type.
 
     >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
-    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    SyncBatchNorm(8, eps=1e-05, momentum=0.1, ...)
     """
     resolve(process_group)  # an unknown type is an error before anything has changed
     fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
@@ -73,7 +73,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     number of dimensions; with options that torch's layers do not have, it is left alone, with one warning that names it.
 
     >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8)))
-    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    BatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
     """
     left_alone = []
     for name, child in _batch_norms(module):

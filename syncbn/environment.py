@@ -68,6 +68,11 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         ValueError: the launcher's variables are incomplete, or mpi4py belongs to another MPI than mpirun.
 
     Also sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which other tools read.
+
+    >>> device = init_process_group()
+    >>> torch.distributed.get_world_size()
+    1
+    >>> torch.distributed.destroy_process_group()
     """
     here = export()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

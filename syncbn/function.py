@@ -220,6 +220,11 @@ def sync_batch_norm(
     Raises:
         ValueError: an argument has the wrong shape, type or device (before any collective), or each channel has a single value over
             all ranks while training (on every rank).
+
+    >>> running_mean, running_var = torch.zeros(4), torch.ones(4)
+    >>> y = sync_batch_norm(torch.randn(8, 4, 2, 2) + 5, running_mean, running_var, activation="relu")
+    >>> y.shape, bool((y >= 0).all()), bool((running_mean > 0.3).all())
+    (torch.Size([8, 4, 2, 2]), True, True)
     """
     options = Options(momentum, eps, activation, negative_slope, weighting, unbiased).checked()
     if training:

@@ -65,7 +65,7 @@ def unfuse(batch_norm: SyncBatchNorm) -> None:
 
 
 def _adjacent(module: nn.Module) -> list[Fusible]:
-    graph = _Tracer().trace(module)
+    graph = Tracer().trace(module)
     modules = dict(module.named_modules())
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
@@ -76,17 +76,17 @@ def _adjacent(module: nn.Module) -> list[Fusible]:
         if not (isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1):
             continue
         pair = Fusible(modules[source.target], modules[node.target])
-        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not _has_hooks(m) for m in pair):
+        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not has_hooks(m) for m in pair):
             pairs.append(pair)
     return pairs
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Hooks see a module's input and output, which fusing would change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks) or isinstance(module, torch.jit.ScriptModule)

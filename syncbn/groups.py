@@ -17,6 +17,10 @@ def new_group(ranks_per_group: int | str) -> dist.ProcessGroup:
 
     Raises:
         ValueError: not "node" or a positive number that divides the world size, or torch.distributed is not initialized.
+
+    >>> device = syncbn.init_process_group()
+    >>> layer = syncbn.SyncBatchNorm(8, process_group=new_group("node"))
+    >>> torch.distributed.destroy_process_group()
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("new_group needs an initialized torch.distributed: call syncbn.init_process_group() first")
