@@ -30,9 +30,9 @@ ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 # ---- Building -----------------------------------------------------------------------------------------------------------------
 
 
-def compile_kernel(source: Path, target: Path) -> None:
+def compile_kernel(source: Path, target: Path, optimize: str = "-O1") -> None:
     """One csrc/cuda/*.cu, with the headers beside it, by g++."""
-    _compile(["-O1", "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
+    _compile([optimize, "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
 
 
 def build(folder: Path) -> Path:

@@ -32,7 +32,8 @@ SHAPES = [
     (33, 24, 2, 2),  # 3 and 6 vectors of channels: idle lanes
     (2, 3, 4, 5, 6),  # three dimensions
     (70, 8, 3, 3),  # more planes than warps
-    (1200, 16),  # more rows than the blocks of a group
+    (1200, 16),  # more rows than one step of all blocks
+    (500, 128),  # more blocks in a group than rows in a block
     (19, 520),  # more channels than a block is wide
     (1, 2, 40, 61),  # planes cut into pieces, of odd length
     (2, 1, 97, 97),  # one channel over all blocks, odd planes in many pieces
@@ -61,10 +62,12 @@ class Case:
     unbiased: bool = True
     rank_weighted: bool = False
     mean: float = 0.7  # of x, whose standard deviation is about 1
+    nan: bool = False  # the first value of x is NaN
 
     def __str__(self) -> str:
         names = [str(self.shape).replace(" ", ""), "last" if self.channels_last else "first", str(self.dtype).removeprefix("torch.")]
-        return "-".join([*names, self.activation, *(["residual"] if self.residual else [])])
+        extra = [name for name in ("residual", "nan") if getattr(self, name)] + ([f"mean{self.mean:g}"] if self.mean > 1 else [])
+        return "-".join([*names, self.activation, *extra])
 
     @property
     def keeps_mask(self) -> bool:
@@ -86,7 +89,17 @@ def table() -> list[Case]:
                         running=(torch.float32, torch.float64, torch.bfloat16, torch.float16, None)[n % 5],
                         momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3,
                     ))  # fmt: skip
-    return cases
+    return cases + EXTREMES
+
+
+EXTREMES = [
+    Case((4, 3, 20, 25), mean=1e3, activation="relu"),  # sums of squares in float32 would leave no digit of the variance
+    Case((300, 16), True, mean=1e3, residual=True, activation="relu"),
+    Case((300, 9), mean=3e4),
+    Case((4, 3, 20, 25), dtype=torch.float64, mean=1e6),
+    Case((70, 8, 3, 3), activation="relu", nan=True),  # NaN passes through relu, and stays in its channel
+    Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
+]
 
 
 @dataclass
@@ -122,10 +135,12 @@ def make(case: Case, device: str = "cpu") -> Data:
         return t if t is None or not case.channels_last else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
     x, dy, residual = like_x(mean=case.mean), like_x(), like_x(case.residual)
+    if case.nan:
+        x[(0,) * x.dim()] = torch.nan
     weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
     # The group has another rank, with 3 samples of its own: statistics are not those of x, and never empty.
-    other = torch.randn((3, c), generator=random, dtype=torch.float64)
+    other = torch.randn((3, c), generator=random, dtype=torch.float64) + case.mean
     stats = reference.stats(x.double(), case.rank_weighted) + reference.stats(other, case.rank_weighted)
     _, mask = reference.normalize(
         x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.activation, SLOPE
@@ -174,6 +189,10 @@ def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
     terms = torch.cat([per_channel(x.double().abs()), per_channel(x.double().square())]) / weight
     c = x.shape[1]
     assert_close(got[: 2 * c] / terms.clamp(min=1), want[: 2 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
+    (mean, var, _), (want_mean, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
+    # Sums of deviations keep their digits whatever the mean; in float64 the mean's square costs what it costs.
+    assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
+    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", want_mean.square() * 1e-15 / SUM_TOLERANCE[x.dtype])
     assert torch.equal(got[2 * c :], want[2 * c :]), f"count: {got[2 * c :]} instead of {want[2 * c :]}"
 
 

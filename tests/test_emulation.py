@@ -15,9 +15,14 @@ from syncbn import reference
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return emulated.Emulated.load(emulated.build(tmp_path_factory.mktemp("emulated")))
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def kernels(library):
+    return emulated.Emulated.load(library)
 
 
 @pytest.mark.parametrize("case", table(), ids=str)

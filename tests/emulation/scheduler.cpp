@@ -1,4 +1,5 @@
-// Runs a grid: blocks in random order, a few at a time, and of their fibers a random one that can run.
+// Runs a grid: blocks in random order, a few at a time. Of the fibers that can run, the one with the highest priority does; its
+// priority is drawn anew whenever it has waited (any order), or in every second launch kept (some threads starve while they can).
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -64,6 +65,7 @@ struct Fiber {
   State state = IDLE;
   int slot = 0;  // of its block
   unsigned thread = 0;
+  uint64_t priority = 0;
   int exchanges = 0;
 };
 
@@ -72,7 +74,8 @@ std::string failure;
 jmp_buf scheduler;
 std::vector<Fiber> fibers(MAX_THREADS* MAX_RESIDENT);
 Block blocks[MAX_RESIDENT];
-std::vector<Fiber*> ready;
+std::vector<Fiber*> ready;  // a heap
+bool keeps_priorities = false;
 Fiber* running = nullptr;
 const std::function<void()>* kernel_of_grid = nullptr;
 
@@ -83,9 +86,13 @@ void wait(State state) {
   if (_setjmp(running->context) == 0) _longjmp(scheduler, 1);
 }
 
+bool lower(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
+
 void wake(Fiber& fiber) {
   fiber.state = READY;
+  if (!keeps_priorities) fiber.priority = random_bits();
   ready.push_back(&fiber);
+  std::push_heap(ready.begin(), ready.end(), lower);
 }
 
 [[noreturn]] void fail(const std::string& message) {
@@ -135,6 +142,7 @@ void admit(int slot, unsigned index, int threads, int shared_bytes) {
     fiber.slot = slot;
     fiber.thread = t;
     fiber.exchanges = 0;
+    fiber.priority = random_bits();
     wake(fiber);
   }
 }
@@ -175,6 +183,7 @@ void launch(int grid, int threads, int shared_bytes, const std::function<void()>
   std::shuffle(order.begin(), order.end(), random_bits);
 
   ready.clear();
+  keeps_priorities = random_bits() % 2;
   const int resident = 1 + random_bits() % MAX_RESIDENT;
   for (int slot = 0; slot < MAX_RESIDENT; ++slot) {
     blocks[slot].left = 0;
@@ -184,7 +193,7 @@ void launch(int grid, int threads, int shared_bytes, const std::function<void()>
     }
   }
   while (failure.empty() && !ready.empty()) {
-    std::swap(ready[random_bits() % ready.size()], ready.back());
+    std::pop_heap(ready.begin(), ready.end(), lower);
     Fiber& fiber = *ready.back();
     ready.pop_back();
     resume(fiber);
@@ -248,7 +257,7 @@ const uint64_t* exchange(const char* site, unsigned mask, uint64_t word) {
 }
 
 void yield() {
-  ready.push_back(running);
+  wake(*running);
   wait(READY);
 }
 
