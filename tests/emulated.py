@@ -48,7 +48,9 @@ def build(folder: Path) -> Path:
 
 def link(folder: Path, replaced: dict[str, Path]) -> Path:
     """The library of the objects in `folder`, some of them replaced."""
-    objects = [replaced.get(name, folder / f"{name}.o") for name in (*OPS, "library", "scheduler")]
+    # The replaced ones first: of an inline function that several objects define, the first is taken.
+    names = sorted((*OPS, "library", "scheduler"), key=lambda name: name not in replaced)
+    objects = [replaced.get(name, folder / f"{name}.o") for name in names]
     target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
     _run([COMPILER, "-shared", "-o", str(target), *map(str, objects)])
     return target

@@ -33,6 +33,7 @@ SHAPES = [
     (2, 3, 4, 5, 6),  # three dimensions
     (70, 8, 3, 3),  # more planes than warps
     (1200, 16),  # more rows than one step of all blocks
+    (40, 256),  # two blocks of which every thread has a sum to share
     (500, 128),  # more blocks in a group than rows in a block
     (19, 520),  # more channels than a block is wide
     (1, 2, 40, 61),  # planes cut into pieces, of odd length

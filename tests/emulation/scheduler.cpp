@@ -1,5 +1,5 @@
-// Runs a grid: blocks in random order, a few at a time. Of the fibers that can run, the one with the highest priority does; its
-// priority is drawn anew whenever it has waited (any order), or in every second launch kept (some threads starve while they can).
+// Runs a grid: blocks in random order, a few at a time, and of their fibers a random one that can run. After every other barrier
+// one thread of the block is late: it goes on when no other thread of any block can.
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
@@ -75,7 +75,6 @@ jmp_buf scheduler;
 std::vector<Fiber> fibers(MAX_THREADS* MAX_RESIDENT);
 Block blocks[MAX_RESIDENT];
 std::vector<Fiber*> ready;  // a heap
-bool keeps_priorities = false;
 Fiber* running = nullptr;
 const std::function<void()>* kernel_of_grid = nullptr;
 
@@ -88,9 +87,9 @@ void wait(State state) {
 
 bool lower(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
 
-void wake(Fiber& fiber) {
+void wake(Fiber& fiber, bool late = false) {
   fiber.state = READY;
-  if (!keeps_priorities) fiber.priority = random_bits();
+  fiber.priority = late ? 0 : random_bits();
   ready.push_back(&fiber);
   std::push_heap(ready.begin(), ready.end(), lower);
 }
@@ -142,7 +141,6 @@ void admit(int slot, unsigned index, int threads, int shared_bytes) {
     fiber.slot = slot;
     fiber.thread = t;
     fiber.exchanges = 0;
-    fiber.priority = random_bits();
     wake(fiber);
   }
 }
@@ -183,7 +181,6 @@ void launch(int grid, int threads, int shared_bytes, const std::function<void()>
   std::shuffle(order.begin(), order.end(), random_bits);
 
   ready.clear();
-  keeps_priorities = random_bits() % 2;
   const int resident = 1 + random_bits() % MAX_RESIDENT;
   for (int slot = 0; slot < MAX_RESIDENT; ++slot) {
     blocks[slot].left = 0;
@@ -230,11 +227,9 @@ void barrier(const char* site) {
   arrive(b.barrier, site);
   if (b.barrier.arrived < int(block_dim.x)) return wait(AT_BARRIER);
   b.barrier.arrived = 0;
-  for (unsigned t = 0; t < block_dim.x; ++t) {
-    Fiber& fiber = fibers[running->slot * MAX_THREADS + t];
-    if (&fiber != running) wake(fiber);
-  }
-  yield();
+  const unsigned late = random_bits() % (2 * block_dim.x);
+  for (unsigned t = 0; t < block_dim.x; ++t) wake(fibers[running->slot * MAX_THREADS + t], t == late);
+  wait(READY);
 }
 
 const uint64_t* exchange(const char* site, unsigned mask, uint64_t word) {
