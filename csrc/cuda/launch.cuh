@@ -30,7 +30,7 @@ struct Plan {
   static constexpr int pixels_blocks = pixels_blocks_, pixels_unroll = pixels_unroll_;
   static constexpr bool reversed = reversed_;
 };
-using StatsPlan = Plan<4, 4, 2, 4, false>;
+using StatsPlan = Plan<3, 4, 2, 4, false>;
 using NormalizePlan = Plan<4, 2, 2, 4, true>;
 using BackwardReducePlan = Plan<3, 2, 2, 2, false>;
 using BackwardInputPlan = Plan<4, 2, 2, 2, true>;

@@ -55,10 +55,17 @@ __device__ inline Vec<scalar_t, N> load(const scalar_t* p) {
 
 template <int N, typename scalar_t>
 __device__ inline void store(scalar_t* p, const acc_type<scalar_t> (&values)[N]) {
-  struct alignas(sizeof(scalar_t) * N) { scalar_t at[N]; } out;
+  if constexpr (N == 1) {
+    *p = from_acc<scalar_t>(values[0]);
+  } else {
+    scalar_t out[N];
 #pragma unroll
-  for (int j = 0; j < N; ++j) out.at[j] = from_acc<scalar_t>(values[j]);
-  *reinterpret_cast<decltype(out)*>(p) = out;
+    for (int j = 0; j < N; ++j) out[j] = from_acc<scalar_t>(values[j]);
+    uint4 bits;
+    static_assert(sizeof(out) == sizeof(bits));
+    memcpy(&bits, out, sizeof(bits));
+    __stcg(reinterpret_cast<uint4*>(p), bits);  // a plain assignment may be compiled as four stores; nothing here reads it again
+  }
 }
 
 template <typename scalar_t>

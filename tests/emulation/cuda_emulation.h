@@ -77,6 +77,7 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 using std::exp;
 using std::fma;
 using std::max;
+using std::memcpy;
 using std::min;
 using std::sqrt;
 
@@ -101,6 +102,12 @@ inline unsigned __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
+
+struct uint4 {
+  unsigned x, y, z, w;
+};
+
+inline void __stcg(uint4* p, uint4 value) { *p = value; }
 
 struct __nv_bfloat16 {
   uint16_t bits;
