@@ -174,7 +174,8 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: 
     wrong = ~((got.double() - want).abs() <= bound) & ~(got.isnan() & want.isnan())
     if wrong.any():
         where = wrong.nonzero()[0].tolist()
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {got[tuple(where)]} instead of {want[tuple(where)]} at {where}")
+        first = f"{got[tuple(where)]} instead of {want[tuple(where)]} at {where}"
+        raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}")
 
 
 def per_channel(t: Tensor) -> Tensor:
@@ -227,7 +228,10 @@ def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
     assert_close(sums, want_sums, SUM_TOLERANCE[case.dtype], "sums", terms)
     assert_close(dz, want_dz, TOLERANCE[case.dtype], "dz")
     c = d.x.shape[1]
-    for name, got, want, of, scale in (("dweight", dweight, want_dweight, d.weight, terms[c:]), ("dbias", dbias, want_dbias, d.bias, terms[:c])):
+    for name, got, want, of, scale in (
+        ("dweight", dweight, want_dweight, d.weight, terms[c:]),
+        ("dbias", dbias, want_dbias, d.bias, terms[:c]),
+    ):
         assert got.dtype == (case.dtype if of is None else of.dtype)
         if of is not None:
             assert_close(got, want, max(TOLERANCE[of.dtype], SUM_TOLERANCE[case.dtype]), name, scale)
@@ -245,4 +249,9 @@ def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
     assert_close(dx, want, TOLERANCE[case.dtype], "dx", 10.0)
 
 
-CHECKS = {"stats": check_stats, "normalize": check_normalize, "backward_reduce": check_backward_reduce, "backward_input": check_backward_input}
+CHECKS = {
+    "stats": check_stats,
+    "normalize": check_normalize,
+    "backward_reduce": check_backward_reduce,
+    "backward_input": check_backward_input,
+}

@@ -37,7 +37,8 @@ __device__ inline void activate(acc_t (&z)[N], Activation activation, acc_t nega
 
 // dy becomes dz; z(j) is called only where it is needed. `bits` is the sign of z where it was kept (has_mask).
 template <typename acc_t, int N, class Z>
-__device__ inline void through_activation(acc_t (&dy)[N], Activation activation, acc_t negative_slope, bool has_mask, unsigned bits, Z&& z) {
+__device__ inline void through_activation(acc_t (&dy)[N], Activation activation, acc_t negative_slope, bool has_mask,
+                                          unsigned bits, Z&& z) {
   if (activation == Activation::none) return;
   if (activation == Activation::silu) {
 #pragma unroll

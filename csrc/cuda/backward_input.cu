@@ -16,7 +16,8 @@ struct Gradient {
 };
 
 template <typename scalar_t, class Walk>
-__global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm) backward_input_kernel(const BackwardInputArgs args, const Config config) {
+__global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
+    backward_input_kernel(const BackwardInputArgs args, const Config config) {
   using acc_t = acc_type<scalar_t>;
   constexpr int N = Walk::channels;
   const auto* dy = static_cast<const scalar_t*>(args.dy);

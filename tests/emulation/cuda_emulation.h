@@ -25,7 +25,7 @@
 
 #define EMULATION_STRING_(x) #x
 #define EMULATION_STRING(x) EMULATION_STRING_(x)
-#define EMULATION_SITE (__FILE__ ":" EMULATION_STRING(__LINE__))  // one address per place in the source, as checks compare text
+#define EMULATION_SITE (__FILE__ ":" EMULATION_STRING(__LINE__))  // threads that meet must be at the same one
 
 namespace emulation {
 

@@ -153,7 +153,7 @@ std::string stuck(int threads) {
     int count[5] = {};
     for (int t = 0; t < threads; ++t) ++count[fibers[slot * MAX_THREADS + t].state];
     message += " in block " + std::to_string(blocks[slot].index) + " " + std::to_string(count[AT_BARRIER]) + " threads wait at the barrier " +
-               blocks[slot].barrier.site + ", " + std::to_string(count[IN_WARP]) + " in a warp operation, and " + std::to_string(count[DONE]) +
+               blocks[slot].barrier.site + ", " + std::to_string(count[IN_WARP]) + " in a warp operation, " + std::to_string(count[DONE]) +
                " have left;";
   }
   return message;
