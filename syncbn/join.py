@@ -46,8 +46,8 @@ def join(
     left counts as one without samples; in the end all have the moving statistics of the rank that was last.
 
     Args:
-        model: with synchronized layers, DistributedDataParallel or not; called once for each backward pass, always in the same way. For eval mode inside, call
-            `model.module`.
+        model: with synchronized layers, DistributedDataParallel or not; called once for each backward pass, always in the same
+            way. For eval mode inside, call `model.module`.
         joinables: others, such as a ZeroRedundancyOptimizer. DistributedDataParallel is one by itself.
         enable, throw_on_early_termination, kwargs: of `torch.distributed.algorithms.Join`.
 

@@ -8,6 +8,7 @@ from oracle import TOLERANCE, assert_close, batch_norm_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import syncbn
 
@@ -124,19 +125,22 @@ def test_fsdp2_mixed_precision(world, output_dtype):
 
 
 @pytest.mark.process_group
-def test_fsdp1_keeps_the_layers_out_of_mixed_precision(world):
-    """FSDP's exemption of batch norms names their base class, which this layer has."""
-    assert any(issubclass(syncbn.SyncBatchNorm, kept) for kept in MixedPrecision()._module_classes_to_ignore)
-
-
-@pytest.mark.gpu
-@pytest.mark.process_group
-def test_fsdp1_mixed_precision(world):
+@pytest.mark.parametrize("wrapped", [True, False], ids=["auto-wrapped", "one unit"])
+def test_fsdp1_mixed_precision(world, wrapped):
+    """Where FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and takes this one for what it is: their base
+    class is the same. In one unit the layer computes in 16 bits as the rest; both train."""
     model = FullyShardedDataParallel(
-        syncbn.convert_sync_batchnorm(net()).cuda(),
-        mixed_precision=MixedPrecision(param_dtype=torch.float16, reduce_dtype=torch.float32, buffer_dtype=torch.float16),
-        device_id=torch.cuda.current_device(),
+        syncbn.convert_sync_batchnorm(net()),
+        mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.bfloat16),
+        auto_wrap_policy=ModuleWrapPolicy({nn.Conv1d}) if wrapped else None,
+        device_id=torch.device("cpu"),
         use_orig_params=True,
     )
-    ys = train(model, torch.randn(2, 4, 3, 7, device="cuda"))
+    seen = []
+    for module in model.modules():
+        if isinstance(module, syncbn.SyncBatchNorm):
+            module.register_forward_hook(lambda m, inputs, y: seen.append((m.weight.dtype, m.running_var.dtype, y.dtype)))
+    ys = train(model, torch.randn(2, 4, 3, 7))
+    inside = torch.float32 if wrapped else torch.bfloat16
+    assert seen == [(inside, inside, torch.bfloat16)] * 4  # FSDP casts the output back for the layer behind
     assert all(y.isfinite().all() for y in ys)
