@@ -193,7 +193,7 @@ def test_three_steps_on_the_ranks_equal_three_on_the_whole_batch(world, library,
     assert torch.equal(outputs(plain.eval(), x), outputs(model.eval(), x))
 
 
-# ---- Norms of other libraries -----------------------------------------------------------------------------------------------------
+# ---- Norms of other libraries ---------------------------------------------------------------------------------------------------
 
 
 def norm_act() -> type[nn.Module]:
