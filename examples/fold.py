@@ -65,8 +65,9 @@ def main() -> None:
     Console().print(table)
     with torch.inference_mode():
         want = model(x)
-        error = (models["after"](x) - want).abs().max() / want.abs().max()
-    print(f"largest difference of the outputs: {error.item():.1e} of the largest output")
+        print(
+            f"largest difference of the outputs: {((models['after'](x) - want).abs().max() / want.abs().max()).item():.1e} of the largest output"
+        )
 
 
 if __name__ == "__main__":
