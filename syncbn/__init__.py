@@ -8,6 +8,7 @@ from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group
 from .keras import SyncBatchNormalization
+from .join import join
 from .modules import SyncBatchNorm
 from .statistics import update_bn_stats
 
@@ -19,6 +20,7 @@ __all__ = [
     "convert_sync_batchnorm",
     "fold_batchnorm",
     "init_process_group",
+    "join",
     "new_group",
     "revert_sync_batchnorm",
     "sync_batch_norm",

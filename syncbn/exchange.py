@@ -86,7 +86,7 @@ class Exchange(NamedTuple):
 
     def _agree(self, tensor: Tensor, kind: str) -> None:
         mode = agreement.mode()
-        if mode == "off" or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if mode == "off" or not self.comm.compares or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if mode == "always" or (self.agreed is not None and self.agreed.first(kind, self.group)):
             what = (f"{kind} of {self.layer}", f"{tensor.numel()} numbers", *map(str, self.facts))

@@ -14,7 +14,7 @@ from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
 from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
-from .reference import ACTIVATIONS, acc_type
+from .reference import ACTIVATIONS, acc_type, update_running_stats
 
 WEIGHTINGS = ("samples", "ranks")
 
@@ -75,6 +75,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
         checkpoint.record(options.name, stats)
         _check_count(stats, x, exchange.comm)
+        if torch.compiler.is_compiling():
+            # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
+            update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
+            running_mean = running_var = num_batches_tracked = None
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,

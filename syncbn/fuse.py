@@ -47,7 +47,7 @@ def find_fusible(module: nn.Module) -> list[Fusible]:
 def fuse(pair: Fusible) -> None:
     """Moves the activation into the batch norm, if that was converted. The activation module stays where it is and does nothing."""
     batch_norm, activation = pair
-    if not isinstance(batch_norm, SyncBatchNorm) or batch_norm.activation is not None:
+    if not isinstance(batch_norm, SyncBatchNorm) or batch_norm.activation is not None or not batch_norm.fusible:
         return
     batch_norm.activation = _ACTIVATIONS[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)

@@ -61,6 +61,7 @@ class SyncBatchNorm(_BatchNorm):
     weighting: str = "samples"
     unbiased: bool = True
     layer_name: str | None = None  # the dotted name in the model, for messages
+    fusible: bool = True  # False where a converted class does something of its own after the normalization
 
     def __init__(
         self,

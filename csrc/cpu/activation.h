@@ -6,7 +6,7 @@
 namespace syncbn::SYNCBN_ISA {
 
 // e^x to 1 ulp or 2: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent.
-INLINE Pack<float> exp(Pack<float> x) {
+RARE Pack<float> exp(Pack<float> x) {
   using P = Pack<float>;
   return P::map([&](int r) {
     auto v = x.v[r] > 88.0f ? 88.0f - P::V{} : x.v[r];
@@ -25,7 +25,7 @@ INLINE Pack<float> exp(Pack<float> x) {
     return (P::V)((P::I)p + ((P::I)biased << 23));
   });
 }
-INLINE Pack<double> exp(Pack<double> x) {
+RARE Pack<double> exp(Pack<double> x) {
   for (int r = 0; r < Pack<double>::REGISTERS; ++r)
     for (int k = 0; k < Pack<double>::LANES; ++k) x.v[r][k] = __builtin_exp(x.v[r][k]);
   return x;

@@ -30,10 +30,11 @@ void run(Layout layout, const void* dy_data, const void* x_data, const Norm& nor
     double of_x = a.scale * a.invstd * sums[layout.channels + c] / n;
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sums[c] / n;
   };
-  map_packs<acc_t, 5, false>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t, bool) {
+  bool stream = streams(dx, layout, false);
+  map_packs<acc_t, 5, false>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t, bool) INLINED {
     Pack<acc_t> xmu = load(x + f, lanes) - p.v[HI];
     Pack<acc_t> dz = through<backward>(load(dy + f, lanes), xmu * p.v[SCALE] + p.v[SHIFT], 0, slope);
-    store(dx + f, dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes);
+    store(dx + f, dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes, stream);
   });
 }
 

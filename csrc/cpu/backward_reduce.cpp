@@ -29,7 +29,7 @@ void run(Layout layout, const Tensors& t, const Norm& norm, double* sums) {
     Affine a = affine<acc_t>(norm, layout.channels, c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  sum_packs<acc_t, 3, masked>(layout, sums, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, P& s1, P& s2) {
+  sum_packs<acc_t, 3, masked>(layout, sums, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, P& s1, P& s2) INLINED {
     P d = load(dy + f, lanes), xmu = load(x + f, lanes) - p.v[HI], z(acc_t(0));
     if constexpr (recompute) z = xmu * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);

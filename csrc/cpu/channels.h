@@ -40,13 +40,13 @@ template <typename acc_t, int K> class PerChannel {
 // f(first element, lanes, coefficients, row of the mask, whether the row ends here) for packs that cover everything, in parallel
 // and backwards.
 template <typename acc_t, int K, bool masked, typename C, typename F> void map_packs(Layout layout, C coefficients, F f) {
-  // Heads end at a byte of the mask, so that packs have whole bytes.
-  auto head = [](int64_t first) { return masked ? int(-first & 7) : 0; };
+  // Heads end at a multiple of a pack: stores are aligned, and each pack has whole bytes of the mask.
+  auto head = [](int64_t first) { return int(-first & (PACK - 1)); };
   if (by_columns(layout, masked)) {
-    Columns columns(layout, masked);
+    Columns columns(layout, masked, MAP_WIDTH);
     PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
     columns.for_rows([&](int64_t first, int64_t n, int64_t row) {
-      for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) {
+      for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) INLINED {
         f(first + i, lanes, all.at(i, lanes), row, i + lanes.last == n);
       });
     });
@@ -57,7 +57,7 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
       for (int64_t chunk = end - 1; chunk >= begin; --chunk)
         planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
           bool row_end = first + n == (row + 1) * layout.inner;
-          for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) {
+          for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) INLINED {
             f(first + i, lanes, p, row, row_end && i + lanes.last == n);
           });
         });
@@ -70,13 +70,13 @@ template <typename acc_t, int K, bool masked, typename C, typename F>
 void sum_packs(Layout layout, double* sums, C coefficients, F f) {
   using P = Pack<acc_t>;
   if (by_columns(layout, masked)) {
-    Columns columns(layout, masked);
+    Columns columns(layout, masked, SUM_WIDTH);
     PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
     columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
       for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
-        acc_t s1[STRIP] = {}, s2[STRIP] = {};
-        add_rows(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) { return all.at(j + i, lanes); },
-                 [&](int64_t r, int64_t i, auto lanes, const auto& p, P& a1, P& a2) {
+        alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
+        add_rows(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) INLINED { return all.at(j + i, lanes); },
+                 [&](int64_t r, int64_t i, auto lanes, const auto& p, P& a1, P& a2) INLINED {
                    f(r * columns.width + j + i, lanes, p, r, a1, a2);
                  });
         for (int64_t i = 0; i < n; ++i) {
@@ -93,7 +93,7 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
       planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
         Chains<acc_t> t1, t2;
-        for_packs<ACCUMULATORS>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) {
+        for_packs<CHAINS>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
           f(first + i, lanes, p, row, t1.s[k], t2.s[k]);
         });
         s1[c - c0] += t1.total();

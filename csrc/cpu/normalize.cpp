@@ -34,10 +34,11 @@ void run(Layout layout, const scalar_t* x, const scalar_t* residual, const Norm&
     Affine a = affine<acc_t>(norm, layout.channels, c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  map_packs<acc_t, 3, masked>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, bool row_end) {
+  bool stream = streams(y, layout, masked);
+  map_packs<acc_t, 3, masked>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, bool row_end) INLINED {
     Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
-    store(y + f, activate<activation>(z, slope), lanes);
+    store(y + f, activate<activation>(z, slope), lanes, stream);
     if constexpr (masked) write_bits(mask, f, row, positive_bits(z), lanes, row_end);
   });
 }

@@ -13,6 +13,7 @@
 #include "ops.h"
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // behind a lambda's parameters
 #define RARE inline __attribute__((noinline))  // kept out of the loops' code
 
 namespace syncbn::SYNCBN_ISA {
@@ -45,7 +46,9 @@ template <typename T> struct Pack {
   V v[REGISTERS];
 
   Pack() = default;
-  INLINE Pack(T value) { each([&](int r) { v[r] = value - V{}; }); }  // minus zero keeps the sign of zero
+  INLINE Pack(T value) {
+    for (int r = 0; r < REGISTERS; ++r) v[r] = value - V{};  // minus zero keeps the sign of zero
+  }
 
   template <typename F> static INLINE void each(F f) {
 #pragma GCC unroll 8
@@ -64,10 +67,16 @@ template <typename T> struct Pack {
   }
 };
 
-template <typename T> INLINE Pack<T> operator+(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] + b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator-(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] - b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator*(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] * b.v[r]; }); }
-template <typename T> INLINE Pack<T> operator/(Pack<T> a, Pack<T> b) { return Pack<T>::map([&](int r) { return a.v[r] / b.v[r]; }); }
+#define OPERATOR(op)                                                          \
+  template <typename T> INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {    \
+    for (int r = 0; r < Pack<T>::REGISTERS; ++r) a.v[r] = a.v[r] op b.v[r];   \
+    return a;                                                                 \
+  }
+OPERATOR(+)
+OPERATOR(-)
+OPERATOR(*)
+OPERATOR(/)
+#undef OPERATOR
 template <typename T> INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) { return a = a + b; }
 
 // ---- Which of a pack's lanes count ------------------------------------------------------------------------------------------
@@ -232,6 +241,35 @@ template <typename scalar_t> RARE void store(scalar_t* p, Pack<acc_type<scalar_t
   scalar_t buffer[PACK];
   store(buffer, a);
   for (int k = 0; k < lanes.last; ++k) p[k] = buffer[k];
+}
+
+// Stores of whole packs to aligned p go past the cache where `stream` is set.
+template <int BYTES> INLINE void stream_register(void* to, const void* from) {
+#if defined(__AVX512F__)
+  if constexpr (BYTES == 64) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
+#endif
+#if defined(__AVX2__)
+  if constexpr (BYTES == 32) return _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
+#endif
+#if defined(__x86_64__)
+  if constexpr (BYTES == 16) return _mm_stream_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
+#endif
+  memcpy(to, from, BYTES);
+}
+INLINE void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <typename scalar_t, typename Lanes> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Lanes lanes, bool) { store(p, a, lanes); }
+template <typename scalar_t> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Whole, bool stream) {
+  constexpr int TOTAL = PACK * sizeof(scalar_t), BYTES = TOTAL < REGISTER_BYTES ? TOTAL : REGISTER_BYTES;
+  if (!stream) return store(p, a);
+  alignas(64) char buffer[TOTAL];
+  store(reinterpret_cast<scalar_t*>(buffer), a);
+#pragma GCC unroll 8
+  for (int k = 0; k < TOTAL; k += BYTES) stream_register<BYTES>(reinterpret_cast<char*>(p) + k, buffer + k);
 }
 
 // The sum of all lanes in float64, as a tree.

@@ -8,7 +8,7 @@ namespace syncbn::SYNCBN_ISA {
 namespace {
 
 constexpr int SHIFT_PACKS = 8;   // planes: packs behind a shift
-constexpr int SHIFT_ROWS = 32;   // columns: rows behind a shift
+constexpr int SHIFT_ROWS = 16;   // columns: rows behind a shift
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(int64_t n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -31,7 +31,7 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, d
     for (int64_t c = c0; c < c1; ++c) shift[c - c0] = P(acc_t(sum(shift[c - c0]) / (max(packs[c - c0], 1) * PACK)));
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
       Chains<acc_t> t1, t2;
-      for_packs<ACCUMULATORS>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) {
+      for_packs<CHAINS>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
         P d = keep(load(x + f + i, lanes) - k, lanes);
         t1.s[chain] += d;
         t2.s[chain] += d * d;
@@ -50,17 +50,17 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, d
 template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  Columns columns(layout, false);
+  Columns columns(layout, false, SUM_WIDTH);
   columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
-    auto at = [&](int64_t r, int64_t i, auto lanes) { return load(x + r * columns.width + j + i, lanes); };
+    auto at = [&](int64_t r, int64_t i, auto lanes) INLINED { return load(x + r * columns.width + j + i, lanes); };
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
       int64_t length = min(CHUNK_ROWS, end - row), head = min(SHIFT_ROWS, length);
-      acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
-      add_rows(row, head, n, shift, s2, [](int64_t, auto) { return 0; },
-               [&](int64_t r, int64_t i, auto lanes, int, P& a, P&) { a += keep(at(r, i, lanes), lanes); });
+      alignas(64) acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
+      add_rows(row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
+               [&](int64_t r, int64_t i, auto lanes, int, P& a, P&) INLINED { a += keep(at(r, i, lanes), lanes); });
       for (int64_t i = 0; i < n; ++i) shift[i] /= acc_t(head);
-      add_rows(row, length, n, s1, s2, [&](int64_t i, auto lanes) { return load(shift + i, lanes); },
-               [&](int64_t r, int64_t i, auto lanes, P k, P& a1, P& a2) {
+      add_rows(row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+               [&](int64_t r, int64_t i, auto lanes, P k, P& a1, P& a2) INLINED {
                  P d = keep(at(r, i, lanes) - k, lanes);
                  a1 += d;
                  a2 += d * d;

@@ -3,32 +3,39 @@
 // All divisions of the work depend on the shape alone, never on the number of threads: so the bits do not either.
 #pragma once
 
+#include <new>
+
 #include "simd.h"
 
 namespace syncbn::SYNCBN_ISA {
 
-constexpr int64_t CHUNK = 16384;         // values that share a shift: 256 in each lane of acc_t
-constexpr int64_t UNIT = 4 * CHUNK;       // values that one partial sum covers
-constexpr int64_t GRAIN = 32768;         // values below which a thread is not worth waking; torch's own number
-constexpr int ACCUMULATORS = 4;          // independent chains hide the latency of an fma
-constexpr int64_t MAX_GROUP = 32;        // planes: channels walked together, their sums in L1
-constexpr int64_t MIN_PLANE = PACK;      // shorter planes are walked as columns
-constexpr int64_t MIN_WIDTH = 128;       // columns: rows of few channels are folded to at least this
-constexpr int64_t STRIP = 256;           // columns: accumulators of a strip stay in L1
-constexpr int64_t CHUNK_ROWS = 256;      // columns: rows that share a shift and are summed in acc_t
-constexpr int64_t MAX_BLOCKS = 64;       // columns: partial sums per column
+constexpr int CHAINS = REGISTER_BYTES / 16; // packs: 4 independent registers for each sum hide the latency of an fma
+constexpr int ROWS = CHAINS;                // columns: rows that share the loads of sums and coefficients
+constexpr int64_t CHUNK = 256 * PACK * CHAINS;// planes: values that share a shift, 256 to be added up in each lane of acc_t
+constexpr int64_t UNIT = 65536;             // planes: values that one partial sum covers
+constexpr int64_t GRAIN = 32768;            // values below which a thread is not worth waking; torch's own number
+constexpr int64_t MAX_GROUP = 32;           // planes: channels walked together, their sums in L1
+constexpr int64_t MIN_PLANE = PACK;         // shorter planes are walked as columns
+constexpr int64_t MAP_WIDTH = 128;          // columns: rows of few channels are folded to at least this
+constexpr int64_t SUM_WIDTH = 1024;         // the same for sums: rows of 4 KB are streams of their own to a prefetcher
+constexpr int64_t STRIP = 1024;             // columns: accumulators of a strip stay in L1
+constexpr int64_t CHUNK_ROWS = 128;         // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t STREAM_BYTES = 16 << 20;  // what a last-level cache may well hold until it is read again
+constexpr int64_t MAX_BLOCKS = 64;          // columns: partial sums per column
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Zeros. Aligned to a cache line: a vector that crosses two is not forwarded from its store to its next load.
+constexpr std::align_val_t LINE{64};
 template <typename T> class Buffer {
   T* data_;
 
  public:
-  explicit Buffer(int64_t size) : data_(new T[size]()) {}
+  explicit Buffer(int64_t size) : data_(new (LINE) T[size]()) {}
   Buffer(const Buffer&) = delete;
-  ~Buffer() { delete[] data_; }
+  ~Buffer() { ::operator delete[](data_, LINE); }
   operator T*() { return data_; }
   operator const T*() const { return data_; }
 };
@@ -37,29 +44,22 @@ template <typename F> void parallel_for(int64_t n, int64_t grain, F f) {
   syncbn::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// f(i, lanes, k) for packs that cover [0, n), with k < CHAINS taking turns. The first pack ends at `head` values where that is
+// f(i, lanes, k) for packs that cover [0, n), with k < TURNS taking turns. The first pack ends at `head` values where that is
 // not 0; the last may overlap the one before it.
-template <int CHAINS = 1, typename F> INLINE void for_packs(int64_t n, int head, F f) {
+template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, int head, F f) {
   if (n < PACK) return f(0, Partial{int(n)}, 0);
   int64_t i = 0;
   if (head) {
     f(0, Overlap{0, head}, 0);
     i = head;
   }
-  for (; i + CHAINS * PACK <= n; i += CHAINS * PACK) {
+  for (; i + TURNS * PACK <= n; i += TURNS * PACK) {
 #pragma GCC unroll 8
-    for (int k = 0; k < CHAINS; ++k) f(i + k * PACK, Whole{}, k);
+    for (int k = 0; k < TURNS; ++k) f(i + k * PACK, Whole{}, k);
   }
-  if constexpr (CHAINS > 1) {
-#pragma GCC unroll 8
-    for (int k = 0; k < CHAINS - 1; ++k) {
-      if (i + PACK <= n) {
-        f(i, Whole{}, k);
-        i += PACK;
-      }
-    }
-  }
-  if (i < n) f(n - PACK, Overlap{int(i + PACK - n), PACK}, CHAINS - 1);
+  if (TURNS > 1)
+    for (; i + PACK <= n; i += PACK) f(i, Whole{}, 0);
+  if (i < n) f(n - PACK, Overlap{int(i + PACK - n), PACK}, TURNS - 1);
 }
 
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
@@ -104,6 +104,7 @@ struct Planes {
         int64_t id = reverse ? begin + end - 1 - k : k, c = id / units * group, unit = id % units;
         body(c, min(c + group, layout.channels), unit, unit * chunks / units, (unit + 1) * chunks / units);
       }
+      finish_streams();
     });
   }
 
@@ -131,6 +132,13 @@ struct Planes {
 // Where a mask is read or written its rows must be walked as they lie: planes, or pixels.
 INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inner == 1 : layout.inner < MIN_PLANE; }
 
+// Whether to store past the cache: a line of a large output is then not fetched first, and does not push out what will be read.
+// Rows of whole lines only: a line that is written in two ways costs far more than is gained.
+template <typename scalar_t> INLINE bool streams(const scalar_t* p, Layout layout, bool masked) {
+  int64_t size = sizeof(scalar_t), row = by_columns(layout, masked) ? layout.channels * layout.inner : layout.inner;
+  return layout.numel() * size >= STREAM_BYTES && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
 // ---- Columns ----------------------------------------------------------------------------------------------------------------
 
 // Memory as rows of `width` columns that hold every channel `inner` times: each row is a sample, or a few where a sample is short.
@@ -140,9 +148,9 @@ struct Columns {
   int64_t rest;  // columns of a last, shorter row
 
   // A mask has its rows one by one, so these are not folded.
-  Columns(Layout l, bool masked) : layout(l) {
+  Columns(Layout l, bool masked, int64_t min_width) : layout(l) {
     int64_t sample = l.channels * l.inner;
-    int64_t fold = masked ? 1 : max(min(ceil_div(MIN_WIDTH, sample), l.outer), 1);
+    int64_t fold = masked ? 1 : max(min(ceil_div(min_width, sample), l.outer), 1);
     width = fold * sample;
     rows = l.outer / fold;
     rest = l.outer % fold * sample;
@@ -176,39 +184,41 @@ struct Columns {
     parallel_for(ceil_div(total, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
       for (int64_t k = end - 1; k >= begin; --k)
         for (int64_t row = k * run; row < min((k + 1) * run, total); ++row) body(row * width, row < rows ? width : rest, row);
+      finish_streams();
     });
   }
 };
-
-struct One { static constexpr int value = 1; };
-struct Four { static constexpr int value = 4; };
 
 // Sums in several chains, which hide the latency of an addition.
 template <typename T> struct Chains {
-  Pack<T> s[ACCUMULATORS];
+  Pack<T> s[CHAINS];
   INLINE Chains() {
-    for (int k = 0; k < ACCUMULATORS; ++k) s[k] = Pack<T>(0);
+    for (int k = 0; k < CHAINS; ++k) s[k] = Pack<T>(0);
   }
-  INLINE Pack<T> total() const { return (s[0] + s[1]) + (s[2] + s[3]); }
+  INLINE Pack<T> total() const {
+    Pack<T> sum = s[0];
+    for (int k = 1; k < CHAINS; ++k) sum += s[k];
+    return sum;
+  }
 };
 
-// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs. Four rows at a time share the
-// loads of params and of the sums.
+// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs.
 template <typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  auto step = [&](int64_t r, auto count) {
-    for_packs(n, 0, [&](int64_t i, auto lanes, int) {
-      Pack<acc_t> a1 = load(s1 + i, lanes), a2 = load(s2 + i, lanes);
+  for (int64_t end = row + rows; row < end; row += ROWS)
+    for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED {
+      Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
+      if (row + ROWS <= end) {
 #pragma GCC unroll 4
-      for (int k = 0; k < count.value; ++k) add(r + k, i, lanes, p, a1, a2);
-      store(s1 + i, a1, lanes);
-      store(s2 + i, a2, lanes);
+        for (int k = 0; k < ROWS; ++k) add(row + k, i, lanes, p, a1, a2);
+      } else {
+#pragma GCC unroll 1
+        for (int64_t r = row; r < end; ++r) add(r, i, lanes, p, a1, a2);
+      }
+      store(s1 + i, load(s1 + i, lanes) + a1, lanes);
+      store(s2 + i, load(s2 + i, lanes) + a2, lanes);
     });
-  };
-  int64_t end = row + rows;
-  for (; row + 4 <= end; row += 4) step(row, Four{});
-  for (; row < end; ++row) step(row, One{});
 }
 
 }  // namespace syncbn::SYNCBN_ISA

@@ -26,6 +26,7 @@ class MPICommunicator:
     """Works on a clone of `comm`, which the first exchange makes."""
 
     comm: MPI.Comm
+    compares = True
 
     def __post_init__(self) -> None:
         if self.comm.Is_inter():
