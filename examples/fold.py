@@ -65,9 +65,8 @@ def main() -> None:
     Console().print(table)
     with torch.inference_mode():
         want = model(x)
-        print(
-            f"largest difference of the outputs: {((models['after'](x) - want).abs().max() / want.abs().max()).item():.1e} of the largest output"
-        )
+        error = (models["after"](x) - want).abs().max() / want.abs().max()
+    print(f"largest difference of the outputs: {error.item():.1e} of the largest output")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,6 @@ def join(
 ) -> Iterator[None]:
     """Around a training loop whose ranks have different numbers of batches: those that finish first answer the others.
 
-        with syncbn.join(model):
-            for x, target in loader:
-                loss(model(x), target).backward()
-
     Every rank enters and leaves it. With a DistributedDataParallel model it takes the place of `model.join()`. A rank that has
     left counts as one without samples; in the end all have the moving statistics of the rank that was last.
 
@@ -54,6 +50,13 @@ def join(
     Raises:
         ValueError: a layer's process group is not one of torch.distributed.
         RuntimeError: on every rank, if some rank has no batch at all.
+
+    >>> device = syncbn.init_process_group()
+    >>> model = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3))
+    >>> with syncbn.join(model):
+    ...     for x in torch.randn(2, 8, 4):
+    ...         model(x).square().sum().backward()
+    >>> torch.distributed.destroy_process_group()
     """
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
     others = [*_own(model), *joinables]

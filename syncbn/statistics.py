@@ -70,7 +70,7 @@ def update_bn_stats(
     totals = [_empty_stats(module) for module in batch_norms]
     run = _call if forward is None else forward
     batches = _with_progress(itertools.islice(data_loader, num_iters), data_loader, num_iters, progress and comm.rank == 0)
-    # A compiled model would not see the hooks; where nothing is compiled, asking for eager would load the compiler.
+    # Not compiled anew for this pass and its hooks; where nothing is compiled, asking for eager would load the compiler.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     with torch.no_grad(), _observed(model, batch_norms, totals), eager:
         for batch in batches:

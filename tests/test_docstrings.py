@@ -21,7 +21,12 @@ RUNNER_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.FAIL_FA
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
     torch.manual_seed(0)
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ImportError as missing:
+        if name != "syncbn.lightning":
+            raise
+        pytest.skip(f"{missing}")
     runner = doctest.DocTestRunner(optionflags=RUNNER_FLAGS)
     report: list[str] = []
     for example in FINDER.find(module, globs=GLOBALS.copy()):

@@ -193,7 +193,7 @@ STAYS = {  # (model, names of the batch norms that stay)
     "forward of its own": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), OwnForward(3)), ["1"]),
     "hook on the layer": (lambda: hooked(0), ["1"]),
     "hook on the batch norm": (lambda: hooked(1), ["1"]),
-    "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 4, 1), SyncBatchNormalization(num_features=5)), ["1"]),
+    "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 5, 1), SyncBatchNormalization(num_features=5)), ["1"]),
     "weights computed from others": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(3, 3, 1)), nn.BatchNorm1d(3)),
         ["1"],

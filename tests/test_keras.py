@@ -230,6 +230,13 @@ def test_bad_arguments(name):
 
 
 @pytest.mark.world_size(1)
+def test_defaults_are_horovods():
+    layer = SyncBatchNormalization(fused=False)
+    values = (layer.axis, layer.momentum, layer.epsilon, layer.center, layer.scale, layer.weighting, layer.unbiased)
+    assert values == (-1, 0.99, 1e-3, True, True, "ranks", False)
+
+
+@pytest.mark.world_size(1)
 def test_bad_input():
     with pytest.raises(ValueError, match=r"axis 4 among them, got \[2, 3, 4, 5\]"):
         SyncBatchNormalization(axis=4)(torch.randn(2, 3, 4, 5))

@@ -126,6 +126,18 @@ def test_leaves_everything_else_as_found(world, fails):
     assert torch.equal(model.stem[1].running_mean, statistics) == fails  # and half a pass changes no statistics
 
 
+@pytest.mark.world_size(1)
+def test_an_error_inside_a_batch_norm_leaves_its_statistics():
+    class Failing(nn.BatchNorm1d):
+        def forward(self, input):
+            raise RuntimeError
+
+    layer = Failing(3)
+    with pytest.raises(RuntimeError):
+        update_bn_stats(layer, [torch.randn(4, 3)], progress=False)
+    assert layer.running_mean is not None and layer.num_batches_tracked is not None
+
+
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
 def test_one_collective_in_all(world):
@@ -150,7 +162,10 @@ def test_keras_layer_called_with_training():
             return self.bn(inputs=inputs, training=True)
 
     model, x = Model(), torch.randn(6, 2, 3)
+    model.bn.register_forward_hook(lambda module, args, kwargs, y: trained.append(kwargs.get("training")), with_kwargs=True)
+    trained: list[bool] = []
     update_bn_stats(model, [x[:4], x[4:]], progress=False)
+    assert not any(trained)  # else it would wait for the other ranks
     assert_close(model.bn.moving_variance, x.double().flatten(0, 1).var(0, unbiased=False), 2e-6, "moving_variance")
 
 
@@ -201,7 +216,8 @@ def test_compiled_model(compile):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     compiled = compile(model, backend="eager")
     x = torch.randn(8, 3)
-    compiled(x)
+    for mode in (True, False):  # a graph without hooks is there for either
+        compiled.train(mode)(x)
     update_bn_stats(compiled, [x], progress=False)
     assert_close(model[1].running_mean, model[0](x).double().mean(0).detach(), 2e-6, "running_mean")
 
