@@ -92,8 +92,8 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
       P s1[MAX_GROUP], s2[MAX_GROUP];
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
       planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
-        Chains<acc_t> t1, t2;
-        for_packs<CHAINS>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
+        ChainSums<acc_t> t1, t2;
+        for_packs<CHAINS<acc_t>>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
           f(first + i, lanes, p, row, t1.s[k], t2.s[k]);
         });
         s1[c - c0] += t1.total();

@@ -30,8 +30,8 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, d
     });
     for (int64_t c = c0; c < c1; ++c) shift[c - c0] = P(acc_t(sum(shift[c - c0]) / (max(packs[c - c0], 1) * PACK)));
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
-      Chains<acc_t> t1, t2;
-      for_packs<CHAINS>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
+      ChainSums<acc_t> t1, t2;
+      for_packs<CHAINS<acc_t>>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
         P d = keep(load(x + f + i, lanes) - k, lanes);
         t1.s[chain] += d;
         t2.s[chain] += d * d;

@@ -9,19 +9,20 @@
 
 namespace syncbn::SYNCBN_ISA {
 
-constexpr int CHAINS = REGISTER_BYTES / 16; // packs: 4 independent registers for each sum hide the latency of an fma
-constexpr int ROWS = CHAINS;                // columns: rows that share the loads of sums and coefficients
-constexpr int64_t CHUNK = 256 * PACK * CHAINS;// planes: values that share a shift, 256 to be added up in each lane of acc_t
-constexpr int64_t UNIT = 65536;             // planes: values that one partial sum covers
-constexpr int64_t GRAIN = 32768;            // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 32;           // planes: channels walked together, their sums in L1
-constexpr int64_t MIN_PLANE = PACK;         // shorter planes are walked as columns
-constexpr int64_t MAP_WIDTH = 128;          // columns: rows of few channels are folded to at least this
-constexpr int64_t SUM_WIDTH = 1024;         // the same for sums: rows of 4 KB are streams of their own to a prefetcher
-constexpr int64_t STRIP = 1024;             // columns: accumulators of a strip stay in L1
-constexpr int64_t CHUNK_ROWS = 128;         // columns: rows that share a shift and are summed in acc_t
-constexpr int64_t STREAM_BYTES = 16 << 20;  // what a last-level cache may well hold until it is read again
-constexpr int64_t MAX_BLOCKS = 64;          // columns: partial sums per column
+// Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
+template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
+
+constexpr int64_t CHUNK = 256 * PACK * CHAINS<float>;  // planes: values that share a shift, 256 to be added up in each lane
+constexpr int64_t UNIT = 65536;                        // planes: values that one partial sum covers
+constexpr int64_t GRAIN = 32768;                       // values below which a thread is not worth waking; torch's own number
+constexpr int64_t MAX_GROUP = 32;                      // planes: channels walked together, their sums in L1
+constexpr int64_t MIN_PLANE = PACK;                    // shorter planes are walked as columns
+constexpr int64_t MAP_WIDTH = 128;                     // columns: rows of few channels are folded to at least this
+constexpr int64_t SUM_WIDTH = 1024;                    // the same for sums: rows of 4 KB are streams of their own to a prefetcher
+constexpr int64_t STRIP = 1024;                        // columns: accumulators of a strip stay in L1
+constexpr int64_t CHUNK_ROWS = 128;                    // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t STREAM_BYTES = 16 << 20;             // an output larger than this is gone from the cache before it is read
+constexpr int64_t MAX_BLOCKS = 64;                     // columns: partial sums per column
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -190,14 +191,14 @@ struct Columns {
 };
 
 // Sums in several chains, which hide the latency of an addition.
-template <typename T> struct Chains {
-  Pack<T> s[CHAINS];
-  INLINE Chains() {
-    for (int k = 0; k < CHAINS; ++k) s[k] = Pack<T>(0);
+template <typename T> struct ChainSums {
+  Pack<T> s[CHAINS<T>];
+  INLINE ChainSums() {
+    for (int k = 0; k < CHAINS<T>; ++k) s[k] = Pack<T>(0);
   }
   INLINE Pack<T> total() const {
     Pack<T> sum = s[0];
-    for (int k = 1; k < CHAINS; ++k) sum += s[k];
+    for (int k = 1; k < CHAINS<T>; ++k) sum += s[k];
     return sum;
   }
 };
@@ -205,13 +206,14 @@ template <typename T> struct Chains {
 // Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs.
 template <typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  for (int64_t end = row + rows; row < end; row += ROWS)
+  constexpr int SHARED = CHAINS<acc_t>;  // rows that share the loads of sums and params
+  for (int64_t end = row + rows; row < end; row += SHARED)
     for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
-      if (row + ROWS <= end) {
+      if (row + SHARED <= end) {
 #pragma GCC unroll 4
-        for (int k = 0; k < ROWS; ++k) add(row + k, i, lanes, p, a1, a2);
+        for (int k = 0; k < SHARED; ++k) add(row + k, i, lanes, p, a1, a2);
       } else {
 #pragma GCC unroll 1
         for (int64_t r = row; r < end; ++r) add(r, i, lanes, p, a1, a2);

@@ -1,0 +1,127 @@
+"""Side by side with torch, in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile] [--quick]
+
+Writes benchmarks/results/MACHINE.json and .png. One process with an initialized group of one rank: the synchronized layer pays for
+its collectives, torch's plain layer has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from syncbn import native
+
+from .cases import KINDS, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls
+from .networks import NETWORKS
+from .report import Row, geometric_mean, save, table
+from .timing import copy_rate, host_microseconds, machine, medians
+
+
+def ops_rows(device: str, repeats: int, limit: float) -> list[Row]:
+    rows = []
+    for shape in SHAPES:
+        for kind in KINDS:
+            inputs = Inputs(shape, kind, device)
+            calls, moved = op_calls(inputs)
+            for name, ms in medians(calls, device, repeats).items():
+                rate = moved[name] * inputs.megabytes / ms
+                rows.append({"op": name, "shape": str(shape), "kind": kind, "ms": ms, "GB/s": rate, "of the copy rate": rate / limit})
+    return rows
+
+
+def layer_rows(device: str, repeats: int, compiled: bool) -> list[Row]:
+    rows = []
+    for after in ("", "relu", "add relu"):
+        for shape in SHAPES:
+            for kind in KINDS:
+                for direction, calls in layer_calls(Inputs(shape, kind, device), after, compiled).items():
+                    ms = medians(calls, device, repeats)
+                    row = {"layer": f"BN {after}".strip().replace(" ", " + "), "shape": str(shape), "kind": kind, "pass": direction}
+                    rows.append({**row, **{f"{k} ms": v for k, v in ms.items()}, "torch / syncbn": ms["torch"] / ms["syncbn"]})
+    return rows
+
+
+def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) -> list[Row]:
+    """All batch norm layers of a network with the ReLU and the addition that follow: the sum over its layers."""
+    rows = []
+    for name in names:
+        for kind in kinds:
+            total: dict[str, float] = {}
+            for (shape, after), count in NETWORKS[name]().items():
+                for layer, ms in medians(layer_calls(Inputs(shape, kind, device), after)["both"], device, repeats).items():
+                    total[layer] = total.get(layer, 0) + count * ms
+            row = {"network": name, "kind": kind, "layers": sum(NETWORKS[name]().values())}
+            rows.append({**row, **{f"{k} ms": v for k, v in total.items()}, "torch / syncbn": total["torch"] / total["syncbn"]})
+    return rows
+
+
+def other_rows(device: str) -> list[Row]:
+    """Host time of a layer too small to matter, and what a layer keeps for its backward pass."""
+    rows: list[Row] = []
+    for direction, calls in layer_calls(Inputs((2, 64, 2, 2), KINDS[0], device)).items():
+        rows.append({"what": f"host µs, {direction}", **{name: host_microseconds(call, device) for name, call in calls.items()}})
+    for after in ("", "relu", "add relu"):
+        inputs = Inputs(SHAPES[0], KINDS[0], device)
+        rows.append({"what": f"kept MB, BN {after}, x is {inputs.megabytes:.1f}", **kept_megabytes(inputs, after)})
+    return rows
+
+
+def summary(layers: list[Row]) -> list[Row]:
+    """The figures that the project sets itself."""
+
+    def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
+        wanted = (layer, direction)
+        return [r["torch / syncbn"] for r in layers if (r["layer"], r["pass"]) == wanted and r["kind"] in kinds]
+
+    plain = speedups("BN", "both", KINDS[:3])
+    return [
+        {"figure": f"forward, {SHAPES[0]} {KINDS[0]}", "times torch": speedups("BN", "forward", KINDS[:1])[0], "target": "4"},
+        {"figure": "forward + backward, geometric mean of 12", "times torch": geometric_mean(plain), "target": "1.5"},
+        {"figure": "forward + backward, worst of 12", "times torch": min(plain), "target": "0.95"},
+        {"figure": "BN + add + ReLU, geometric mean of 12", "times torch": geometric_mean(speedups("BN + add + relu", "both", KINDS[:3])), "target": "2"},
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--networks", action="store_true", help="the layers of whole networks as well")
+    parser.add_argument("--compile", action="store_true", help="torch.compile'd batch norm as well")
+    parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    store = tempfile.NamedTemporaryFile()  # noqa: SIM115
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo", init_method=f"file://{store.name}", rank=0, world_size=1)
+    repeats = 3 if args.quick else 15
+    limit = copy_rate(args.device, repeats)
+    kernels = next(library for library in native.status() if library.device == args.device)
+    header: Row = {"machine": machine(args.device), "torch": torch.__version__, "threads": args.threads, "copy GB/s": limit}
+    header["kernels"] = kernels.reason if kernels.loaded else f"reference: {kernels.reason}"
+    table("machine", [header])
+
+    sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
+    sections["summary"] = summary(sections["layers"])
+    sections["host and memory"] = other_rows(args.device)
+    if args.networks:
+        small = args.device == "cpu"
+        names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
+        sections["networks"] = network_rows(args.device, repeats, kinds, names)
+    for name, rows in sections.items():
+        table(name, rows)
+    name = re.sub(r"\W+", "-", f"{header['machine']} {args.threads} threads" if args.device == "cpu" else header["machine"]).strip("-")
+    save(args.out / name, header, sections)
+    print(f"written: {args.out / name}.json and .png")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

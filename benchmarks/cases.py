@@ -1,0 +1,129 @@
+"""What is timed: calls for one input, by name. `torch` is always the plain, unsynchronized layer unless the name says more."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import syncbn
+from syncbn import ops
+
+from .timing import Calls
+
+SHAPES = [(8, 64, 112, 112), (2, 256, 56, 56), (8, 512, 14, 14), (16, 2048, 7, 7)]
+KINDS = ["contiguous float32", "channels-last float32", "contiguous bfloat16", "channels-last bfloat16"]
+EPS = 1e-5
+
+
+@dataclass
+class Inputs:
+    """Tensors of one shape, layout and dtype."""
+
+    shape: tuple[int, ...]
+    kind: str
+    device: str
+
+    def __post_init__(self) -> None:
+        layout, dtype = self.kind.split()
+        channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(self.shape), torch.contiguous_format)
+        memory_format = channels_last if layout == "channels-last" else torch.contiguous_format
+
+        def random() -> Tensor:
+            return torch.randn(self.shape, device=self.device).to(getattr(torch, dtype), memory_format=memory_format)
+
+        self.x, self.dy, self.residual = random().requires_grad_(), random(), random().requires_grad_()
+
+    @property
+    def megabytes(self) -> float:
+        return self.x.numel() * self.x.element_size() / 1e6
+
+
+def layers(channels: int, dims: int, device: str, compiled: bool, **options) -> dict[str, nn.Module]:
+    """Ours first, then torch's."""
+    plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](channels).to(device)
+    found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
+    if device == "cuda":
+        found["torch SyncBatchNorm"] = nn.SyncBatchNorm(channels).to(device)
+    if compiled:
+        found["torch.compile"] = torch.compile(copy.deepcopy(plain))
+    return found
+
+
+def forward(name: str, layer: nn.Module, inputs: Inputs, after: str) -> Tensor:
+    """BN, BN + ReLU or BN + add + ReLU: ours in one layer, torch's as a network writes it, in place where that is allowed."""
+    if name == "syncbn":
+        return layer(inputs.x, inputs.residual if "add" in after else None)
+    y = layer(inputs.x)
+    if "add" in after:
+        y += inputs.residual
+    return F.relu(y, inplace=True) if "relu" in after else y
+
+
+def layer_calls(inputs: Inputs, after: str = "", compiled: bool = False) -> dict[str, Calls]:
+    """{"forward": ..., "backward": ..., "both": ...}, each a call for each layer."""
+    options = {"activation": "relu"} if "relu" in after else {}
+    calls: dict[str, Calls] = {"forward": {}, "backward": {}, "both": {}}
+    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, compiled, **options).items():
+        wanted = [inputs.x, *layer.parameters(), *([inputs.residual] if "add" in after else [])]
+        run = lambda name=name, layer=layer: forward(name, layer, inputs, after)  # noqa: E731
+        y = run()
+
+        def backward(y=y, wanted=wanted):
+            return torch.autograd.grad(y, wanted, inputs.dy, retain_graph=True)
+
+        calls["forward"][name] = run
+        calls["backward"][name] = backward
+        calls["both"][name] = lambda run=run, wanted=wanted: torch.autograd.grad(run(), wanted, inputs.dy)
+    return calls
+
+
+def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
+    """(calls, tensors of x's size that each must read or write). Torch's own kernels beside ours where they exist."""
+    x, dy, c = inputs.x.detach(), inputs.dy, inputs.shape[1]
+    weight, bias, mean, var = (torch.ones(c, device=x.device) for _ in range(4))
+    tracked = torch.zeros((), dtype=torch.long, device=x.device)
+    stats = ops.stats(x, False)
+    sums = ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0)[0]
+    calls: Calls = {
+        "stats": lambda: ops.stats(x, False),
+        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, mean, var, tracked, 0.1, EPS, True, "none", 0.0),
+        "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0),
+        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, EPS, "none", 0.0),
+    }
+    moved = {"stats": 1.0, "normalize": 2.0, "backward_reduce": 2.0, "backward_input": 3.0}
+    if x.is_cuda:
+        m, invstd = torch.batch_norm_stats(x, EPS)
+        count = torch.tensor([x.numel() // c], device=x.device)
+        gathered = (m[None], invstd[None], mean, var, 0.1, EPS, count.to(mean.dtype))
+        sum_dy, sum_dy_xmu, *_ = torch.batch_norm_backward_reduce(dy, x, m, invstd, weight, True, True, True)
+        calls |= {
+            "torch batch_norm_stats": lambda: torch.batch_norm_stats(x, EPS),
+            "torch gather_stats_with_counts": lambda: torch.batch_norm_gather_stats_with_counts(x, *gathered),
+            "torch batch_norm_elemt": lambda: torch.batch_norm_elemt(x, weight, bias, m, invstd, EPS),
+            "torch backward_reduce": lambda: torch.batch_norm_backward_reduce(dy, x, m, invstd, weight, True, True, True),
+            "torch backward_elemt": lambda: torch.batch_norm_backward_elemt(dy, x, m, invstd, weight, sum_dy, sum_dy_xmu, count.int()),
+        }
+        moved |= {"torch batch_norm_stats": 1.0, "torch gather_stats_with_counts": 0.0, "torch batch_norm_elemt": 2.0}
+        moved |= {"torch backward_reduce": 2.0, "torch backward_elemt": 3.0}
+    return calls, moved
+
+
+def kept_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
+    """What each layer keeps for its backward pass, in MB; a tensor that is the layer's own input counts as well."""
+    options = {"activation": "relu"} if "relu" in after else {}
+    kept = {}
+    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, False, **options).items():
+        storages: dict[int, int] = {}
+
+        def pack(t: Tensor, storages=storages) -> Tensor:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            forward(name, layer, inputs, after)
+        kept[name] = sum(storages.values()) / 1e6
+    return kept

@@ -1,0 +1,71 @@
+"""Interleaved medians: what is compared runs in turns, so that a busy machine slows all of it alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Calls = dict[str, Callable[[], object]]
+
+
+def clock(call: Callable[[], object], device: str, times: int) -> float:
+    """Milliseconds for each of `times` calls."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / times
+    begin = time.perf_counter()
+    for _ in range(times):
+        call()
+    return (time.perf_counter() - begin) / times * 1e3
+
+
+def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0) -> dict[str, float]:
+    """Median milliseconds of each call. A sample is as many calls as take `sample_ms`; samples of all calls alternate."""
+    for call in calls.values():
+        clock(call, device, 2)
+    times = {name: max(1, int(sample_ms / max(clock(call, device, 1), 1e-3))) for name, call in calls.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            samples[name].append(clock(call, device, times[name]))
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def host_microseconds(call: Callable[[], object], device: str) -> float:
+    """What a call costs on the host: on a GPU, the time until it returns."""
+    best = float("inf")
+    for _ in range(20):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(50):
+            call()
+        best = min(best, (time.perf_counter() - begin) / 50 * 1e6)
+    return best
+
+
+def copy_rate(device: str, repeats: int) -> float:
+    """GB/s of a copy that no cache holds, read and written bytes together: the limit that bandwidth is compared with."""
+    source = torch.ones(64 << 20 if device == "cpu" else 256 << 20, device=device)
+    target = torch.empty_like(source)
+    ms = medians({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
+    return 2 * source.numel() * source.element_size() / ms / 1e6
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
