@@ -35,7 +35,7 @@ ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # Nobody reads errno or floating-point traps here, and both keep sqrt and comparisons from being vectorized.
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-ISAS = {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
+ISAS = {"avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
 
 
 class CannotBuild(Exception):
@@ -103,7 +103,7 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
         commands.append([*flags, "-o", str(temp / f"{source.stem}.o")])
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
         # A stand-in under that name: the library must ask for it wherever it is loaded, though it is not needed here.
-        subprocess.run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull], check=True)
+        run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
     folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
     runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     return commands, [cxx, "-shared", *link, *folders, "-Wl,--no-as-needed", "-ltorch_cuda", *runtime]

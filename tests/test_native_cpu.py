@@ -18,7 +18,7 @@ from torch import Tensor
 from syncbn import native, ops, reference
 
 CPU = native.load()[0]
-pytestmark = pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)
+pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
 
 SHAPES = [
     (3, 7, 5, 11),  # primes: nothing divides a vector
@@ -56,9 +56,10 @@ class Case:
     """Arguments of the four ops for one shape; `exact` gives the same in float64."""
 
     def __init__(self, shape, dtype, layout, seed=0):
-        draw = torch.Generator().manual_seed(seed)
-        random = lambda *size: torch.randn(*size, generator=draw)  # noqa: E731
-        self.x, self.residual, self.dy = (laid((scale * random(*shape) + mean).to(dtype), layout) for scale, mean in ((2, 3), (1, 0), (1, 0)))
+        generator = torch.Generator().manual_seed(seed)
+        random = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+        draws = (2 * random(*shape) + 3, random(*shape), random(*shape))
+        self.x, self.residual, self.dy = (laid(draw.to(dtype), layout) for draw in draws)
         self.weight, self.bias = random(shape[1]) + 0.5, random(shape[1])
         self.stats = reference.stats(self.x.double())
 
@@ -190,7 +191,7 @@ def test_moving_statistics(momentum, unbiased, dtype):
         ops.normalize(*normalize_args(case, "none", False, got, momentum, unbiased))
         reference.normalize(*normalize_args(case, "none", False, want, momentum, unbiased))
     # Rounded once a step: twice an ulp, and half precision goes through float32.
-    for a, b in zip(got[:2], want[:2]):
+    for a, b in zip(got[:2], want[:2], strict=True):
         assert torch.allclose(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert got[2] == want[2] == 5
 
@@ -205,7 +206,7 @@ def test_no_samples_anywhere_change_nothing():
 
 
 def relative_variance_error(x: Tensor) -> float:
-    mean, var, _ = reference.finalize(ops.stats(x, False), 0.0)
+    _, var, _ = reference.finalize(ops.stats(x, False), 0.0)
     exact_var = x.double().movedim(1, 0).flatten(1).var(1, correction=0)
     return float(((var - exact_var) / exact_var).abs().max())
 
@@ -253,7 +254,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape, layout):
         torch.set_num_threads(1)
         one = run()
         torch.set_num_threads(4)
-        assert all(torch.equal(a, b) for a, b in zip(one, run()))
+        assert all(torch.equal(a, b) for a, b in zip(one, run(), strict=True))
     finally:
         torch.set_num_threads(before)
 
@@ -295,7 +296,7 @@ REFUSED = [
     (lambda: ops.stats(torch.ones(3), False), r"x must be \[N, C, \*\] with C > 0, got \[3\]"),
     (lambda: ops.stats(torch.ones(3, 0), False), r"x must be .* got \[3, 0\]"),
     (lambda: ops.stats(torch.ones(2, 3).long(), False), "x must be float32, .* got Long"),
-    (lambda: ops.stats(torch.ones(2, 4, 6)[:, :, ::2], False), r"x \[2, 4, 3\] must be contiguous or channels-last, got strides \[24, 6, 2\]"),
+    (lambda: ops.stats(torch.ones(2, 4, 6)[:, :, ::2], False), r"x \[2, 4, 3\] must be contiguous or .* strides \[24, 6, 2\]"),
     (lambda: ops.stats(torch.ones(2, 3, 4, 5).permute(0, 1, 3, 2), False), "x .* must be contiguous or channels-last"),
     (lambda: normalize(stats=STATS.float()), r"stats must be contiguous Double \[7\] or one more, got Float"),
     (lambda: normalize(stats=STATS[:6]), r"stats must .* got Double \[6\]"),
@@ -357,8 +358,7 @@ def test_a_cuda_library_without_code_for_the_gpu_is_refused(monkeypatch, tmp_pat
 
 def test_the_library_exports_nothing_but_its_switch():
     assert ctypes.CDLL(str(CPU.path)).syncbn_cpu_isa
-    with pytest.raises(AttributeError):
-        ctypes.CDLL(str(CPU.path)).syncbn_kernels
+    assert not hasattr(ctypes.CDLL(str(CPU.path)), "_ZN6syncbn7kernelsEv")
 
 
 def test_no_code_for_wide_vectors_can_be_linked_where_narrow_code_is_meant(tmp_path):
@@ -366,7 +366,7 @@ def test_no_code_for_wide_vectors_can_be_linked_where_narrow_code_is_meant(tmp_p
     sources = Path(__file__).parent.parent / "csrc/cpu"
     if not (shutil.which("g++") and shutil.which("nm") and sources.exists() and CPU.reason == "uses avx512"):
         pytest.skip("needs g++, nm and the sources")
-    flags = ["-std=c++17", "-O2", "-march=x86-64-v4", "-DSYNCBN_ISA=avx512", "-c", "-o", str(tmp_path / "stats.o")]
+    flags = ["-std=c++17", "-O2", "-march=x86-64-v4", "-mavx512bf16", "-DSYNCBN_ISA=avx512", "-c", "-o", str(tmp_path / "stats.o")]
     subprocess.run(["g++", *flags, str(sources / "stats.cpp")], check=True)
     symbols = subprocess.run(["nm", "-C", str(tmp_path / "stats.o")], capture_output=True, text=True, check=True).stdout
     shared = [line for line in symbols.splitlines() if line[17:18] in "WVu" and "syncbn::avx512" not in line and "DW.ref" not in line]

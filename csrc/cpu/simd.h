@@ -190,6 +190,13 @@ INLINE Pack<float> load(const bfloat16* p) {
     return (P::V)(__builtin_convertvector(half, Word16) << 16);
   });
 }
+#if defined(__AVX512BF16__)
+// Takes subnormals for zeros, unlike the code below: 1e-38 is no concern of a normalization.
+INLINE void store(bfloat16* p, Pack<float> a) {
+  __m256bh half = _mm512_cvtneps_pbh((__m512)a.v[0]);
+  memcpy(p, &half, sizeof(half));
+}
+#else
 INLINE void store(bfloat16* p, Pack<float> a) {
   using P = Pack<float>;
   P::each([&](int r) {
@@ -199,6 +206,7 @@ INLINE void store(bfloat16* p, Pack<float> a) {
     memcpy(p + r * P::LANES, &half, sizeof(half));
   });
 }
+#endif
 
 #if defined(__F16C__)
 #if defined(__AVX512F__)
