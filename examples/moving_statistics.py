@@ -105,9 +105,7 @@ def draw(runs: dict[str, dict[str, list[list[float]]]], title: str, out: Path) -
                 lines = table[kind][:, 1 + row :: 2]
                 if kind != "group" or name.startswith("Synchronized"):
                     axis.plot(steps, lines, **style, label=[label] + ["_"] * (lines.shape[1] - 1))
-            axis.plot(
-                table["exact"][:, 0], table["exact"][:, 1 + row], "o", color="black", markersize=5, label="exact (update_bn_stats)"
-            )
+            axis.plot(table["exact"][:, 0], table["exact"][:, 1 + row], "o", color="black", markersize=5, label="exact (update_bn_stats)")
             axis.grid(alpha=0.25)
             spread = table["group"][:, 1 + row]
             low, high = axis.get_ylim() if axis.get_ylim() != (0, 1) else (0, 0)

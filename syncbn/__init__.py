@@ -7,8 +7,8 @@ from .environment import init_process_group
 from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group
-from .keras import SyncBatchNormalization
 from .join import join
+from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
 from .statistics import update_bn_stats
 

@@ -103,7 +103,7 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
     attributes = vars(child)
     original = _class_below(child)
     attributes[_ORIGIN] = original, {key: attributes[key] for key in ("process_group",) if key in attributes}
-    _become(child, _synchronized(original))
+    _become(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
     attributes["layer_name"] = name or None
     if process_group is not None:
         child.process_group = process_group
@@ -120,7 +120,7 @@ def _revert(child: SyncBatchNorm) -> None:
     attributes.update(replaced)
 
 
-def _tail(cls: type[_BatchNorm]) -> tuple[str, ...]:
+def _tail(cls: type) -> tuple[str, ...]:
     """The submodules that the forward of `cls` applies after torch's."""
     definer = next(base for base in cls.__mro__ if "forward" in vars(base))
     return _TAILS.get(f"{definer.__module__}.{definer.__qualname__}", ())

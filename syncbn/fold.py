@@ -42,9 +42,7 @@ class FoldedBatchNorm(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.dim is not None and input.dim() != self.dim:  # dimension 1 is not what the layer before has as its channels
-            raise ValueError(
-                f"input must have {self.dim} dimensions for a batch norm that has been folded, got {list(input.shape)}"
-            )
+            raise ValueError(f"input must have {self.dim} dimensions for a batch norm that has been folded, got {list(input.shape)}")
         return self.activation(input if residual is None else input + residual)
 
 

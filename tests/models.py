@@ -23,9 +23,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """[N, 3, H, W] -> [N, 10]; 9 batch norms, each behind a convolution or a linear layer."""
 
-    def __init__(
-        self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d
-    ) -> None:
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8), nn.ReLU())
         self.blocks = nn.Sequential(Block(8, 8, 1, norm), Block(8, 16, 2, norm), Block(16, 16, 1, norm))

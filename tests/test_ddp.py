@@ -104,10 +104,7 @@ def test_batches_of_different_sizes(world, small):
 def test_moving_statistics_of_batches_of_very_different_sizes(world):
     """Batches of 20, 200 and 2000 with a mean of their own each: the statistics are those of all samples."""
     counts = tuple(20 * 10**rank for rank in range(world.size))
-    whole = (
-        torch.cat([torch.full((n, 1), float(rank)) for rank, n in enumerate(counts)]).double()
-        + torch.randn(sum(counts), 1).double()
-    )
+    whole = torch.cat([torch.full((n, 1), float(rank)) for rank, n in enumerate(counts)]).double() + torch.randn(sum(counts), 1).double()
     model = DistributedDataParallel(syncbn.SyncBatchNorm(1, momentum=0.99, dtype=torch.float64))
     plain = nn.BatchNorm1d(1, momentum=0.99, dtype=torch.float64)
     x, all_of_it = world.mine(whole, counts).requires_grad_(), whole.clone().requires_grad_()

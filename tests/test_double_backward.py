@@ -53,9 +53,7 @@ def test_gradgradcheck(activation, residual, weighting):
 )
 def test_gradgradcheck_in_any_memory_format(view):
     """What the layer copies to make it dense still has a derivative."""
-    assert gradgradcheck(
-        lambda x: syncbn.sync_batch_norm(view(x), None, None, residual=view(x), activation="silu"), (leaf(3, 2, 4),)
-    )
+    assert gradgradcheck(lambda x: syncbn.sync_batch_norm(view(x), None, None, residual=view(x), activation="silu"), (leaf(3, 2, 4),))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

@@ -37,7 +37,8 @@ began = time.time()
 try:
 {fault}
 except BaseException as error:
-    open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(f"{{type(error).__name__}} after {{time.time() - began:.1f}} s: {{error}}")
+    said = f"{{type(error).__name__}} after {{time.time() - began:.1f}} s: {{error}}"
+    open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(said)
     raise
 """
 TORCHRUN = f"""
@@ -57,11 +58,11 @@ FAULTS = {
     "raises before its collective": ("raise ValueError('no more')", NAMES_THE_LAYER),
     "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", NAMES_THE_LAYER),
     "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", NAMES_THE_LAYER),
-    "leaves the loop early": ("time.sleep(4 * %d)" % TIMEOUT, NAMES_THE_LAYER),
+    "leaves the loop early": (f"time.sleep({4 * TIMEOUT})", NAMES_THE_LAYER),
     "skips a layer": ("step(b)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
     "calls layers in another order": ("step(b, a)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
     "has another C": (
-        "c = syncbn.SyncBatchNorm(5, process_group=group); c.layer_name = 'encoder.a'; c(torch.randn(4, 5, 5))",
+        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))",
         ["RankMismatchError", "7 numbers", "11 numbers"],
     ),
     "has another dtype": ("a(torch.randn(4, 3, 5).double())", ["RankMismatchError", "torch.float32", "torch.float64"]),
@@ -78,7 +79,9 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: 
         "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
     }[launcher]
     env = env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}
-    job = subprocess.Popen([*command, str(script), str(folder)], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = subprocess.Popen(
+        [*command, str(script), str(folder)], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         status = job.wait(LIMIT)
         grace = time.monotonic() + 5  # MPI's launcher ends before the ranks that it has told to

@@ -25,9 +25,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.BatchNorm1d(3), nn.Tanh()
-    ).double()
+    return nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.BatchNorm1d(3), nn.Tanh()).double()
 
 
 def batches(numbers: tuple[int, ...]) -> list[list[torch.Tensor]]:
@@ -53,9 +51,7 @@ def check_same(got: nn.Module, want: nn.Module, names: str = "") -> None:
             assert_close(one, other, 1e-9, name)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"broadcast_buffers": False}, {"find_unused_parameters": True}, {"bucket_cap_mb": 1e-4}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}, {"find_unused_parameters": True}, {"bucket_cap_mb": 1e-4}], ids=str)
 def test_ddp_with_uneven_numbers_of_batches(world, numbers, options):
     """Two epochs: parameters and moving statistics are those of the oracle on every rank, also on those that finished first."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()), **options)

@@ -70,9 +70,7 @@ def upernet(hf: Any) -> nn.Module:
     backbone = hf.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 16, 16], depths=[1] * 4, out_features=["stage1", "stage2", "stage3", "stage4"]
     )
-    config = hf.UperNetConfig(
-        backbone_config=backbone, hidden_size=16, auxiliary_in_channels=16, auxiliary_channels=8, num_labels=3
-    )
+    config = hf.UperNetConfig(backbone_config=backbone, hidden_size=16, auxiliary_in_channels=16, auxiliary_channels=8, num_labels=3)
     return hf.UperNetForSemanticSegmentation(config)
 
 
@@ -121,9 +119,7 @@ def unet_3d(monai: Any) -> nn.Module:
 
 
 def segresnet(monai: Any) -> nn.Module:
-    return monai.networks.nets.SegResNet(
-        3, init_filters=4, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,), norm="batch"
-    )
+    return monai.networks.nets.SegResNet(3, init_filters=4, in_channels=1, out_channels=2, blocks_down=(1, 1), blocks_up=(1,), norm="batch")
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:

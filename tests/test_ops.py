@@ -45,9 +45,7 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
     how = (1e-5, activation, 0.01)
 
     stats = ops.stats(x, False)
-    y, mask = ops.normalize(
-        x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01
-    )
+    y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
     keeps_mask = residual and activation in ("relu", "leaky_relu")
     assert mask.numel() == (mask_bytes(x) if keeps_mask else 0)
     sums, dz, dweight, dbias = ops.backward_reduce(

@@ -37,9 +37,7 @@ KINDS = {
 
 def batches(rows, *shape):
     """A list of batches for each rank, of other distributions, and all of them in one."""
-    each = [
-        [torch.randn(n, *shape, dtype=torch.float64) * (rank + 1) + i for i, n in enumerate(mine)] for rank, mine in enumerate(rows)
-    ]
+    each = [[torch.randn(n, *shape, dtype=torch.float64) * (rank + 1) + i for i, n in enumerate(mine)] for rank, mine in enumerate(rows)]
     return each, torch.cat([batch for mine in each for batch in mine])
 
 
@@ -101,10 +99,7 @@ def snapshot(model):
     """Everything but the two statistics: attributes, tensors by identity, other tensors by value, hooks."""
     statistics = {id(t) for m in model.modules() if isinstance(m, _BatchNorm) for t in (m.running_mean, m.running_var)}
     tensors = {key: (id(t), None if id(t) in statistics else t.tolist()) for key, t in model.state_dict(keep_vars=True).items()}
-    plain = {
-        n: {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, type(None)))}
-        for n, m in model.named_modules()
-    }
+    plain = {n: {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, type(None)))} for n, m in model.named_modules()}
     hooks = {n: {k: dict(v) for k, v in vars(m).items() if "hook" in k and isinstance(v, dict)} for n, m in model.named_modules()}
     return tensors, plain, hooks, torch.get_rng_state().tolist()
 
@@ -209,9 +204,7 @@ def test_mean_far_above_the_deviation():
 
 
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize(
-    "compile", [torch.compile, lambda m, backend: m.compile(backend=backend) or m], ids=["compiled", "in place"]
-)
+@pytest.mark.parametrize("compile", [torch.compile, lambda m, backend: m.compile(backend=backend) or m], ids=["compiled", "in place"])
 def test_compiled_model(compile):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     compiled = compile(model, backend="eager")

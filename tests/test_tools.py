@@ -108,9 +108,7 @@ def test_export_of_an_eval_model(world, x, residual):
     """Into torch's own operators only: the program needs no syncbn where it runs."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, activation="silu").eval()
     inputs = (x, x.sin()) if residual else (x,)
-    program = torch.export.export(
-        layer, inputs, dynamic_shapes=({0: torch.export.Dim("batch")},) * len(inputs) if not residual else None
-    )
+    program = torch.export.export(layer, inputs, dynamic_shapes=({0: torch.export.Dim("batch")},) * len(inputs) if not residual else None)
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert names and all(name.startswith("aten.") for name in names)
     assert_close(program.module()(*inputs), layer(*inputs).double().detach(), FLOAT, "y")

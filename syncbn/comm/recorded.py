@@ -35,8 +35,6 @@ class RecordedCommunicator(ProcessGroupCommunicator):
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "syncbn.join cannot see the exchanges of a compiled model: use it with the model that is not compiled"
-            )
+            raise RuntimeError("syncbn.join cannot see the exchanges of a compiled model: use it with the model that is not compiled")
         self.exchanges.append(Note(self.group, tensor.numel(), tensor.dtype, tensor.device))
         return super().all_reduce_(tensor)
