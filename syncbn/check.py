@@ -38,13 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", help="of torch.distributed (default: nccl where each rank has a GPU, else gloo)")
     args = parser.parse_args(arguments)
 
+    launcher = place().launcher  # before it looks like torchrun to all
     started = not dist.is_initialized()
     device = init_process_group(args.backend, timeout=60) if started else torch.device("cpu")
     try:
         report: dict[str, Any] = {
             "found": found(),
             "paths": paths(),
-            "ranks": {"launcher": place().launcher, "world_size": dist.get_world_size(), "backend": dist.get_backend()},
+            "ranks": {"launcher": launcher, "world_size": dist.get_world_size(), "backend": dist.get_backend()},
             "errors": {str(dtype).removeprefix("torch."): error(dtype, device) for dtype in BOUNDS},
             "ms_per_collective": milliseconds(device),
             "problems": problems(),
@@ -105,8 +106,8 @@ def error(dtype: torch.dtype, device: torch.device) -> float:
     want.backward(dy.double())
     assert x.grad is not None and exact.grad is not None
     pairs = ((y.detach(), want.detach()), (x.grad, exact.grad))
-    worst = max(float((got.cpu().double() - all_.split(counts)[rank]).abs().max() / all_.abs().max()) for got, all_ in pairs)
-    figure = torch.tensor(worst, dtype=torch.float64, device=device)
+    errors = torch.stack([(got.cpu().double() - all_.split(counts)[rank]).abs().max() / all_.abs().max() for got, all_ in pairs])
+    figure = errors.nan_to_num(nan=torch.inf).max().to(device)  # a maximum may overlook NaN
     dist.all_reduce(figure, dist.ReduceOp.MAX)
     return figure.item()
 

@@ -60,13 +60,14 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             child.process_group = child.process_group if process_group is None else process_group
-        elif (type(child).forward in _TORCH_FORWARDS or _tail(type(child))) and "forward" not in vars(child):
+            child.layer_name = child.layer_name or name or None
+        elif (type(child).forward in _TORCH_FORWARDS or _tail(type(child))) and not _own_names(child):
             _convert(child, name, process_group)
         else:
             left_alone.add(type(child).__name__)
     if left_alone:
         names = ", ".join(sorted(left_alone))
-        warnings.warn(f"not converted, because they have a forward of their own: {names}", stacklevel=2)
+        warnings.warn(f"not converted, because they have a forward or options of their own: {names}", stacklevel=2)
     for pair in fusible:
         fuse(pair)
     return module
@@ -97,6 +98,15 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     """(dotted name, batch norm), each once: a shared module is met under its first name."""
     return ((name, child) for name, child in module.named_modules() if isinstance(child, _BatchNorm))
+
+
+def _own_names(child: _BatchNorm) -> set[str]:
+    """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
+    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed", "fusible"}
+    own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
+    if not _tail(type(child)):
+        own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
+    return names & own
 
 
 def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:

@@ -67,14 +67,15 @@ class Exchange(NamedTuple):
         """
         if torch.compiler.is_compiling() or self.comm is LOCAL:
             return self.comm.all_reduce_(tensor)
+        mode = agreement.mode()
         try:
-            self._agree(tensor, kind)
+            self._agree(tensor, kind, mode)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
                 if os.environ.get("SYNCBN_DEBUG") == "1":
                     return self._logged(tensor, kind)
                 return self.comm.all_reduce_(tensor)
-        except agreement.RankMismatchError:
-            raise
+        except (agreement.RankMismatchError, ValueError, TypeError, torch.OutOfMemoryError):
+            raise  # this rank's own affair
         except Exception as error:
             raise RuntimeError(
                 f"{self.layer}: rank {self.rank} of {self.world_size} waited in vain for the other ranks in its {kind} exchange"
@@ -82,8 +83,7 @@ class Exchange(NamedTuple):
                 f" finds where ranks part. ({error})"
             ) from error
 
-    def _agree(self, tensor: Tensor, kind: str) -> None:
-        mode = agreement.mode()
+    def _agree(self, tensor: Tensor, kind: str, mode: str) -> None:
         if mode == "off" or not self.comm.compares or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if mode == "always" or (self.agreed is not None and self.group not in self.agreed.on(kind)):

@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .fuse import Tracer, has_hooks
+from .fuse import has_hooks, traces
 from .keras import SyncBatchNormalization
-from .modules import SyncBatchNorm
+from .modules import SyncBatchNorm, groups_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -66,23 +66,25 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     """
     if isinstance(module, DistributedDataParallel):
         module = module.module
-    groups = [getattr(m, "process_group", None) for m in module.modules()]
+    groups = [group for m in module.modules() for group in groups_of(m)]
     module = copy.deepcopy(module, {id(group): group for group in groups}).eval()  # groups cannot be copied
-    root = nn.Sequential(module)  # so that `module` itself has a parent, whatever it is
+    if isinstance(module, _BatchNorm):
+        return module  # alone
     try:
-        pairs = _find_foldable(root)
+        pairs = [_find_foldable(module, graph) for graph in traces(module)]
     except Exception as error:  # whatever the model's own code raises at a traced value
         warnings.warn(f"fold_batchnorm: torch.fx cannot trace this model, so nothing is folded ({error})", stacklevel=2)
         return module
-    for pair in pairs:
-        _fold(pair)
-        _replace(root, pair.batch_norm, FoldedBatchNorm(_activation(pair.batch_norm), pair.dim).eval())
-    return root[0]
+    for pair in pairs[0]:
+        if all(pair in others for others in pairs):
+            _fold(pair)
+            _replace(module, pair.batch_norm, FoldedBatchNorm(_activation(pair.batch_norm), pair.dim).eval())
+    return module
 
 
-def _find_foldable(root: nn.Module) -> list[Foldable]:
-    graph = Tracer().trace(root)
+def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
     modules = dict(root.named_modules())
+    read = [node.target for node in graph.nodes if node.op == "get_attr"]  # weights that are used outside their layer, too
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:
@@ -91,7 +93,8 @@ def _find_foldable(root: nn.Module) -> list[Foldable]:
         if not (node.op == "call_module" and isinstance(source, fx.Node) and source.op == "call_module"):
             continue
         layer, batch_norm = modules[source.target], modules[node.target]
-        alone = len(source.users) == 1 and inputs.count(source) == 1
+        shared = any(str(target).startswith((f"{source.target}.", f"{node.target}.")) for target in read)
+        alone = len(source.users) == 1 and inputs.count(source) == 1 and not shared
         if alone and all(calls.count(m) == 1 and not has_hooks(m) for m in (layer, batch_norm)) and _known(batch_norm, len(inputs)):
             fits, dim = _channels(layer, batch_norm)
             if fits:

@@ -290,7 +290,7 @@ def _check_count(stats: Tensor, x: Tensor, comm: Communicator) -> None:
     All ranks that could raise do read it, and agree.
     """
     local = samples_per_channel(x)
-    if local > 1 or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if (local if comm is LOCAL else stats[2 * x.shape[1]].item()) == 1:
         raise ValueError(f"expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank")

@@ -6,6 +6,7 @@ hook, not a second call of a shared activation.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import NamedTuple
 
@@ -34,14 +35,14 @@ def find_fusible(module: nn.Module) -> list[Fusible]:
     `module` cannot be traced."""
     flags = {m: m.training for m in module.modules()}
     try:
-        pairs = [_adjacent(module.train(mode)) for mode in (True, False)]
+        pairs = [_adjacent(module, graph) for mode in (True, False) for graph in traces(module.train(mode))]
     except Exception as error:  # whatever the model's own code raises at a traced value
         warnings.warn(f"fuse_activation: torch.fx cannot trace this model, so nothing is fused ({error})", stacklevel=3)
         return []
     finally:
         for m, training in flags.items():
             m.training = training
-    return [pair for pair in pairs[0] if pair in pairs[1]]
+    return [pair for pair in pairs[0] if all(pair in others for others in pairs)]
 
 
 def fuse(pair: Fusible) -> None:
@@ -64,8 +65,14 @@ def unfuse(batch_norm: SyncBatchNorm) -> None:
         batch_norm.negative_slope = SyncBatchNorm.negative_slope
 
 
-def _adjacent(module: nn.Module) -> list[Fusible]:
-    graph = Tracer().trace(module)
+def traces(module: nn.Module) -> list[fx.Graph]:
+    """The data flow of `module` where all arguments are given, and where the optional ones are not: code may ask `if y is None`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return [Tracer().trace(module), *([Tracer().trace(module, concrete_args=defaults)] if defaults else [])]
+
+
+def _adjacent(module: nn.Module, graph: fx.Graph) -> list[Fusible]:
     modules = dict(module.named_modules())
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []

@@ -43,8 +43,11 @@ def twin(group: dist.ProcessGroup) -> dist.ProcessGroup:
 def _split(colours: list[int]) -> dist.ProcessGroup:
     """The group of the ranks that have this rank's colour."""
     mine = None
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(torch.device(_device())).options._timeout  # a new group would get torch's default
     for colour in dict.fromkeys(colours):  # every rank makes every group, in the same order, as torch wants it
-        group = dist.new_group([rank for rank, other in enumerate(colours) if other == colour])
+        group = dist.new_group([rank for rank, other in enumerate(colours) if other == colour], timeout=timeout)
         if colours[dist.get_rank()] == colour:
             mine = group
     assert mine is not None
@@ -53,8 +56,12 @@ def _split(colours: list[int]) -> dist.ProcessGroup:
 
 def _all_gather(number: int) -> list[int]:
     """Each rank's number."""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    mine = torch.tensor([number], device=device)
+    mine = torch.tensor([number], device=_device())
     numbers = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(numbers, mine)
     return [int(other) for other in numbers]
+
+
+def _device() -> str:
+    """What the default group exchanges."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"

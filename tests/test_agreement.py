@@ -111,7 +111,7 @@ def test_an_unknown_mode_is_named(world, monkeypatch):
     if world.size == 1:
         SyncBatchNorm(3)(batch())  # alone there is nothing to check
     else:
-        with pytest.raises(RuntimeError, match="SYNCBN_CHECK must be one of"):
+        with pytest.raises(ValueError, match="SYNCBN_CHECK must be one of"):
             named("a", world)(batch())
 
 

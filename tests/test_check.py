@@ -23,6 +23,7 @@ def test_a_right_layer_passes(launcher, subprocess_env):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "alone" else 2)
+    assert report["ranks"]["launcher"] == {"alone": None, "torchrun": "torchrun", "mpirun": "MPICH"}[launcher]
     assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["paths"]) == {"cpu", "cuda"}
     assert report["errors"]["float64"] < 1e-10
     assert (report["ms_per_collective"] > 0) == (launcher != "alone")

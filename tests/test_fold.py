@@ -228,3 +228,35 @@ def test_input_for_which_the_two_are_not_one_layer_is_an_error():
     with pytest.raises(ValueError, match=r"2 dimensions for a batch norm that has been folded, got \[2, 3, 3\]"):
         folded(torch.randn(2, 3, 3))
     assert isinstance(folded[1], FoldedBatchNorm)
+
+
+class OptionalTap(nn.Module):
+    """What it returns depends on an optional argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x, y=None):
+        z = self.conv(x)
+        return self.bn(z) if y is None else z
+
+
+class Tied(nn.Module):
+    """A weight that is used outside its layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.bn(self.encode(x)).relu(), self.encode.weight.t())
+
+
+@pytest.mark.parametrize("make", [OptionalTap, Tied])
+def test_what_something_else_sees_is_not_folded(make):
+    model = make().eval()
+    model.bn.running_mean.normal_()
+    folded = fold_batchnorm(model)
+    x = torch.randn(5, 3, 4) if make is OptionalTap else torch.randn(5, 3)
+    assert torch.equal(folded(x), model(x)) and type(folded.bn) is nn.BatchNorm1d

@@ -38,7 +38,9 @@ class MPICommunicator:
         """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
         clone: Any = self.comm.Get_attr(_CLONE)
         if clone is None:
-            clone = Clone(self.comm.Dup())
+            twin, request = self.comm.Idup()
+            _wait(request)
+            clone = Clone(twin)
             self.comm.Set_attr(_CLONE, clone)
         return clone
 
@@ -67,14 +69,20 @@ class MPICommunicator:
 
 
 def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
-    """Sums `buffer` in place. Raises TimeoutError after SYNCBN_MPI_TIMEOUT seconds (default 1800), which MPI itself never does."""
-    request = comm.Iallreduce(MPI.IN_PLACE, buffer)
+    """Sums `buffer` in place."""
+    _wait(comm.Iallreduce(MPI.IN_PLACE, buffer), buffer)
+
+
+def _wait(request: MPI.Request, buffer: Any = None) -> None:
+    """Raises TimeoutError after SYNCBN_MPI_TIMEOUT seconds (default 1800); MPI itself never does."""
     timeout = float(os.environ.get("SYNCBN_MPI_TIMEOUT", "1800"))
     deadline = time.monotonic() + timeout
     while not request.Test():
         if time.monotonic() > deadline:
+            _abandoned.append((request, buffer))
             raise TimeoutError(f"some rank did not come within SYNCBN_MPI_TIMEOUT={timeout:g} seconds")
         time.sleep(0)  # to the other ranks of this core, if there are any
 
 
+_abandoned: list[tuple[MPI.Request, Any]] = []  # a rank that comes late still writes into these buffers
 _CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)
