@@ -32,7 +32,7 @@ except ImportError:  # before setuptools 70.1
 
 TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the libraries run with
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Nobody reads errno or floating-point traps here, and both keep sqrt and comparisons from being vectorized.
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 # GCC's -O2 vectorizes no loop that may need a second version or a tail; clang knows neither the flag nor the restraint.

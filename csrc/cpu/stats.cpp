@@ -7,8 +7,8 @@
 namespace syncbn::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_PACKS = 8;   // planes: packs behind a shift
-constexpr int SHIFT_ROWS = 16;   // columns: rows behind a shift
+constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift
+constexpr int SHIFT_ROWS = 16;           // columns: rows behind a shift
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(int64_t n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
