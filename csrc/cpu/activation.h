@@ -6,7 +6,7 @@
 namespace syncbn::SYNCBN_ISA {
 
 // e^x to 1 ulp or 2: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent.
-RARE Pack<float> exp(Pack<float> x) {
+LONG Pack<float> exp(Pack<float> x) {
   using P = Pack<float>;
   return P::map([&](int r) {
     auto v = x.v[r] > 88.0f ? 88.0f - P::V{} : x.v[r];

@@ -45,9 +45,11 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
   if (by_columns(layout, masked)) {
     Columns columns(layout, masked, MAP_WIDTH);
     PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
-    columns.for_rows([&](int64_t first, int64_t n, int64_t row) {
+    columns.for_rows([&](int64_t first, int64_t n, int64_t row, int64_t count) {
       for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) INLINED {
-        f(first + i, lanes, all.at(i, lanes), row, i + lanes.last == n);
+        auto p = all.at(i, lanes);
+#pragma GCC unroll 1
+        for (int64_t k = 0; k < count; ++k) f(first + k * n + i, lanes, p, row + k, i + lanes.last == n);
       });
     });
   } else {
@@ -75,14 +77,12 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
     columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
       for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
         alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
-        add_rows(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) INLINED { return all.at(j + i, lanes); },
+        add_rows<CHAINS<acc_t>>(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) INLINED { return all.at(j + i, lanes); },
                  [&](int64_t r, int64_t i, auto lanes, const auto& p, P& a1, P& a2) INLINED {
                    f(r * columns.width + j + i, lanes, p, r, a1, a2);
                  });
-        for (int64_t i = 0; i < n; ++i) {
-          out[i] += s1[i];
-          out[columns.width + i] += s2[i];
-        }
+        add(n, s1, out);
+        add(n, s2, out + columns.width);
       }
     });
   } else {

@@ -5,10 +5,13 @@
 
 namespace syncbn::SYNCBN_ISA {
 
-// The bits of a pack that starts at element f, at any bit of a byte. The idle byte behind a row makes the third byte readable.
+// The bits of a pack that starts at element f, at any bit of a byte. The idle byte behind a row makes the last byte readable.
 template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes) {
   const uint8_t* p = mask + f / 8 + row;
-  return (p[0] | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16) >> (f % 8) & 0xffff;
+  uint32_t bits = p[0];
+#pragma GCC unroll 2
+  for (int k = 1; k <= PACK / 8; ++k) bits |= uint32_t(p[k]) << (8 * k);
+  return bits >> (f % 8);
 }
 
 // Writes the bits of lanes [first, last) of a pack at element f. They start or end at a byte unless the row does, and the last bits
@@ -23,9 +26,9 @@ template <typename Lanes> INLINE void write_bits(uint8_t* mask, int64_t f, int64
 }
 INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Whole, bool row_end) {
   uint8_t* p = mask + f / 8 + row;
-  uint16_t both = uint16_t(bits);
-  memcpy(p, &both, sizeof(both));
-  if (row_end) p[2] = 0;
+#pragma GCC unroll 2
+  for (int k = 0; k < PACK / 8; ++k) p[k] = uint8_t(bits >> (8 * k));
+  if (row_end) p[PACK / 8] = 0;
 }
 
 }  // namespace syncbn::SYNCBN_ISA

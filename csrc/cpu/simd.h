@@ -1,4 +1,4 @@
-// Pack: 16 values in registers, whatever the instruction set, so that the order of additions is the same in all of them.
+// Pack: 8 or 16 values in registers, whole bytes of the mask; with it the loops are written once for all instruction sets.
 //
 // Everything is in the namespace of the instruction set that this file is compiled for, and nothing of the standard library is
 // instantiated: a function shared between two of them could be linked in the version that this CPU cannot run.
@@ -15,6 +15,11 @@
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))  // behind a lambda's parameters
 #define RARE inline __attribute__((noinline))  // kept out of the loops' code
+#if defined(__AVX512F__)
+#define LONG INLINE  // a pack is one register: inlined, a long function costs no more than its arithmetic
+#else
+#define LONG RARE
+#endif
 
 namespace syncbn::SYNCBN_ISA {
 
@@ -36,7 +41,7 @@ constexpr int REGISTER_BYTES = 32;
 constexpr int REGISTER_BYTES = 16;
 #endif
 
-constexpr int PACK = 16;
+constexpr int PACK = REGISTER_BYTES > 32 ? 16 : 8;
 
 template <typename T> struct Pack {
   static constexpr int LANES = REGISTER_BYTES / sizeof(T), REGISTERS = PACK / LANES;
@@ -122,7 +127,7 @@ template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
 #endif
     bits |= part << (r * P::LANES);
   });
-  return ~bits & 0xffff;
+  return ~bits & ((1u << PACK) - 1);
 }
 
 // a where the lane's bit is set, else b.

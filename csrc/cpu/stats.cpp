@@ -8,9 +8,9 @@
 namespace syncbn::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_PACKS = 8;   // planes: packs behind a shift
-constexpr int SHIFT_ROWS = 32;   // columns: rows behind a shift
-constexpr int64_t ORIGIN_VALUES = 16;
+constexpr int SHIFT_PACKS = 128 / PACK;     // planes: packs behind a shift
+constexpr int SHIFT_ROWS = 32;              // columns: rows behind a shift
+constexpr int64_t ORIGIN_VALUES = 16;       // behind an origin
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(int64_t n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -60,6 +60,7 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
 template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
+  constexpr int SHARED = 2 * CHAINS<acc_t>;
   Columns columns(layout, false, SUM_WIDTH);
   Buffer<double> origin(columns.width);
   for (int64_t i = 0; i < columns.width; ++i) origin[i] = origins[i / layout.inner % layout.channels];
@@ -68,15 +69,16 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
       int64_t length = min(CHUNK_ROWS, end - row), head = min(SHIFT_ROWS, length);
       alignas(64) acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
-      add_rows(row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
+      add_rows<SHARED>(row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
                [&](int64_t r, int64_t i, auto lanes, int, P& a, P&) INLINED { a += keep(at(r, i, lanes), lanes); });
       for (int64_t i = 0; i < n; ++i) shift[i] /= acc_t(head);
-      add_rows(row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+      add_rows<SHARED>(row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
                [&](int64_t r, int64_t i, auto lanes, P k, P& a1, P& a2) INLINED {
                  P d = keep(at(r, i, lanes) - k, lanes);
                  a1 += d;
                  a2 += d * d;
                });
+#pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) unshift(length, shift[i] - origin[j + i], s1[i], s2[i], out[i], out[columns.width + i]);
     }
   });

@@ -18,9 +18,11 @@ constexpr int64_t GRAIN = 32768;                       // values below which a t
 constexpr int64_t MAX_GROUP = 32;                      // planes: channels walked together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;                    // shorter planes are walked as columns
 constexpr int64_t MAP_WIDTH = 128;                     // columns: rows of few channels are folded to at least this
-constexpr int64_t SUM_WIDTH = 1024;                    // the same for sums: rows of 4 KB are streams of their own to a prefetcher
+constexpr int64_t SUM_WIDTH = 2048;                     // the same for sums: rows of whole pages are streams of their own to a prefetcher
 constexpr int64_t STRIP = 1024;                        // columns: accumulators of a strip stay in L1
-constexpr int64_t CHUNK_ROWS = 128;                    // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t CHUNK_ROWS = 512;                     // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t MIN_ROWS = 128;                       // columns: rows that one partial sum covers at least, for the sake of
+constexpr int64_t MIN_UNITS = 16;                       // columns: so many units, which threads share out
 constexpr int64_t STREAM_BYTES = 16 << 20;             // an output larger than this is gone from the cache before it is read
 constexpr int64_t MAX_BLOCKS = 64;                     // columns: partial sums per column
 
@@ -40,6 +42,12 @@ template <typename T> class Buffer {
   operator T*() { return data_; }
   operator const T*() const { return data_; }
 };
+
+// to [n] += from [n], which do not overlap.
+template <typename T> INLINE void add(int64_t n, const T* from, double* to) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) to[i] += double(from[i]);
+}
 
 template <typename F> void parallel_for(int64_t n, int64_t grain, F f) {
   syncbn::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
@@ -146,7 +154,8 @@ template <typename scalar_t> INLINE bool streams(const scalar_t* p, Layout layou
 struct Columns {
   Layout layout;
   int64_t width, rows;
-  int64_t rest;  // columns of a last, shorter row
+  int64_t rest;      // columns of a last, shorter row
+  int64_t together;  // rows whose coefficients are worth loading once: where they fill L1, and all rows begin at a pack
 
   // A mask has its rows one by one, so these are not folded.
   Columns(Layout l, bool masked, int64_t min_width) : layout(l) {
@@ -155,13 +164,14 @@ struct Columns {
     width = fold * sample;
     rows = l.outer / fold;
     rest = l.outer % fold * sample;
+    together = width >= 1024 && width % PACK == 0 ? 4 : 1;
   }
 
   // Adds up two sums per channel. reduce(row, rows, j, n, sums) writes those of columns [j, j + n), n <= STRIP, float64:
   // sums[0 .. n) and sums[width .. width + n).
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t blocks = max(min(rows / CHUNK_ROWS, MAX_BLOCKS), 1);
     int64_t strip = (ceil_div(width, ceil_div(width, STRIP)) + PACK - 1) / PACK * PACK, strips = ceil_div(width, strip);
+    int64_t blocks = max(min(max(rows / CHUNK_ROWS, MIN_UNITS / strips), min(rows / MIN_ROWS, MAX_BLOCKS)), 1);
     Buffer<double> sums((blocks + 1) * 2 * width);
     parallel_for(blocks * strips, GRAIN * blocks * strips / max(rows * width, 1), [&](int64_t begin, int64_t end) {
       for (int64_t id = begin; id < end; ++id) {
@@ -172,21 +182,28 @@ struct Columns {
     for (int64_t j = 0; j < rest; j += strip) reduce(rows, 1, j, min(strip, rest - j), sums + blocks * 2 * width + j);
     int64_t channels = layout.channels;
     for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
-    const double* column = sums;
+    int64_t period = channels * layout.inner;
     for (int64_t row = 0; row < 2 * (blocks + 1); ++row)
-      for (int64_t j = 0; j < width; j += channels * layout.inner)
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t i = 0; i < layout.inner; ++i) total[row % 2 * channels + c] += *column++;
+      for (int64_t j = 0; j < width; j += period) fold(sums + row * width + j, total + row % 2 * channels);
   }
 
-  // body(first element, length, row) for every row, in parallel; backwards, but by runs that a prefetcher follows.
+  // total [C] += sums [C * inner]
+  INLINE void fold(const double* sums, double* total) const {
+    if (layout.inner == 1) return add(layout.channels, sums, total);
+    for (int64_t c = 0; c < layout.channels; ++c)
+      for (int64_t i = 0; i < layout.inner; ++i) total[c] += sums[c * layout.inner + i];
+  }
+
+  // body(first element, length, row, count) for `count` rows at a time, in parallel; backwards, but by runs that a prefetcher follows.
   template <typename F> void for_rows(F body) const {
-    int64_t run = ceil_div(CHUNK, width), total = rows + (rest > 0);
-    parallel_for(ceil_div(total, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
+    int64_t run = ceil_div(CHUNK, width);
+    parallel_for(ceil_div(rows, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
       for (int64_t k = end - 1; k >= begin; --k)
-        for (int64_t row = k * run; row < min((k + 1) * run, total); ++row) body(row * width, row < rows ? width : rest, row);
+        for (int64_t row = k * run, next = min(row + run, rows); row < next; row += together)
+          body(row * width, width, row, min(together, next - row));
       finish_streams();
     });
+    if (rest) body(rows * width, rest, rows, 1);
   }
 };
 
@@ -203,16 +220,16 @@ template <typename T> struct ChainSums {
   }
 };
 
-// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs.
-template <typename acc_t, typename Params, typename Add>
+// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs. SHARED rows at a time share the
+// loads of sums and params, and are as many streams of memory.
+template <int SHARED, typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  constexpr int SHARED = CHAINS<acc_t>;  // rows that share the loads of sums and params
   for (int64_t end = row + rows; row < end; row += SHARED)
     for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
       if (row + SHARED <= end) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int k = 0; k < SHARED; ++k) add(row + k, i, lanes, p, a1, a2);
       } else {
 #pragma GCC unroll 1
