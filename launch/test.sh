@@ -3,7 +3,7 @@
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" test mpi examples
+source "$(dirname "$0")/environment.sh" test mpi examples workflows
 export OMP_NUM_THREADS=1  # the ranks share the cores
 failed=()
 run() {
