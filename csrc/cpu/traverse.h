@@ -12,7 +12,7 @@ namespace syncbn::SYNCBN_ISA {
 // Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
-constexpr int64_t CHUNK = 64 * PACK * CHAINS<float>;   // planes: values that share a shift, 64 to be added up in each lane
+constexpr int64_t CHUNK = 128 * PACK * CHAINS<float>;   // planes: values that share a shift, 128 to be added up in each lane
 constexpr int64_t UNIT = 65536;                        // planes: values that one partial sum covers
 constexpr int64_t GRAIN = 32768;                       // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 32;                      // planes: channels walked together, their sums in L1
