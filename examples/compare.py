@@ -1,6 +1,6 @@
 """Compares runs of digits.py: a table, a plot, and exit status 1 if a synchronized run does not follow the one-process run.
 
-    python examples/compare.py out/*.json --plot out/digits.png
+python examples/compare.py out/*.json --plot out/digits.png
 """
 
 from __future__ import annotations

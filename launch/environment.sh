@@ -1,7 +1,8 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: a virtual environment with syncbn and the extras named in "$@".
 # An active environment is used as it is; else .venv is made here. PYTHON and TORCH choose the interpreter and torch.
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [ -z "${VIRTUAL_ENV:-}" ]; then
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
   . .venv/bin/activate
 fi

@@ -1,6 +1,6 @@
 """Runs a script with the variables that torchrun would have set, from those of mpirun or srun.
 
-    mpirun -n 4 python launch/mpi_env.py train.py --lr 0.1
+mpirun -n 4 python launch/mpi_env.py train.py --lr 0.1
 """
 
 import os

@@ -8,4 +8,5 @@ RANKS=${RANKS:-2}
 options=(-n "$RANKS")
 [ -n "${HOSTFILE:-}" ] && options+=(--hostfile "$HOSTFILE")
 # mpi_env.py sets what torch.distributed reads, for scripts that do not call syncbn.init_process_group().
-exec mpirun "${options[@]}" "${PYTHON:-python}" "$(dirname "$0")/mpi_env.py" "$@"
+# -m mpi4py ends all ranks when one of them raises: MPI alone would let the others wait for ever.
+exec mpirun "${options[@]}" "${PYTHON:-python}" -m mpi4py "$(dirname "$0")/mpi_env.py" "$@"

@@ -7,9 +7,9 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh" examples
 rm -rf out/quickstart
-train="examples/digits.py --steps ${STEPS:-300} --out out/quickstart"
+train=(examples/digits.py --steps "${STEPS:-300}" --out out/quickstart)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-torchrun --nproc-per-node 4 $train --norm local
-torchrun --nproc-per-node 4 $train --norm sync
-python $train --norm local --batch-size 8
+torchrun --nproc-per-node 4 "${train[@]}" --norm local
+torchrun --nproc-per-node 4 "${train[@]}" --norm sync
+python "${train[@]}" --norm local --batch-size 8
 python examples/compare.py out/quickstart/*.json --plot out/digits.png

@@ -11,8 +11,9 @@ run() {
   "$@" || failed+=("$*")
 }
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
-run python "${suite[@]}"
-for ranks in 1 2 3 4; do
+run python "${suite[@]}" -n auto --maxprocesses 4
+run torchrun --nproc-per-node 1 "${suite[@]}" -m "not world_size"  # those for one rank have run
+for ranks in 2 3 4; do
   run torchrun --nproc-per-node "$ranks" "${suite[@]}"
 done
 for ranks in 2 3; do

@@ -4,20 +4,26 @@ from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .environment import init_process_group
+from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group
+from .join import join
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm
+from .statistics import update_bn_stats
 
 __all__ = [
     "RankMismatchError",
     "SyncBatchNorm",
-    "checkpoint_contexts",
     "SyncBatchNormalization",
+    "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "fold_batchnorm",
     "init_process_group",
+    "join",
     "new_group",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "update_bn_stats",
 ]
 __version__ = "0.1.0"

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 
 class Entry(NamedTuple):
@@ -56,8 +57,6 @@ Contexts = tuple[AbstractContextManager, AbstractContextManager]
 def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
     """The `context_fn` of `torch.utils.checkpoint.checkpoint`, for functions with synchronized layers inside.
 
-        checkpoint(function, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
-
     Args:
         context_fn: another one to combine with, such as selective checkpointing's, by `functools.partial`.
 
@@ -65,10 +64,24 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
         the contexts of the forward pass and of the recomputation.
 
     Where checkpoints are nested, give it to each of them.
+
+    >>> layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
+    >>> y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+    >>> y.sum().backward()
+    >>> layer.num_batches_tracked
+    tensor(1)
     """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # as torch's checkpoint asks
+        return context_fn() if context_fn else create_selective_checkpoint_contexts(_keep_exchanges)
     record = Record()
     others = context_fn() if context_fn else ()
     return _Together(_forward, record, *others[:1]), _Together(_recompute, record, *others[1:])
+
+
+def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Under torch.compile, where a checkpoint is a hint to the partitioner: what was exchanged is kept, the rest computed again."""
+    keep = op.namespace in ("_c10d_functional", "c10d_functional")
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def replay(layer: str, channels: int) -> Tensor | None:

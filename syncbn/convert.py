@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
 
 from .comm import resolve
 from .fuse import Fusible, find_fusible, fuse, unfuse
@@ -20,6 +21,11 @@ from .modules import LazySyncBatchNorm, SyncBatchNorm
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Classes whose forward is torch's, followed by these submodules: converted together with them. By name: nothing here is imported.
+_TAILS = {
+    "timm.layers.norm_act.BatchNormAct2d": ("drop", "act"),
+    "timm.layers.norm_act.SyncBatchNormAct": ("drop", "act"),
+}
 _ORIGIN = "_converted_from"  # (class, attributes that the conversion replaced)
 
 
@@ -33,7 +39,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     """Turns every batch norm in `module` into a `SyncBatchNorm`, in place, and returns `module`.
 
     `BatchNorm1d/2d/3d`, `torch.nn.SyncBatchNorm`, lazy batch norms, and subclasses that keep torch's forward are converted. A
-    subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost.
+    subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost. timm's
+    BatchNormAct2d is converted together with its dropout and activation.
 
     Args:
         module: a model, or a batch norm itself.
@@ -45,7 +52,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
         ValueError: `process_group` is of an unknown type.
 
     >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
-    SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    SyncBatchNorm(8, eps=1e-05, momentum=0.1, ...)
     """
     resolve(process_group)  # an unknown type is an error before anything has changed
     fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
@@ -53,13 +60,14 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             child.process_group = child.process_group if process_group is None else process_group
-        elif type(child).forward in _TORCH_FORWARDS and "forward" not in vars(child):
+            child.layer_name = child.layer_name or name or None
+        elif (type(child).forward in _TORCH_FORWARDS or _tail(type(child))) and not _own_names(child):
             _convert(child, name, process_group)
         else:
             left_alone.add(type(child).__name__)
     if left_alone:
         names = ", ".join(sorted(left_alone))
-        warnings.warn(f"not converted, because they have a forward of their own: {names}", stacklevel=2)
+        warnings.warn(f"not converted, because they have a forward or options of their own: {names}", stacklevel=2)
     for pair in fusible:
         fuse(pair)
     return module
@@ -72,7 +80,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     number of dimensions; with options that torch's layers do not have, it is left alone, with one warning that names it.
 
     >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8)))
-    BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+    BatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
     """
     left_alone = []
     for name, child in _batch_norms(module):
@@ -92,10 +100,20 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     return ((name, child) for name, child in module.named_modules() if isinstance(child, _BatchNorm))
 
 
+def _own_names(child: _BatchNorm) -> set[str]:
+    """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
+    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed", "fusible"}
+    own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
+    if not _tail(type(child)):
+        own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
+    return names & own
+
+
 def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
     attributes = vars(child)
-    attributes[_ORIGIN] = type(child), {key: attributes[key] for key in ("process_group",) if key in attributes}
-    child.__class__ = _synchronized(type(child))
+    original = _class_below(child)
+    attributes[_ORIGIN] = original, {key: attributes[key] for key in ("process_group",) if key in attributes}
+    _become(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
     attributes["layer_name"] = name or None
     if process_group is not None:
         child.process_group = process_group
@@ -108,8 +126,27 @@ def _revert(child: SyncBatchNorm) -> None:
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # its first input has come since
-    child.__class__ = original
+    _become(child, original)
     attributes.update(replaced)
+
+
+def _tail(cls: type) -> tuple[str, ...]:
+    """The submodules that the forward of `cls` applies after torch's."""
+    definer = next(base for base in cls.__mro__ if "forward" in vars(base))
+    return _TAILS.get(f"{definer.__module__}.{definer.__qualname__}", ())
+
+
+def _class_below(child: _BatchNorm) -> type[_BatchNorm]:
+    """The class of `child` without the one that torch.nn.utils.parametrize has put on top."""
+    return type(child).__bases__[0] if parametrize.is_parametrized(child) else type(child)
+
+
+def _become(child: _BatchNorm, cls: type[_BatchNorm]) -> None:
+    """Makes `child` a `cls`, parametrized as before: the class on top holds nothing but properties."""
+    if parametrize.is_parametrized(child):
+        properties = {name: value for name, value in vars(type(child)).items() if isinstance(value, property)}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), properties)
+    child.__class__ = cls
 
 
 @functools.cache
@@ -120,7 +157,18 @@ def _synchronized(original: type) -> type[SyncBatchNorm]:
     if original in _PLAIN:
         return SyncBatchNorm
     bases = (SyncBatchNorm, original)
-    return type(f"Sync{original.__name__}", bases, {"__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self))})
+    members: dict[str, Any] = {"__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self))}
+    tail = _tail(original)
+    if tail:
+
+        def forward(self: SyncBatchNorm, input: Tensor) -> Tensor:
+            y = SyncBatchNorm.forward(self, input)
+            for name in tail:
+                y = getattr(self, name)(y)
+            return y
+
+        members |= {"forward": forward, "fusible": False}
+    return type(f"Sync{original.__name__}", bases, members)
 
 
 def _rebuild(original: type) -> SyncBatchNorm:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import re
 import socket
+import time
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -41,16 +43,20 @@ def place(env: Mapping[str, str] = os.environ) -> Place:
 
     Raises ValueError where a launcher has set only some of them.
     """
+    incomplete = []
     for launcher, names in _LAUNCHERS.items():
         found = [name for name in names if name in env]
         if names[0] not in found or names[1] not in found:
             continue
         if len(found) < len(names):
             missing = sorted(set(names) - set(found))
-            raise ValueError(f"{launcher} has set {', '.join(found)} but not {', '.join(missing)}: cannot tell this process's device")
+            incomplete.append(f"{', '.join(found)} are set, as by {launcher}, but not {', '.join(missing)}")
+            continue
         rank, world_size, local_rank = (int(env[name]) for name in names[:3])
         node = int(env.get("SLURM_NODEID", 0)) if launcher == "srun" else 0
         return Place(launcher, rank, world_size, local_rank, _tasks_per_node(env[names[3]])[node])
+    if incomplete:
+        raise ValueError(f"cannot tell this process's device: {'; '.join(incomplete)}")
     return Place()
 
 
@@ -68,6 +74,11 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         ValueError: the launcher's variables are incomplete, or mpi4py belongs to another MPI than mpirun.
 
     Also sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which other tools read.
+
+    >>> device = init_process_group()
+    >>> torch.distributed.get_world_size()
+    1
+    >>> torch.distributed.destroy_process_group()
     """
     here = export()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -75,16 +86,31 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
     if gpus:
         torch.cuda.set_device(device)
     if backend is None:
-        backend = "nccl" if gpus >= here.local_world_size else "gloo"
+        # One visible GPU may be this rank's own, set apart by the launcher, or be shared; several that are too few are shared.
+        own = gpus >= here.local_world_size or (gpus == 1 and _sees_a_gpu_of_its_own())
+        backend = "nccl" if own else "gloo"
         if gpus and backend == "gloo":
-            warnings.warn(f"{here.local_world_size} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow", stacklevel=2)
+            warnings.warn(
+                f"{here.local_world_size} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow."
+                " If each has a GPU of its own, pass backend='nccl'",
+                stacklevel=2,
+            )
     if isinstance(timeout, (int, float)):
         timeout = datetime.timedelta(seconds=timeout)
     if here.launcher is None:  # alone: no address and no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    if "gloo" in backend:
+        # A thread of gloo may still hold the last collective's tensor. If it lets go while Python shuts down, torch aborts the process
+        # ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.
+        atexit.register(time.sleep, 0.05)
     return device
+
+
+def _sees_a_gpu_of_its_own() -> bool:
+    """Whether srun was told to give each task its GPUs."""
+    return any(name in os.environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"))
 
 
 def export() -> Place:

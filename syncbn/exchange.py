@@ -28,13 +28,9 @@ class Agreed:
     def __init__(self) -> None:
         self.groups: dict[str, WeakSet] = {}
 
-    def first(self, kind: str, group: object) -> bool:
-        """True once for each kind and group."""
-        groups = self.groups.setdefault(kind, WeakSet())
-        if group in groups:
-            return False
-        groups.add(group)
-        return True
+    def on(self, kind: str) -> WeakSet:
+        """The groups in which the ranks have compared their exchanges of this kind."""
+        return self.groups.setdefault(kind, WeakSet())
 
     def __reduce__(self) -> tuple[type[Agreed], tuple[()]]:
         return Agreed, ()  # for copies and pickles
@@ -45,7 +41,9 @@ class Exchange(NamedTuple):
 
     comm: Communicator
     layer: str
-    facts: tuple  # what else must be the same on all ranks
+    dtype: torch.dtype  # of the layer's input; like weighting and eps the same on all ranks
+    weighting: str
+    eps: float
     agreed: Agreed | None  # None for a call without a layer, which has no first time
 
     @property
@@ -69,14 +67,15 @@ class Exchange(NamedTuple):
         """
         if torch.compiler.is_compiling() or self.comm is LOCAL:
             return self.comm.all_reduce_(tensor)
+        mode = agreement.mode()
         try:
-            self._agree(tensor, kind)
+            self._agree(tensor, kind, mode)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
                 if os.environ.get("SYNCBN_DEBUG") == "1":
                     return self._logged(tensor, kind)
                 return self.comm.all_reduce_(tensor)
-        except agreement.RankMismatchError:
-            raise
+        except (agreement.RankMismatchError, ValueError, TypeError, torch.OutOfMemoryError):
+            raise  # this rank's own affair
         except Exception as error:
             raise RuntimeError(
                 f"{self.layer}: rank {self.rank} of {self.world_size} waited in vain for the other ranks in its {kind} exchange"
@@ -84,13 +83,14 @@ class Exchange(NamedTuple):
                 f" finds where ranks part. ({error})"
             ) from error
 
-    def _agree(self, tensor: Tensor, kind: str) -> None:
-        mode = agreement.mode()
-        if mode == "off" or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _agree(self, tensor: Tensor, kind: str, mode: str) -> None:
+        if mode == "off" or not self.comm.compares or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        if mode == "always" or (self.agreed is not None and self.agreed.first(kind, self.group)):
-            what = (f"{kind} of {self.layer}", f"{tensor.numel()} numbers", *map(str, self.facts))
-            agreement.compare(self.comm, ", ".join(what), tensor.device)
+        if mode == "always" or (self.agreed is not None and self.group not in self.agreed.on(kind)):
+            what = f"{kind} of {self.layer}, {tensor.numel()} numbers, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
+            agreement.compare(self.comm, what, tensor.device)
+            if self.agreed is not None:
+                self.agreed.on(kind).add(self.group)
 
     def _logged(self, tensor: Tensor, kind: str) -> Tensor:
         start = _now(tensor)

@@ -14,7 +14,7 @@ from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
 from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
-from .reference import ACTIVATIONS, acc_type
+from .reference import ACTIVATIONS, acc_type, update_running_stats
 
 WEIGHTINGS = ("samples", "ranks")
 
@@ -75,6 +75,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
             stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
         checkpoint.record(options.name, stats)
         _check_count(stats, x, exchange.comm)
+        if torch.compiler.is_compiling():
+            # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
+            update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
+            running_mean = running_var = num_batches_tracked = None
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,
@@ -144,7 +148,7 @@ def train_batch_norm(
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
-    exchange = Exchange(comm, options.name, (input.dtype, options.weighting, options.eps), agreed)
+    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, agreed)
     return SyncBatchNormFunction.apply(
         input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
     )
@@ -216,6 +220,11 @@ def sync_batch_norm(
     Raises:
         ValueError: an argument has the wrong shape, type or device (before any collective), or each channel has a single value over
             all ranks while training (on every rank).
+
+    >>> running_mean, running_var = torch.zeros(4), torch.ones(4)
+    >>> y = sync_batch_norm(torch.randn(8, 4, 2, 2) + 5, running_mean, running_var, activation="relu")
+    >>> y.shape, bool((y >= 0).all()), bool((running_mean > 0.3).all())
+    (torch.Size([8, 4, 2, 2]), True, True)
     """
     options = Options(momentum, eps, activation, negative_slope, weighting, unbiased).checked()
     if training:
@@ -281,7 +290,7 @@ def _check_count(stats: Tensor, x: Tensor, comm: Communicator) -> None:
     All ranks that could raise do read it, and agree.
     """
     local = samples_per_channel(x)
-    if local > 1 or torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if (local if comm is LOCAL else stats[2 * x.shape[1]].item()) == 1:
         raise ValueError(f"expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank")

@@ -6,6 +6,7 @@ hook, not a second call of a shared activation.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import NamedTuple
 
@@ -34,20 +35,20 @@ def find_fusible(module: nn.Module) -> list[Fusible]:
     `module` cannot be traced."""
     flags = {m: m.training for m in module.modules()}
     try:
-        pairs = [_adjacent(module.train(mode)) for mode in (True, False)]
+        pairs = [_adjacent(module, graph) for mode in (True, False) for graph in traces(module.train(mode))]
     except Exception as error:  # whatever the model's own code raises at a traced value
         warnings.warn(f"fuse_activation: torch.fx cannot trace this model, so nothing is fused ({error})", stacklevel=3)
         return []
     finally:
         for m, training in flags.items():
             m.training = training
-    return [pair for pair in pairs[0] if pair in pairs[1]]
+    return [pair for pair in pairs[0] if all(pair in others for others in pairs)]
 
 
 def fuse(pair: Fusible) -> None:
     """Moves the activation into the batch norm, if that was converted. The activation module stays where it is and does nothing."""
     batch_norm, activation = pair
-    if not isinstance(batch_norm, SyncBatchNorm) or batch_norm.activation is not None:
+    if not isinstance(batch_norm, SyncBatchNorm) or batch_norm.activation is not None or not batch_norm.fusible:
         return
     batch_norm.activation = _ACTIVATIONS[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)
@@ -64,8 +65,14 @@ def unfuse(batch_norm: SyncBatchNorm) -> None:
         batch_norm.negative_slope = SyncBatchNorm.negative_slope
 
 
-def _adjacent(module: nn.Module) -> list[Fusible]:
-    graph = _Tracer().trace(module)
+def traces(module: nn.Module) -> list[fx.Graph]:
+    """The data flow of `module` where all arguments are given, and where the optional ones are not: code may ask `if y is None`."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return [Tracer().trace(module), *([Tracer().trace(module, concrete_args=defaults)] if defaults else [])]
+
+
+def _adjacent(module: nn.Module, graph: fx.Graph) -> list[Fusible]:
     modules = dict(module.named_modules())
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
@@ -76,17 +83,17 @@ def _adjacent(module: nn.Module) -> list[Fusible]:
         if not (isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1):
             continue
         pair = Fusible(modules[source.target], modules[node.target])
-        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not _has_hooks(m) for m in pair):
+        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not has_hooks(m) for m in pair):
             pairs.append(pair)
     return pairs
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
     """Hooks see a module's input and output, which fusing would change."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, name) for name in hooks) or isinstance(module, torch.jit.ScriptModule)

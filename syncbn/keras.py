@@ -226,7 +226,5 @@ def _initializer(argument: str, value: str | Initializer) -> Initializer:
     if callable(value):
         return value
     if value not in _INITIALIZERS:
-        raise ValueError(
-            f"{argument} must be one of {tuple(_INITIALIZERS)} or a callable (shape, dtype=...) -> values, got {value!r}"
-        )
+        raise ValueError(f"{argument} must be one of {tuple(_INITIALIZERS)} or a callable (shape, dtype=...) -> values, got {value!r}")
     return _INITIALIZERS[value]

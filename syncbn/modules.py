@@ -61,6 +61,7 @@ class SyncBatchNorm(_BatchNorm):
     weighting: str = "samples"
     unbiased: bool = True
     layer_name: str | None = None  # the dotted name in the model, for messages
+    fusible: bool = True  # False where a converted class does something of its own after the normalization
 
     def __init__(
         self,
@@ -193,11 +194,18 @@ class SyncBatchNorm(_BatchNorm):
         return extra
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        memo[id(self.process_group)] = self.process_group  # a copy exchanges with the same ranks; groups cannot be copied
+        for group in groups_of(self):  # a copy exchanges with the same ranks; groups cannot be copied
+            memo[id(group)] = group
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
+
+
+def groups_of(module: torch.nn.Module) -> list[Any]:
+    """The process group of a layer, and the one that its conversion has replaced."""
+    _, replaced = vars(module).get("_converted_from", (None, {}))
+    return [getattr(module, "process_group", None), *replaced.values()]
 
 
 class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):

@@ -96,7 +96,7 @@ def _fits(item: pytest.Item) -> bool:
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[None]:
-    """Ends this rank, with the stacks of its threads, if a test takes too long: MPI has no timeout, and the launcher then ends the others."""
+    """Ends this rank, with the stacks of its threads, if a test takes too long. The launcher then ends the others."""
     faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True, file=_STDERR)
     yield
     faulthandler.cancel_dump_traceback_later()

@@ -77,7 +77,7 @@ def train(model, run, x, steps=2):
 @pytest.mark.parametrize("early_stop", [True, False], ids=["early-stop", "to-the-end"])
 @pytest.mark.parametrize("method", [*EXACT, *DETECTED])
 def test_checkpointed_training_equals_training(world, counts, method, early_stop):
-    """Outputs, gradients and moving statistics, bit for bit: the recomputation has the same statistics, and adds nothing to them."""
+    """Outputs, gradients and moving statistics, bit for bit: the recomputation has the same statistics and adds nothing to them."""
     x = world.mine(torch.randn(sum(counts), 3, 4, dtype=torch.float64), counts)
     results = []
     for run in (lambda model, x: model(x), method):

@@ -146,6 +146,23 @@ def test_a_plain_subclass_keeps_its_methods():
         assert type(revert_sync_batchnorm(twin)) is PlainSubclass
 
 
+class WithAnAttribute(nn.BatchNorm2d):
+    """No forward of its own, but a word that means something else to SyncBatchNorm."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.activation = "relu"
+
+
+def test_a_subclass_that_uses_our_words_is_left_alone():
+    with pytest.warns(UserWarning, match="WithAnAttribute"):
+        assert type(convert_sync_batchnorm(WithAnAttribute(4))) is WithAnAttribute
+
+
+def test_layers_that_were_built_learn_their_names():
+    assert convert_sync_batchnorm(nn.ModuleDict({"stem": SyncBatchNorm(4)}))["stem"].layer_name == "stem"
+
+
 def test_nothing_else_is_touched():
     model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
     classes = [type(m) for m in model]
@@ -221,6 +238,12 @@ class OnlyInTraining(Tap):
         return self.act(y) if self.training else y
 
 
+class OptionalTap(Tap):
+    def forward(self, x, taps=None):
+        y = self.bn(x)
+        return self.act(y) if taps is not None else y
+
+
 class Untraceable(Tap):
     def forward(self, x):
         return self.act(self.bn(x)) if x.sum() > 0 else x
@@ -242,6 +265,7 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "a feature tap": (Tap, 0),
     "a path that eval does not take": (OnlyInTraining, 0),
     "a hook in between": (hooked, 0),
+    "a path for an optional argument": (OptionalTap, 0),
 }
 
 

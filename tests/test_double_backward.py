@@ -28,7 +28,7 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 def penalty(y: torch.Tensor, coefficients: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """Something that has a second derivative in every way: a loss, plus squares of its gradients. Sums over samples: the ranks' add up."""
+    """A loss plus squares of its gradients: it has a second derivative in every way. Sums over samples: the ranks' add up."""
     loss = (coefficients * y * y).sum()
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
     return loss + sum(g.square().sum() for g in gradients)
@@ -53,9 +53,7 @@ def test_gradgradcheck(activation, residual, weighting):
 )
 def test_gradgradcheck_in_any_memory_format(view):
     """What the layer copies to make it dense still has a derivative."""
-    assert gradgradcheck(
-        lambda x: syncbn.sync_batch_norm(view(x), None, None, residual=view(x), activation="silu"), (leaf(3, 2, 4),)
-    )
+    assert gradgradcheck(lambda x: syncbn.sync_batch_norm(view(x), None, None, residual=view(x), activation="silu"), (leaf(3, 2, 4),))
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -173,7 +171,7 @@ def test_gradients_of_gradients_keep_their_types(world, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_differentiable_backward_gives_the_same_gradients(world, counts, dtype):
-    """create_graph changes what can be done with a gradient, not its value. Mean far from 0: the differentiable path is as accurate."""
+    """create_graph changes what can be done with a gradient, not its value. Nor its accuracy, with a mean far from 0."""
     whole = torch.randn(sum(counts), 3, 4, dtype=dtype) + 1000
     dy = torch.randn_like(whole)
     results = []

@@ -43,6 +43,7 @@ BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", 
         (SRUN, Place("srun", 5, 8, 1, 4)),
         (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, Place("srun", 5, 8, 1, 3)),
         (SRUN | TORCHRUN, Place("torchrun", 5, 8, 1, 4)),  # torchrun started by srun on each node
+        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Place("srun", 5, 8, 1, 4)),  # srun --mpi=pmi2
         (BATCH_SCRIPT, Place()),  # the script itself, before any srun
     ],
 )

@@ -118,9 +118,7 @@ def test_unequal_batches_against_autograd_of_the_formula(world, weighting):
     rows = torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
     whole = torch.randn(sum(counts), 5, 3, dtype=torch.float64) + rows  # a rank's place in the batch shows in its mean
     dy = torch.randn_like(whole)
-    layer = SyncBatchNormalization(
-        momentum=0.75, weighting=weighting, num_features=3, dtype=torch.float64, process_group=world.group
-    )
+    layer = SyncBatchNormalization(momentum=0.75, weighting=weighting, num_features=3, dtype=torch.float64, process_group=world.group)
     with torch.no_grad():
         layer.gamma.copy_(torch.randn(3))
         layer.beta.copy_(torch.randn(3))
@@ -230,6 +228,13 @@ def test_bad_arguments(name):
 
 
 @pytest.mark.world_size(1)
+def test_defaults_are_horovods():
+    layer = SyncBatchNormalization(fused=False)
+    values = (layer.axis, layer.momentum, layer.epsilon, layer.center, layer.scale, layer.weighting, layer.unbiased)
+    assert values == (-1, 0.99, 1e-3, True, True, "ranks", False)
+
+
+@pytest.mark.world_size(1)
 def test_bad_input():
     with pytest.raises(ValueError, match=r"axis 4 among them, got \[2, 3, 4, 5\]"):
         SyncBatchNormalization(axis=4)(torch.randn(2, 3, 4, 5))
@@ -324,9 +329,7 @@ def test_compiles_in_one_graph(num_features):
     other = copy.deepcopy(layer)
     x = torch.randn(2, 4, 3)
     for mode in (True, False):
-        assert_close(
-            torch.compile(layer.train(mode), fullgraph=True, backend="eager")(x), other.train(mode)(x).double().detach(), 0, "y"
-        )
+        assert_close(torch.compile(layer.train(mode), fullgraph=True, backend="eager")(x), other.train(mode)(x).double().detach(), 0, "y")
 
 
 # ---- Weights of a Keras layer -----------------------------------------------------------------------------------------------------

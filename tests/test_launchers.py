@@ -34,7 +34,14 @@ def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, 
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
     run([f"launch/{launcher}", "examples/digits.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)], env)
     (curve,) = tmp_path.glob("*.json")
-    compare = [sys.executable, "examples/compare.py", str(curve), *map(str, one_process.glob("*.json")), "--plot", str(tmp_path / "plot.png")]
+    compare = [
+        sys.executable,
+        "examples/compare.py",
+        str(curve),
+        *map(str, one_process.glob("*.json")),
+        "--plot",
+        str(tmp_path / "plot.png"),
+    ]
     table = run(compare, env)
     assert "2 x 4" in table and (tmp_path / "plot.png").stat().st_size > 10_000
     if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow

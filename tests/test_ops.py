@@ -45,9 +45,7 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
     how = (1e-5, activation, 0.01)
 
     stats = ops.stats(x, False)
-    y, mask = ops.normalize(
-        x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01
-    )
+    y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
     keeps_mask = residual and activation in ("relu", "leaky_relu")
     assert mask.numel() == (mask_bytes(x) if keeps_mask else 0)
     sums, dz, dweight, dbias = ops.backward_reduce(
@@ -176,7 +174,7 @@ def test_variance_and_output_stay_accurate_in_float32(name, layout):
     mean, var, _ = reference.finalize(ops.stats(x, False), 1e-5)
     want_var = exact.var((0, 2), unbiased=False)
     assert ((var - want_var).abs() / want_var).max() < bound
-    assert ((mean - exact.mean((0, 2))).abs() <= 1e-7 * exact.abs().mean((0, 2)) + 1e-12).all()
+    assert ((mean - exact.mean((0, 2))).abs() <= 2e-7 * (exact.mean((0, 2)).abs() + want_var.sqrt())).all()
     y = syncbn.sync_batch_norm(x, None, None)
     want = F.batch_norm(exact, None, None, training=True)
     assert relative_error(y, want) < 2e-6

@@ -13,9 +13,34 @@ import syncbn
 
 pytestmark = pytest.mark.world_size(1)
 PACKAGE = Path(syncbn.__file__).parent
-ORDER = """layout native comm.process_group comm.mpi comm environment
-    reference groups agreement exchange checkpoint ops double_backward function
-    keras_weights modules keras fuse convert statistics fold join lightning check __init__""".split()
+ORDER = [
+    "layout",
+    "native",
+    "comm.process_group",
+    "comm.mpi",
+    "comm.recorded",
+    "comm",
+    "environment",
+    "reference",
+    "groups",
+    "agreement",
+    "exchange",
+    "checkpoint",
+    "ops",
+    "double_backward",
+    "function",
+    "keras_weights",
+    "modules",
+    "keras",
+    "fuse",
+    "convert",
+    "statistics",
+    "fold",
+    "join",
+    "lightning",
+    "check",
+    "__init__",
+]
 
 
 def imports_of(path: Path) -> set[str]:

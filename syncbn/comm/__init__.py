@@ -1,7 +1,7 @@
 """Who normalizes together, and how their sums are added: the rest of the package never asks which backend it has.
 
-    comm = resolve(process_group)      # None, a ProcessGroup, a one-dimensional DeviceMesh, or an mpi4py communicator
-    total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, with the same length and dtype
+comm = resolve(process_group)      # None, a ProcessGroup, a one-dimensional DeviceMesh, or an mpi4py communicator
+total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, with the same length and dtype
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .process_group import ProcessGroupCommunicator
+from .recorded import RecordedCommunicator
 
 
 class Communicator(Protocol):
     """A group of ranks that can add tensors."""
+
+    compares: bool  # whether its ranks compare what they are about to exchange; see agreement.py
 
     @property
     def group(self) -> Any:
@@ -35,6 +38,7 @@ class Communicator(Protocol):
 class LocalCommunicator:
     """This process alone."""
 
+    compares = False
     group = None
     rank = 0
     world_size = 1
@@ -52,6 +56,8 @@ def resolve(process_group: Any = None) -> Communicator:
     None is the default group where torch.distributed is initialized, else this process alone. Raises ValueError for anything
     that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
     """
+    if isinstance(process_group, RecordedCommunicator):  # inside syncbn.join
+        return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):
             return LOCAL

@@ -6,6 +6,7 @@ CUDA tensors go through pinned host memory, or straight to MPI with SYNCBN_MPI_C
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ class MPICommunicator:
     """Works on a clone of `comm`, which the first exchange makes."""
 
     comm: MPI.Comm
+    compares = True
 
     def __post_init__(self) -> None:
         if self.comm.Is_inter():
@@ -36,7 +38,9 @@ class MPICommunicator:
         """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
         clone: Any = self.comm.Get_attr(_CLONE)
         if clone is None:
-            clone = Clone(self.comm.Dup())
+            twin, request = self.comm.Idup()
+            _wait(request)
+            clone = Clone(twin)
             self.comm.Set_attr(_CLONE, clone)
         return clone
 
@@ -52,16 +56,33 @@ class MPICommunicator:
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         clone = self.group.comm
         if tensor.device.type == "cpu":
-            clone.Allreduce(MPI.IN_PLACE, tensor.numpy())
+            _all_reduce(clone, tensor.numpy())
         elif os.environ.get("SYNCBN_MPI_CUDA_AWARE") == "1":
             torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows no stream: the buffer must be written by now
-            clone.Allreduce(MPI.IN_PLACE, tensor)
+            _all_reduce(clone, tensor)
         else:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             host.copy_(tensor)
-            clone.Allreduce(MPI.IN_PLACE, host.numpy())
+            _all_reduce(clone, host.numpy())
             tensor.copy_(host, non_blocking=True)
         return tensor
 
 
+def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
+    """Sums `buffer` in place."""
+    _wait(comm.Iallreduce(MPI.IN_PLACE, buffer), buffer)
+
+
+def _wait(request: MPI.Request, buffer: Any = None) -> None:
+    """Raises TimeoutError after SYNCBN_MPI_TIMEOUT seconds (default 1800); MPI itself never does."""
+    timeout = float(os.environ.get("SYNCBN_MPI_TIMEOUT", "1800"))
+    deadline = time.monotonic() + timeout
+    while not request.Test():
+        if time.monotonic() > deadline:
+            _abandoned.append((request, buffer))
+            raise TimeoutError(f"some rank did not come within SYNCBN_MPI_TIMEOUT={timeout:g} seconds")
+        time.sleep(0)  # to the other ranks of this core, if there are any
+
+
+_abandoned: list[tuple[MPI.Request, Any]] = []  # a rank that comes late still writes into these buffers
 _CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)

@@ -1,0 +1,116 @@
+"""Compiles the CUDA kernels and reads the machine code: no spilled register, and 128-bit loads and stores where the time goes.
+
+    python .ci/check_cuda.py [architecture ...]        default: sm_80 sm_90 sm_100
+
+Needs nvcc (NVCC, or on PATH), and nvdisasm or cuobjdump from PATH or from the wheel nvidia-cuda-nvdisasm. Without nvcc there is
+nothing to check: it says so and exits with 0.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
+# Each reads as many tensors; those that write one store it in vectors, too.
+WRITES = {"stats": False, "normalize": True, "backward_reduce": True, "backward_input": True}
+VECTORS = {"float": 4, "__nv_bfloat16": 8}  # elements in 16 bytes
+UNROLL = 2  # independent loads per thread, at least
+
+
+def run(*command: object) -> str:
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{result.stdout}{result.stderr}")
+    return result.stdout + result.stderr
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def disassembler() -> list[str]:
+    for name, arguments in (("nvdisasm", ["-c"]), ("cuobjdump", ["-sass"])):
+        if found := shutil.which(name):
+            return [found, *arguments]
+    for folder in map(Path, sys.path):
+        for found in sorted(folder.glob("nvidia/**/bin/nvdisasm")):
+            return [str(found), "-c"]
+    sys.exit("neither nvdisasm nor cuobjdump found: pip install nvidia-cuda-nvdisasm")
+
+
+def short(name: str) -> str:
+    """normalize_kernel<float, Planes<4>> instead of all its template arguments."""
+    found = re.search(r"(\w+_kernel)<(?:\(anonymous namespace\)::)?([\w]+), syncbn::cuda::(\w+)<(\d+)", name)
+    return f"{found[1]}<{found[2]}, {found[3]}<{found[4]}>>" if found else name
+
+
+def spills(log: str) -> list[tuple[str, int, int]]:
+    """(kernel, registers, bytes spilled) of ptxas -v."""
+    found = re.findall(
+        r"Compiling entry function '(.+?)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log, re.DOTALL
+    )
+    return [(short(name), int(registers), int(stores) + int(loads)) for name, stores, loads, registers in found]
+
+
+def instructions(sass: str) -> dict[str, collections.Counter[str]]:
+    """Of each kernel, how often each instruction occurs."""
+    kernels = re.split(r"\n\s*(?:\.section\s+\.text\.|Function : )", sass)[1:]
+    return {
+        short(demangled(kernel.split(",", 1)[0].split("\n", 1)[0])): collections.Counter(
+            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", kernel)
+        )
+        for kernel in kernels
+    }
+
+
+def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
+    """What is wrong with the loads and stores of one op."""
+    problems = []
+    for scalar, vector in VECTORS.items():
+        for layout in ("Planes", "Pixels"):
+            name = f"{op}_kernel<{scalar}, {layout}<{vector}>>"
+            count = kernels.get(name)
+            if count is None:
+                problems.append(f"{name} is not in the machine code")
+                continue
+            loads = sum(n for code, n in count.items() if code.startswith("LDG") and ".128" in code)
+            stores = sum(n for code, n in count.items() if code.startswith("STG") and ".128" in code)
+            if loads < UNROLL:
+                problems.append(f"{name} has {loads} loads of 128 bits, wanted {UNROLL}")
+            if WRITES[op] and not stores:
+                problems.append(f"{name} has no store of 128 bits")
+    return problems
+
+
+def main(architectures: list[str]) -> None:
+    nvcc = shutil.which(os.environ.get("NVCC", "")) or shutil.which("nvcc")
+    if not nvcc:
+        print("check_cuda: skipped, nvcc is not on PATH")
+        return
+    tool, problems = disassembler(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for architecture in architectures:
+            most = 0
+            for source in KERNELS:
+                cubin = Path(folder) / f"{source.stem}.{architecture}.cubin"
+                log = run(nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", source, "-o", cubin)
+                kernels = spills(demangled(log))
+                if not kernels:
+                    problems.append(f"{architecture}: {source.name} has no kernel that ptxas tells of")
+                problems += [f"{architecture}: {name} spills {size} bytes" for name, _, size in kernels if size]
+                problems += [f"{architecture}: {problem}" for problem in narrow(instructions(run(*tool, cubin)), source.stem)]
+                most = max([most, *(registers for _, registers, _ in kernels)])
+            print(f"check_cuda: {architecture}: {len(KERNELS)} files, at most {most} registers")
+    if problems:
+        sys.exit("check_cuda:\n  " + "\n  ".join(problems))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or ["sm_80", "sm_90", "sm_100"])

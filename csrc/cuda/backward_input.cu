@@ -1,0 +1,97 @@
+// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n).
+//
+// Traffic: dy and x once, dx once. Per channel this is dz * scale + (x - hi) * slope + shift, so that all divisions are done in
+// double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read are still in L2.
+
+#include "activation.cuh"
+#include "finalize.cuh"
+#include "walk.cuh"
+
+namespace syncbn::cuda {
+namespace {
+
+template <typename acc_t>
+struct Gradient {
+  acc_t slope, shift;
+};
+
+template <typename scalar_t, class Walk>
+__global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
+    backward_input_kernel(const BackwardInputArgs args, const Config config) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int N = Walk::channels;
+  const auto* dy = static_cast<const scalar_t*>(args.dy);
+  const auto* x = static_cast<const scalar_t*>(args.x);
+  auto* dx = static_cast<scalar_t*>(args.dx);
+  const int64_t C = args.layout.C;
+  const Walk walk(args.layout, config);
+
+  SHARED(Affine<acc_t>, affines, Walk::max_columns);
+  SHARED(Gradient<acc_t>, gradients, Walk::max_columns);
+  const int64_t channel = walk.first_channel() + threadIdx.x;
+  if (threadIdx.x < config.width * N && channel < C) {
+    const Moments m = finalize(args.stats, C, channel);
+    const auto affine = make_affine<acc_t>(m, args.weight, args.bias, channel);
+    const double n = effective_count(args.stats, args.layout);
+    const double scale = args.weight.data ? m.invstd * read(args.weight, channel) : m.invstd;
+    const double slope = scale * m.invstd * args.sums[C + channel] / n;
+    const double lo = m.mean - static_cast<double>(affine.hi);
+    affines[threadIdx.x] = affine;
+    gradients[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
+  }
+  __syncthreads();
+  Affine<acc_t> affine[N];
+  Gradient<acc_t> gradient[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    affine[j] = affines[walk.column() + j];
+    gradient[j] = gradients[walk.column() + j];
+  }
+  const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
+
+  walk.each([&](auto step) {
+    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
+    Vec<scalar_t, W> in_dy[U], in_x[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= step.count) continue;
+      in_dy[u] = load<W>(dy + step.index(u));
+      in_x[u] = load<W>(x + step.index(u));
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= step.count) continue;
+      acc_t g[W];
+#pragma unroll
+      for (int j = 0; j < W; ++j) g[j] = in_dy[u].get(j);
+      through_activation(g, args.activation, negative_slope, false, 0, [&](int j) { return affine[j % N](in_x[u].get(j)); });
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, gradient[j % N].slope, gradient[j % N].shift);
+        g[j] = fma(g[j], affine[j % N].scale, rest);
+      }
+      store<W>(dx + step.index(u), g);
+    }
+  });
+}
+
+template <typename scalar_t, class Walk>
+cudaError_t launch(const BackwardInputArgs& args, const Target& target) {
+  const Config config = Walk::make_config(args.layout, target.sm_count);
+  const auto kernel = backward_input_kernel<scalar_t, Walk>;
+  LAUNCH(kernel, config, target.stream, args, config);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t backward_input(const BackwardInputArgs& args, const Target& target) {
+  return dispatch(args.dtype, [&](auto value) {
+    using scalar_t = decltype(value);
+    return with_walk<VECTOR<scalar_t>, BackwardInputPlan>(args.layout, {args.dy, args.x, args.dx}, [&](auto walk) {
+      return launch<scalar_t, typename decltype(walk)::type>(args, target);
+    });
+  });
+}
+
+}  // namespace syncbn::cuda

@@ -1,0 +1,111 @@
+// backward_reduce: this rank's sum_dy = sum of dz and sum_dy_xhat = sum of dz * xhat, with dweight and dbias; and dz, the gradient
+// of the residual, where there was one before the activation.
+//
+// Traffic: dy and x once, dz once where it is asked for. The sign of z is recomputed from x by the expression of the forward
+// pass, or comes from the bit mask. Sums are of dz * (x - hi), which does not cancel; the rest of the mean follows in double.
+
+#include "activation.cuh"
+#include "finalize.cuh"
+#include "reduce.cuh"
+#include "walk.cuh"
+
+namespace syncbn::cuda {
+namespace {
+
+template <typename scalar_t, class Walk>
+__global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
+    backward_reduce_kernel(const BackwardReduceArgs args, const Config config, const Workspace workspace) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int N = Walk::channels, S = Walk::sums;
+  const auto* dy = static_cast<const scalar_t*>(args.dy);
+  const auto* x = static_cast<const scalar_t*>(args.x);
+  const auto* residual = static_cast<const scalar_t*>(args.residual);
+  auto* dz = static_cast<scalar_t*>(args.dz);
+  const int64_t C = args.layout.C;
+  const Walk walk(args.layout, config);
+
+  SHARED(Affine<acc_t>, table, Walk::max_columns);
+  SHARED(Moments, moments, Walk::max_columns);
+  const int64_t channel = walk.first_channel() + threadIdx.x;
+  const bool owns_channel = threadIdx.x < config.width * N && channel < C;
+  if (owns_channel) {
+    moments[threadIdx.x] = finalize(args.stats, C, channel);
+    table[threadIdx.x] = make_affine<acc_t>(moments[threadIdx.x], args.weight, args.bias, channel);
+  }
+  __syncthreads();
+  Affine<acc_t> affine[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) affine[j] = table[walk.column() + j];
+  const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
+
+  acc_t s1[S] = {}, s2[S] = {};
+  walk.each([&](auto step) {
+    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
+    Vec<scalar_t, W> in_dy[U], in_x[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= step.count) continue;
+      in_dy[u] = load<W>(dy + step.index(u));
+      in_x[u] = load<W>(x + step.index(u));
+    }
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= step.count) continue;
+      acc_t g[W];
+#pragma unroll
+      for (int j = 0; j < W; ++j) g[j] = in_dy[u].get(j);
+      Vec<scalar_t, W> add;
+      if (residual) add = load<W>(residual + step.index(u));
+      const unsigned bits = args.mask ? args.mask[step.mask_byte(u)] >> (step.index(u) & 7) : 0;
+      through_activation(g, args.activation, negative_slope, args.mask, bits, [&](int j) {
+        const acc_t z = affine[j % N](in_x[u].get(j));
+        return residual ? z + add.get(j) : z;
+      });
+      if (dz) store<W>(dz + step.index(u), g);
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        s1[j % S] += g[j];
+        s2[j % S] = fma(g[j], in_x[u].get(j) - affine[j % N].hi, s2[j % S]);
+      }
+    }
+  });
+
+  fold<N>(s1);
+  fold<N>(s2);
+  Pair mine[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) mine[j] = {warp_sum(s1[j], config.width), warp_sum(s2[j], config.width)};
+  Pair total = block_sum(mine, config.width);
+  if (owns_channel) {
+    const Moments& m = moments[threadIdx.x];
+    const double lo = m.mean - static_cast<double>(table[threadIdx.x].hi);
+    total.b = (total.b - lo * total.a) * m.invstd;
+  }
+  if (!grid_sum(total, walk, workspace) || !owns_channel) return;
+
+  args.sums[channel] = total.a;
+  args.sums[C + channel] = total.b;
+  if (args.dbias.data) write(args.dbias, channel, total.a);
+  if (args.dweight.data) write(args.dweight, channel, total.b);
+}
+
+template <typename scalar_t, class Walk>
+cudaError_t launch(const BackwardReduceArgs& args, const Target& target) {
+  const Config config = Walk::make_config(args.layout, target.sm_count);
+  const auto kernel = backward_reduce_kernel<scalar_t, Walk>;
+  LAUNCH(kernel, config, target.stream, args, config, workspace(target));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t backward_reduce(const BackwardReduceArgs& args, const Target& target) {
+  return dispatch(args.dtype, [&](auto value) {
+    using scalar_t = decltype(value);
+    return with_walk<VECTOR<scalar_t>, BackwardReducePlan>(args.layout, {args.dy, args.x, args.residual, args.dz}, [&](auto walk) {
+      return launch<scalar_t, typename decltype(walk)::type>(args, target);
+    });
+  });
+}
+
+}  // namespace syncbn::cuda

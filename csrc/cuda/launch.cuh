@@ -1,0 +1,86 @@
+// The launch configuration of every kernel is a value from one function here, with its reason.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "ops.h"
+
+// The three things that g++ cannot parse; tests/emulation has its own.
+#ifdef __CUDACC__
+#define SHARED(type, name, n) __shared__ type name[n]
+#define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#define LAUNCH(kernel, config, stream, ...) \
+  kernel<<<(config).groups * (config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
+#endif
+
+namespace syncbn::cuda {
+
+constexpr int WARP = 32;
+constexpr int THREADS = 256;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+// How each op fills the machine. Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM, which is blocks per SM x 256
+// threads x unroll x 16 B for each tensor that is read. So many blocks bound a thread's registers, and must not make it spill:
+// 4 blocks leave 64 registers, 3 leave 80, 2 leave 128. Pixels keep the parameters of up to 8 channels in registers.
+template <int planes_blocks_, int planes_unroll_, int pixels_blocks_, int pixels_unroll_, bool reversed_>
+struct Plan {
+  static constexpr int planes_blocks = planes_blocks_, planes_unroll = planes_unroll_;
+  static constexpr int pixels_blocks = pixels_blocks_, pixels_unroll = pixels_unroll_;
+  static constexpr bool reversed = reversed_;
+};
+using StatsPlan = Plan<3, 4, 2, 4, false>;
+using NormalizePlan = Plan<4, 2, 2, 4, true>;
+using BackwardReducePlan = Plan<3, 2, 2, 2, false>;
+using BackwardInputPlan = Plan<4, 2, 2, 2, true>;
+constexpr int MAX_BLOCKS_PER_SM = 4;
+
+struct Config {
+  int groups;        // of channels: a block works on one group
+  int splits;        // blocks that share a group
+  int width;         // neighbouring threads that lie on neighbouring channels
+  int pieces;        // into which a plane is cut,
+  int piece;         // each of so many elements
+  int threads;
+  int shared_bytes;  // for block_sum(): two doubles for each warp and column
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One wave: as many blocks as are resident at once (rounded down, for one block more would be a second wave), but no block
+// without work. More blocks than that would finalize the statistics more often and leave more partial sums.
+inline int splits_for(int sm_count, int blocks_per_sm, int64_t groups, int64_t max_splits) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(int64_t{sm_count} * blocks_per_sm / groups, max_splits)));
+}
+
+// inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8.
+inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, int sm_count) {
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
+  const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);
+  const int64_t runs = layout.outer * pieces;
+  const int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
+  const int splits = splits_for(sm_count, blocks_per_sm, layout.C, ceil_div(runs, warps));
+  return {static_cast<int>(layout.C), splits, 1, static_cast<int>(pieces), piece, warps * WARP, warps * 16};
+}
+
+// inner == 1. A group is a tile of channels, `width` vectors wide; the rest of a warp lies on further rows. Rows narrower than
+// 8 vectors leave no lane idle; wider ones are cut where that wastes least, but not below the 128 bytes of a memory line.
+inline Config pixels_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, int sm_count) {
+  const int64_t vectors = ceil_div(layout.C, vector);
+  int width = 1;
+  while (width < WARP && width < vectors) width *= 2;
+  while (width > 8 && ceil_div(vectors, width / 2) * (width / 2) < ceil_div(vectors, width) * width) width /= 2;
+  const int64_t groups = ceil_div(vectors, width);
+  const int64_t steps = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
+  const int splits = splits_for(sm_count, blocks_per_sm, groups, steps);
+  return {static_cast<int>(groups), splits, width, 1, 0, THREADS, THREADS / WARP * width * vector * 16};
+}
+
+// The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
+// two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once.
+inline int64_t max_sharing_blocks(int sm_count) { return int64_t{sm_count} * MAX_BLOCKS_PER_SM; }
+inline size_t counter_bytes(int sm_count) { return ceil_div((max_sharing_blocks(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
+inline size_t workspace_bytes(int sm_count) { return counter_bytes(sm_count) + max_sharing_blocks(sm_count) * THREADS * 16; }
+
+}  // namespace syncbn::cuda

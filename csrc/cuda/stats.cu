@@ -1,0 +1,102 @@
+// stats: this rank's sum(C), sumsq(C), count, in double.
+//
+// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each warp subtracts K, the
+// mean of what it loads first (a single value could be an outlier, a running mean is wrong at first), sums d = x - K and d * d in
+// acc_t, and brings them back in double: sum = n K + s1, sumsq = s2 + K (2 s1 + n K). Traffic: x once.
+
+#include "reduce.cuh"
+#include "vec.cuh"
+#include "walk.cuh"
+
+namespace syncbn::cuda {
+namespace {
+
+template <typename scalar_t, class Walk>
+__global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
+    stats_kernel(const StatsArgs args, const Config config, const Workspace workspace) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int N = Walk::channels, S = Walk::sums;
+  const auto* x = static_cast<const scalar_t*>(args.x);
+  const Walk walk(args.layout, config);
+
+  acc_t shift[N] = {}, s1[S] = {}, s2[S] = {};
+  int n = 0;
+  bool shifted = false;
+  walk.each([&](auto step) {
+    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
+    Vec<scalar_t, W> in[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u < step.count) in[u] = load<W>(x + step.index(u));
+    }
+    if (!shifted) {
+      constexpr int leading = Walk::shift_vectors < U ? Walk::shift_vectors : U;
+      acc_t sum[N] = {};
+#pragma unroll
+      for (int u = 0; u < leading; ++u) {
+#pragma unroll
+        for (int j = 0; j < W; ++j) sum[j % N] += u < step.count ? in[u].get(j) : acc_t{0};
+      }
+      const int first = warp_sum(min(step.count, leading) * W / N, config.width);
+#pragma unroll
+      for (int j = 0; j < N; ++j) shift[j] = warp_sum(sum[j], config.width) / static_cast<acc_t>(max(first, 1));
+      shifted = __any_sync(ALL_LANES, step.count > 0);
+    }
+    n += step.count * W / N;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      if (u >= step.count) continue;
+#pragma unroll
+      for (int j = 0; j < W; ++j) {
+        const acc_t d = in[u].get(j) - shift[j % N];
+        s1[j % S] += d;
+        s2[j % S] = fma(d, d, s2[j % S]);
+      }
+    }
+  });
+
+  fold<N>(s1);
+  fold<N>(s2);
+  Pair mine[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    const double K = shift[j], all = warp_sum(static_cast<double>(n), config.width);
+    const double sum = warp_sum(s1[j], config.width), sumsq = warp_sum(s2[j], config.width);
+    mine[j] = {all * K + sum, sumsq + K * (2 * sum + all * K)};
+  }
+  Pair total = block_sum(mine, config.width);
+  if (!grid_sum(total, walk, workspace)) return;
+
+  const int64_t C = args.layout.C, channel = walk.first_channel() + threadIdx.x;
+  const double count = static_cast<double>(args.layout.outer * args.layout.inner);
+  const double samples = args.rank_weighted && count > 0 ? count : 1;
+  if (threadIdx.x < config.width * N && channel < C) {
+    args.stats[channel] = total.a / samples;
+    args.stats[C + channel] = total.b / samples;
+  }
+  if (walk.group == 0 && threadIdx.x == 0) {
+    args.stats[2 * C] = count;
+    if (args.rank_weighted) args.stats[2 * C + 1] = count > 0;
+  }
+}
+
+template <typename scalar_t, class Walk>
+cudaError_t launch(const StatsArgs& args, const Target& target) {
+  const Config config = Walk::make_config(args.layout, target.sm_count);
+  const auto kernel = stats_kernel<scalar_t, Walk>;
+  LAUNCH(kernel, config, target.stream, args, config, workspace(target));
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t stats(const StatsArgs& args, const Target& target) {
+  return dispatch(args.dtype, [&](auto value) {
+    using scalar_t = decltype(value);
+    return with_walk<VECTOR<scalar_t>, StatsPlan>(args.layout, {args.x}, [&](auto walk) {
+      return launch<scalar_t, typename decltype(walk)::type>(args, target);
+    });
+  });
+}
+
+}  // namespace syncbn::cuda

@@ -1,0 +1,106 @@
+// Types: what x is stored in (scalar_t), what it is computed in (acc_t), and 16 bytes of it (Vec).
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "ops.h"
+
+namespace syncbn::cuda {
+
+__device__ inline float to_acc(float v) { return v; }
+__device__ inline double to_acc(double v) { return v; }
+__device__ inline float to_acc(__half v) { return __half2float(v); }
+__device__ inline float to_acc(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename scalar_t>
+using acc_type = decltype(to_acc(scalar_t()));
+
+template <typename scalar_t>
+__device__ inline scalar_t from_acc(acc_type<scalar_t> v) {
+  return v;
+}
+template <>
+__device__ inline __half from_acc<__half>(float v) {
+  return __float2half_rn(v);
+}
+template <>
+__device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
+  return __float2bfloat16_rn(v);
+}
+
+// N neighbours in memory, moved by one instruction.
+template <typename scalar_t, int N>
+struct alignas(sizeof(scalar_t) * N) Vec {
+  scalar_t at[N];
+
+  __device__ acc_type<scalar_t> get(int j) const { return to_acc(at[j]); }
+};
+
+// A bfloat16 is the upper half of a float: kept as pairs, 8 of them take 4 registers, not 8.
+template <int N>
+struct alignas(2 * N) BfloatPairs {
+  unsigned at[N / 2];
+
+  __device__ float get(int j) const { return __uint_as_float(j % 2 ? at[j / 2] & 0xffff0000u : at[j / 2] << 16); }
+};
+template <>
+struct Vec<__nv_bfloat16, 8> : BfloatPairs<8> {};
+
+template <int N, typename scalar_t>
+__device__ inline Vec<scalar_t, N> load(const scalar_t* p) {
+  return *reinterpret_cast<const Vec<scalar_t, N>*>(p);
+}
+
+template <int N, typename scalar_t>
+__device__ inline void store(scalar_t* p, const acc_type<scalar_t> (&values)[N]) {
+  if constexpr (N == 1) {
+    *p = from_acc<scalar_t>(values[0]);
+  } else {
+    scalar_t out[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) out[j] = from_acc<scalar_t>(values[j]);
+    uint4 bits;
+    static_assert(sizeof(out) == sizeof(bits));
+    memcpy(&bits, out, sizeof(bits));
+    __stcg(reinterpret_cast<uint4*>(p), bits);  // a plain assignment may be compiled as four stores; nothing here reads it again
+  }
+}
+
+template <typename scalar_t>
+constexpr int VECTOR = 16 / sizeof(scalar_t);
+
+// Runs f with a value of the type that `dtype` names: the one switch over the types of x.
+template <typename F>
+cudaError_t dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(float());
+    case DType::float16: return f(__half());
+    case DType::bfloat16: return f(__nv_bfloat16());
+    case DType::float64: return f(double());
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Per-channel vectors are read and written once per channel and block: their type is a run-time matter.
+__device__ inline double read(const ChannelVector& v, int64_t c) {
+  switch (v.dtype) {
+    case DType::float32: return static_cast<const float*>(v.data)[c];
+    case DType::float16: return __half2float(static_cast<const __half*>(v.data)[c]);
+    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(v.data)[c]);
+    case DType::float64: return static_cast<const double*>(v.data)[c];
+  }
+  return 0;
+}
+
+__device__ inline void write(const ChannelVector& v, int64_t c, double value) {
+  switch (v.dtype) {
+    case DType::float32: static_cast<float*>(v.data)[c] = static_cast<float>(value); break;
+    case DType::float16: static_cast<__half*>(v.data)[c] = __float2half_rn(static_cast<float>(value)); break;
+    case DType::bfloat16: static_cast<__nv_bfloat16*>(v.data)[c] = __float2bfloat16_rn(static_cast<float>(value)); break;
+    case DType::float64: static_cast<double*>(v.data)[c] = value; break;
+  }
+}
+
+}  // namespace syncbn::cuda

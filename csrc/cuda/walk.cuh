@@ -1,0 +1,129 @@
+// Which thread works on which elements of [outer, C, inner]. The two classes are all that differs between the layouts.
+//
+// A walk hands its body one Step after the other: up to `unroll` vectors of `vector` neighbours in memory, whose loads are
+// independent. All threads of a warp take the same steps, so a body may use warp primitives. Of a vector's elements, all belong
+// to one channel (channels == 1, Planes), or each to its own (channels == vector, Pixels).
+//
+// A reversed walk starts where a forward one ended, so that its first reads hit what the previous kernel left in L2.
+#pragma once
+
+#include <initializer_list>
+
+#include "launch.cuh"
+
+namespace syncbn::cuda {
+
+template <int V, int U>
+struct Step {
+  static constexpr int vector = V, unroll = U;
+  int64_t first, stride;    // index of the first vector; from one to the next
+  int64_t row, row_stride;  // row of the bit mask; from one vector to the next
+  int count;                // how many of the `unroll` vectors there are: the first ones
+
+  __device__ int64_t index(int u) const { return first + u * stride; }
+  __device__ int64_t mask_byte(int u) const { return (index(u) >> 3) + row + u * row_stride; }
+};
+
+__device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
+
+struct Walk {
+  Layout layout;
+  Config config;
+  int group, split;
+
+  __device__ Walk(const Layout& layout, const Config& config, bool reversed) : layout(layout), config(config) {
+    const int block = reversed ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    group = block % config.groups;
+    split = block / config.groups;
+  }
+};
+
+// inner > 1: a block has one channel, a warp takes a piece of a plane in one step. Pieces begin and end at multiples of 8
+// elements, which is the alignment of every vector and a byte of the mask; what a plane has before and behind is its edge.
+template <int V, class Plan>
+struct Planes : Walk {
+  static constexpr int vector = V, channels = 1, max_columns = 1;
+  static constexpr int unroll = Plan::planes_unroll, blocks_per_sm = Plan::planes_blocks;
+  static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
+  static constexpr int sums = V < 4 ? V : 4;  // that a thread keeps: independent ones, for the latency of an addition
+  static constexpr int shift_vectors = 1;  // behind a shift of stats: 512 bytes of the channel
+
+  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, unroll, blocks_per_sm, sm_count); }
+
+  __device__ Planes(const Layout& layout, const Config& config) : Walk(layout, config, Plan::reversed) {}
+
+  __device__ int64_t first_channel() const { return group; }
+  __device__ int column() const { return 0; }
+
+  template <class Body>
+  __device__ void each(Body&& body) const {
+    const int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
+    const int64_t runs = layout.outer * config.pieces;
+    for (int64_t i = int64_t{split} * warps + threadIdx.x / WARP; i < runs; i += int64_t{config.splits} * warps) {
+      const int64_t run = Plan::reversed ? runs - 1 - i : i;
+      // Where planes are cut at all, 2^32 runs would be more than 2^38 elements.
+      const int64_t o = config.pieces == 1 ? run : static_cast<uint32_t>(run) / static_cast<uint32_t>(config.pieces);
+      const int piece = static_cast<int>(run - o * config.pieces);
+
+      const int64_t row = o * layout.C + group;
+      const int64_t plane = row * layout.inner, plane_end = plane + layout.inner;
+      const int64_t first = (plane + 7) / 8 * 8 + int64_t{piece} * config.piece;
+      const int length = clamped(plane_end - first, config.piece);
+      const int body_length = length / 8 * 8;
+      // Lanes 0 to 7 lie on the byte of the mask before the body, 8 to 15 on the one behind it.
+      const int head = piece == 0 ? static_cast<int>(first - plane) : 0;
+      const int edge = lane < 8 ? lane - 8 : body_length + lane - 8;
+      const bool on_edge = lane < 8 ? lane >= 8 - head && edge < plane_end - first : lane < 16 && edge < length;
+
+      const int mine = lane * V;
+      body(Step<V, unroll>{first + mine, WARP * V, row, 0, clamped((body_length - mine + WARP * V - 1) / (WARP * V), unroll)});
+      if (head > 0 || body_length < length) body(Step<1, 1>{first + edge, 0, row, 0, on_edge});
+    }
+  }
+};
+
+// inner == 1: a thread owns neighbouring channels and walks along the rows.
+template <int V, class Plan>
+struct Pixels : Walk {
+  static constexpr int vector = V, channels = V, max_columns = WARP * V;
+  static constexpr int unroll = Plan::pixels_unroll, blocks_per_sm = Plan::pixels_blocks;
+  static constexpr bool shares_bytes = V == 1;
+  static constexpr int sums = V;
+  static constexpr int shift_vectors = unroll;  // one could be a single value of the channel
+
+  static Config make_config(const Layout& layout, int sm_count) { return pixels_config(layout, V, unroll, blocks_per_sm, sm_count); }
+
+  __device__ Pixels(const Layout& layout, const Config& config) : Walk(layout, config, Plan::reversed) {}
+
+  __device__ int64_t first_channel() const { return int64_t{group} * config.width * V; }
+  __device__ int column() const { return threadIdx.x % config.width * V; }
+
+  template <class Body>
+  __device__ void each(Body&& body) const {
+    const int rows = blockDim.x / config.width;
+    const int64_t channel = first_channel() + column();
+    const int64_t steps = (layout.outer + rows * unroll - 1) / (rows * unroll);
+    for (int64_t i = split; i < steps; i += config.splits) {
+      const int64_t row = (Plan::reversed ? steps - 1 - i : i) * rows * unroll + threadIdx.x / config.width;
+      const int count = channel < layout.C ? clamped((layout.outer - row + rows - 1) / rows, unroll) : 0;
+      body(Step<V, unroll>{row * layout.C + channel, rows * layout.C, row, rows, count});
+    }
+  }
+};
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and where inner is 1, rows of whole
+// bytes of the mask. Whatever else comes (a view with an offset, 3 channels) is walked element by element.
+template <int V, class Plan, class F>
+cudaError_t with_walk(const Layout& layout, std::initializer_list<const void*> tensors, F&& f) {
+  bool aligned = true;
+  for (const void* p : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
+  if (layout.inner != 1) return aligned ? f(Type<Planes<V, Plan>>()) : f(Type<Planes<1, Plan>>());
+  return aligned && layout.C % 8 == 0 ? f(Type<Pixels<V, Plan>>()) : f(Type<Pixels<1, Plan>>());
+}
+
+}  // namespace syncbn::cuda

@@ -1,0 +1,166 @@
+"""What is installed, what will run where, and whether a layer on all ranks equals the single-process one.
+
+    python -m syncbn.check                                  alone
+    torchrun --nproc-per-node 4 -m syncbn.check             with the ranks of a job; mpirun and srun as well
+    python -m syncbn.check --json
+
+Exit status 0 if every error is within its bound on every rank, else 1. Rank 0 prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from . import native
+from .comm import resolve
+from .environment import init_process_group, place
+from .modules import SyncBatchNorm
+
+# Of the greatest magnitude: sums of a hundred values in float64; a few roundings of 6e-8; one rounding of the result in 16 bits.
+BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+CHANNELS = 16
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m syncbn.check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--backend", help="of torch.distributed (default: nccl where each rank has a GPU, else gloo)")
+    args = parser.parse_args(arguments)
+
+    launcher = place().launcher  # before it looks like torchrun to all
+    started = not dist.is_initialized()
+    device = init_process_group(args.backend, timeout=60) if started else torch.device("cpu")
+    try:
+        report: dict[str, Any] = {
+            "found": found(),
+            "paths": paths(),
+            "ranks": {"launcher": launcher, "world_size": dist.get_world_size(), "backend": dist.get_backend()},
+            "errors": {str(dtype).removeprefix("torch."): error(dtype, device) for dtype in BOUNDS},
+            "ms_per_collective": milliseconds(device),
+            "problems": problems(),
+        }
+        bad = [name for name, figure in report["errors"].items() if not figure <= BOUNDS[getattr(torch, name)]]
+        report["ok"] = not bad
+        if dist.get_rank() == 0:
+            print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
+        return 1 if bad else 0
+    finally:
+        if started:
+            dist.destroy_process_group()
+
+
+def found() -> dict[str, str]:
+    """Versions, devices, and the threads of a rank."""
+    try:
+        mpi = f"mpi4py {importlib.metadata.version('mpi4py')}"
+    except importlib.metadata.PackageNotFoundError:
+        mpi = "mpi4py is not installed"
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpus and dist.is_nccl_available() else "none"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+        "NCCL": nccl,
+        "MPI": mpi,
+        "GPUs": ", ".join(gpus) or "none",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def paths() -> dict[str, str]:
+    """For each device what runs there. It is the same for all four dtypes."""
+    said = {}
+    for library in native.status():
+        said[library.device] = f"compiled kernels: {library.reason}" if library.loaded else f"reference: {library.reason}"
+    return said
+
+
+def error(dtype: torch.dtype, device: torch.device) -> float:
+    """The greatest relative error on any rank of one training step, against float64 batch normalization of the whole batch in one
+    process. Rank r has r + 1 samples."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    counts = [r + 1 for r in range(world_size)]
+    generator = torch.Generator().manual_seed(0)
+    whole, dy = torch.randn(2, sum(counts), CHANNELS, 9, generator=generator, dtype=torch.float64).to(dtype)
+    whole = whole * 2 + 5
+
+    layer = SyncBatchNorm(CHANNELS, device=device, dtype=dtype)
+    x = whole.split(counts)[rank].to(device).requires_grad_()
+    y = layer(x)
+    y.backward(dy.split(counts)[rank].to(device))
+
+    exact = whole.double().requires_grad_()
+    want = F.batch_norm(exact, None, None, training=True, eps=layer.eps)
+    want.backward(dy.double())
+    assert x.grad is not None and exact.grad is not None
+    pairs = ((y.detach(), want.detach()), (x.grad, exact.grad))
+    errors = torch.stack([(got.cpu().double() - all_.split(counts)[rank]).abs().max() / all_.abs().max() for got, all_ in pairs])
+    figure = errors.nan_to_num(nan=torch.inf).max().to(device)  # a maximum may overlook NaN
+    dist.all_reduce(figure, dist.ReduceOp.MAX)
+    return figure.item()
+
+
+def milliseconds(device: torch.device, repeats: int = 20) -> float:
+    """Median time of a layer's exchange, 2 x 256 + 1 numbers. 0 for a single rank, which has none."""
+    comm = resolve()
+    times = []
+    for _ in range(repeats):
+        tensor = torch.zeros(513, dtype=torch.float64, device=device)
+        _wait(device)
+        began = time.perf_counter()
+        comm.all_reduce_(tensor)
+        _wait(device)
+        times.append(time.perf_counter() - began)
+    return sorted(times)[repeats // 2] * 1e3 if comm.world_size > 1 else 0.0
+
+
+def problems() -> list[str]:
+    """One sentence for each, with what to do."""
+    said = []
+    gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, place()
+    for library in native.status():
+        if not library.loaded and (library.device == "cpu" or gpus):
+            said.append(f"{library.device} runs the slower reference: {library.reason}.")
+    if gpus and here.local_world_size > gpus:
+        said.append(f"{here.local_world_size} ranks share {gpus} GPUs: start at most one rank for each GPU, or stay with gloo.")
+    if not gpus and dist.get_backend() == "nccl":
+        said.append("the backend is NCCL, but there is no GPU: pass backend='gloo'.")
+    if here.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        said.append("OMP_NUM_THREADS is not set: each rank may use all cores; set it to the cores of a rank.")
+    if gpus and "mpi4py" in sys.modules and os.environ.get("SYNCBN_MPI_CUDA_AWARE") != "1":
+        said.append("MPI exchanges go through host memory: with a CUDA-aware MPI set SYNCBN_MPI_CUDA_AWARE=1.")
+    return said
+
+
+def text(report: dict[str, Any]) -> str:
+    lines = [f"{name:<8} {value}" for name, value in (report["found"] | report["paths"]).items()]
+    ranks = report["ranks"]
+    lines.append(f"ranks    {ranks['world_size']}, started by {ranks['launcher'] or 'nobody: alone'}, over {ranks['backend']}")
+    lines.append(f"exchange {report['ms_per_collective']:.3f} ms")
+    for name, figure in report["errors"].items():
+        bound = BOUNDS[getattr(torch, name)]
+        lines.append(f"{name:<8} differs from one process by {figure:.1e}, allowed {bound:.0e}: {'ok' if figure <= bound else 'WRONG'}")
+    lines += [f"problem: {problem}" for problem in report["problems"]]
+    lines.append("a layer on these ranks equals the one of a single process" if report["ok"] else "THE LAYER IS WRONG ON THESE RANKS")
+    return "\n".join(lines)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

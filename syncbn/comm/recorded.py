@@ -1,0 +1,40 @@
+"""A process group whose exchanges are noted, so that a rank without data can answer them; see `syncbn.join`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .process_group import ProcessGroupCommunicator
+
+
+class Note(NamedTuple):
+    """One all-reduce, as much of it as a rank that only adds zeros must know."""
+
+    group: dist.ProcessGroup
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def answer(self) -> dist.Work:
+        """Adds nothing. Returns at once: the others may come much later."""
+        zeros = torch.zeros(self.length, dtype=self.dtype, device=self.device)
+        work = dist.all_reduce(zeros, group=self.group, async_op=True)
+        assert work is not None
+        return work
+
+
+@dataclass(frozen=True)
+class RecordedCommunicator(ProcessGroupCommunicator):
+    exchanges: list[Note]
+    compares = False  # only first calls do: a rank that has left would answer at every call, or never
+
+    def all_reduce_(self, tensor: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("syncbn.join cannot see the exchanges of a compiled model: use it with the model that is not compiled")
+        self.exchanges.append(Note(self.group, tensor.numel(), tensor.dtype, tensor.device))
+        return super().all_reduce_(tensor)

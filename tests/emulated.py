@@ -1,0 +1,218 @@
+"""The CUDA kernels as a shared library for the CPU, through tests/emulation: same names and arguments as in reference.py.
+
+Every tensor is copied between margins of NaN, so that what is read beyond its ends shows in a result, and what is written there
+is found. Outputs are NaN before the kernel runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncbn.layout import mask_bytes, outer_c_inner
+
+HERE = Path(__file__).parent
+KERNELS = HERE.parent / "csrc" / "cuda"
+EMULATION = HERE / "emulation"
+OPS = ("stats", "normalize", "backward_reduce", "backward_input")
+COMPILER = shutil.which("g++")
+MARGIN = 64  # bytes; keeps the alignment of what lies between
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
+
+# ---- Building -----------------------------------------------------------------------------------------------------------------
+
+
+def compile_kernel(source: Path, target: Path, optimize: str = "-O1") -> None:
+    """One csrc/cuda/*.cu, with the headers beside it, by g++."""
+    _compile([optimize, "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
+
+
+def build(folder: Path) -> Path:
+    """The library of all four ops, from the kernels as they are."""
+    for op in OPS:
+        compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o")
+    for name in ("library", "scheduler"):
+        # Fibers jump between stacks, which fortified longjmp takes for an error.
+        flags = ["-O2", "-U_FORTIFY_SOURCE", "-I", str(EMULATION / "include"), "-I", str(KERNELS)]
+        _compile([*flags, str(EMULATION / f"{name}.cpp")], folder / f"{name}.o")
+    return link(folder, {})
+
+
+def link(folder: Path, replaced: dict[str, Path]) -> Path:
+    """The library of the objects in `folder`, some of them replaced."""
+    # The replaced ones first: of an inline function that several objects define, the first is taken.
+    names = sorted((*OPS, "library", "scheduler"), key=lambda name: name not in replaced)
+    objects = [replaced.get(name, folder / f"{name}.o") for name in names]
+    target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
+    _run([COMPILER, "-shared", "-o", str(target), *map(str, objects)])
+    return target
+
+
+def _compile(arguments: list[str], target: Path) -> None:
+    _run([COMPILER, "-std=c++17", "-fPIC", "-w", *arguments, "-c", "-o", str(target)])
+
+
+def _run(command: list) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- The structs of csrc/cuda/ops.h -------------------------------------------------------------------------------------------
+
+c_dtype = c_activation = ctypes.c_int
+c_bool, c_double, c_pointer, c_int64 = ctypes.c_bool, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
+
+
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Layout = _struct("Layout", outer=c_int64, C=c_int64, inner=c_int64)
+Vector = _struct("Vector", data=c_pointer, dtype=c_dtype)
+Stats = _struct("Stats", data=c_pointer, rank_weighted=c_bool, eps=c_double)
+Activated = dict(activation=c_activation, negative_slope=c_double)
+Affine = dict(stats=Stats, weight=Vector, bias=Vector)
+
+ARGS = {
+    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, stats=c_pointer),
+    "normalize": _struct(
+        "NormalizeArgs", dtype=c_dtype, layout=Layout, x=c_pointer, **Affine, residual=c_pointer,
+        running_mean=Vector, running_var=Vector, num_batches_tracked=c_pointer,
+        cumulative=c_bool, momentum=c_double, unbiased=c_bool, **Activated, y=c_pointer, mask=c_pointer,
+    ),
+    "backward_reduce": _struct(
+        "BackwardReduceArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, **Affine, residual=c_pointer, mask=c_pointer,
+        **Activated, sums=c_pointer, dz=c_pointer, dweight=Vector, dbias=Vector,
+    ),
+    "backward_input": _struct(
+        "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
+        weight=Vector, bias=Vector, **Activated, dx=c_pointer,
+    ),
+}  # fmt: skip
+
+# ---- Calling ------------------------------------------------------------------------------------------------------------------
+
+
+class Guarded:
+    """Tensors between margins, for one call."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor, int]] = []
+
+    def new(self, like: Tensor, offset: int = 0) -> Tensor:
+        """NaN of like's shape, strides and type, `offset` elements off the alignment."""
+        size = max(like.numel(), 1) * like.element_size()
+        start = MARGIN + offset * like.element_size()
+        raw = torch.full((size + 4 * MARGIN,), 0xFF, dtype=torch.uint8)
+        start += -raw.data_ptr() % MARGIN
+        storage = raw[start : start + size].view(torch.uint8)
+        self.kept.append((raw, storage, start))
+        flat = torch.frombuffer(memoryview(storage.numpy()), dtype=like.dtype)
+        return flat.as_strided(like.shape, like.stride())
+
+    def copy(self, t: Tensor | None, offset: int = 0) -> Tensor | None:
+        return None if t is None else self.new(t, offset).copy_(t)
+
+    def check(self) -> None:
+        for raw, storage, start in self.kept:
+            assert bool((raw[:start] == 0xFF).all()) and bool((raw[start + storage.numel() :] == 0xFF).all()), "written out of bounds"
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def vector(t: Tensor | None) -> ctypes.Structure:
+    return Vector() if t is None else Vector(t.data_ptr(), DTYPES[t.dtype])
+
+
+def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
+    return Stats(stats.data_ptr(), stats.numel() % 2 == 0, eps)
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """The four ops; `sm_count` decides the grid, `seed` the order of blocks and threads, `offset` the misalignment in elements."""
+
+    library: ctypes.CDLL
+    sm_count: int = 2
+    seed: int = 0
+    offset: int = 0
+
+    @staticmethod
+    def load(path: Path) -> Emulated:
+        library = ctypes.CDLL(str(path))
+        for op in OPS:
+            getattr(library, f"emulate_{op}").restype = ctypes.c_char_p
+        return Emulated(library)
+
+    def _run(self, op: str, guarded: Guarded, like: Tensor, **arguments) -> None:
+        args = ARGS[op](dtype=DTYPES[like.dtype], layout=Layout(*outer_c_inner(like)), **arguments)
+        error = getattr(self.library, f"emulate_{op}")(ctypes.byref(args), self.sm_count, ctypes.c_uint64(self.seed))
+        if error:
+            raise RuntimeError(error.decode())
+        guarded.check()
+
+    def stats(self, x: Tensor, rank_weighted: bool) -> Tensor:
+        g = Guarded()
+        x = g.copy(x, self.offset)
+        out = g.new(torch.empty(2 * x.shape[1] + 1 + rank_weighted, dtype=torch.float64))
+        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, stats=pointer(out))
+        return out
+
+    def normalize(
+        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope
+    ):
+        g = Guarded()
+        x, residual = g.copy(x, self.offset), g.copy(residual, self.offset)
+        stats, weight, bias = g.copy(stats), g.copy(weight), g.copy(bias)
+        updated = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
+        inside = {name: g.copy(t) for name, t in updated.items()}
+        keep_mask = residual is not None and activation in ("relu", "leaky_relu")
+        y = g.new(x, self.offset)
+        mask = g.new(torch.empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8))
+        self._run(
+            "normalize", g, x, x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
+            residual=pointer(residual), running_mean=vector(inside["running_mean"]), running_var=vector(inside["running_var"]),
+            num_batches_tracked=pointer(inside["num_batches_tracked"]), cumulative=momentum is None, momentum=momentum or 0.0,
+            unbiased=unbiased, activation=ACTIVATIONS[activation], negative_slope=slope, y=pointer(y),
+            mask=pointer(mask) if keep_mask else None,
+        )  # fmt: skip
+        for name, t in updated.items():
+            if t is not None:
+                t.copy_(inside[name])
+        return y, mask
+
+    def backward_reduce(self, dy, x, stats, weight, bias, residual, mask, eps, activation, slope):
+        g = Guarded()
+        dy, x, residual = (g.copy(t, self.offset) for t in (dy, x, residual))
+        stats, weight, bias, mask = (g.copy(t) for t in (stats, weight, bias, mask))
+        writes_dz = activation != "none" and (residual is not None or mask is not None)
+        sums = g.new(torch.empty(2 * x.shape[1], dtype=torch.float64))
+        dz = g.new(x, self.offset) if writes_dz else x.new_empty(0)
+        dweight, dbias = (None if t is None else g.new(t) for t in (weight, bias))
+        self._run(
+            "backward_reduce", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
+            residual=pointer(residual), mask=pointer(mask), activation=ACTIVATIONS[activation], negative_slope=slope,
+            sums=pointer(sums), dz=pointer(dz) if writes_dz else None, dweight=vector(dweight), dbias=vector(dbias),
+        )  # fmt: skip
+        return sums, dz, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
+
+    def backward_input(self, dy, x, stats, sums, weight, bias, eps, activation, slope):
+        g = Guarded()
+        dy, x = g.copy(dy, self.offset), g.copy(x, self.offset)
+        stats, sums, weight, bias = (g.copy(t) for t in (stats, sums, weight, bias))
+        dx = g.new(x, self.offset)
+        self._run(
+            "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
+            weight=vector(weight), bias=vector(bias), activation=ACTIVATIONS[activation], negative_slope=slope, dx=pointer(dx),
+        )  # fmt: skip
+        return dx

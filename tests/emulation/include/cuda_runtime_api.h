@@ -1,0 +1,2 @@
+// Found by the kernels before the real one.
+#include "../cuda_emulation.h"

@@ -1,0 +1,33 @@
+"""One real architecture for the tests: a small residual network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+
+class Block(nn.Module):
+    def __init__(self, c_in: int, c: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, c, 3, stride, 1, bias=False), norm(c)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, 1, 1, bias=False), norm(c)
+        self.relu = nn.ReLU()
+        self.shortcut = nn.Sequential(nn.Conv2d(c_in, c, 1, stride, bias=False), norm(c)) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """[N, 3, H, W] -> [N, 10]; 9 batch norms, each behind a convolution or a linear layer."""
+
+    def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), norm(8), nn.ReLU())
+        self.blocks = nn.Sequential(Block(8, 8, 1, norm), Block(8, 16, 2, norm), Block(16, 16, 1, norm))
+        self.head = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16 * 16, 12), norm1d(12), nn.ReLU(), nn.Linear(12, 10))
+
+    def forward(self, x: Tensor) -> Tensor:  # 8 x 8 images
+        return self.head(self.blocks(self.stem(x)))

@@ -1,0 +1,257 @@
+"""What every compiled kernel is compared with the float64 reference on: shapes, layouts, types and fusions, edges first.
+
+A check_OP takes `ops`, anything with the four ops as methods (torch.ops.syncbn, the emulated kernels), and one Case. Each op
+gets its inputs from the reference, so that one op's error is not another's.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncbn import reference
+from syncbn.layout import is_channels_last
+
+SHAPES = [
+    (0, 3, 4),  # no samples
+    (0, 11),  # no samples, and one value per sample and channel
+    (2, 3, 0),  # samples without values
+    (1, 1),  # a single value
+    (5, 1),  # one channel
+    (3, 2, 2),  # planes shorter than a byte of the mask
+    (3, 5, 7),  # ... and across two bytes
+    (7, 3, 9),  # planes of less than a vector for each lane
+    (9, 70),  # bytes of the mask across tiles of 32 channels
+    (6, 44),  # channels: a multiple of 4, not of 8
+    (3, 7, 5, 11),  # primes: nothing divides a warp
+    (2, 16, 7, 7),  # odd planes, one channel a multiple of 8
+    (33, 24, 2, 2),  # 3 and 6 vectors of channels: idle lanes
+    (2, 3, 4, 5, 6),  # three dimensions
+    (70, 8, 3, 3),  # more planes than warps
+    (1200, 16),  # more rows than one step of all blocks
+    (40, 256),  # two blocks of which every thread has a sum to share
+    (500, 128),  # more blocks in a group than rows in a block
+    (19, 520),  # more channels than a block is wide
+    (1, 2, 40, 61),  # planes cut into pieces, of odd length
+    (2, 1, 97, 97),  # one channel over all blocks, odd planes in many pieces
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+FUSIONS = [(activation, residual) for residual in (False, True) for activation in reference.ACTIVATIONS]
+
+# Of values about 1: a few roundings of what it is computed in (float32), or one of what it is stored in.
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Of a sum, relative to the sum of the absolute values of its terms: float32 in a thread, float64 after.
+SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
+EPS, SLOPE = 1e-3, 0.1
+
+
+@dataclass(frozen=True)
+class Case:
+    shape: tuple[int, ...]
+    channels_last: bool = False
+    dtype: torch.dtype = torch.float32
+    activation: str = "none"
+    residual: bool = False
+    weight: torch.dtype | None = torch.float32
+    bias: torch.dtype | None = torch.float32
+    running: torch.dtype | None = torch.float32
+    momentum: float | None = 0.1
+    unbiased: bool = True
+    rank_weighted: bool = False
+    mean: float = 0.7  # of x, whose standard deviation is about 1
+    nan: bool = False  # the first value of x is NaN
+
+    def __str__(self) -> str:
+        names = [str(self.shape).replace(" ", ""), "last" if self.channels_last else "first", str(self.dtype).removeprefix("torch.")]
+        extra = [name for name in ("residual", "nan") if getattr(self, name)] + ([f"mean{self.mean:g}"] if self.mean > 1 else [])
+        return "-".join([*names, self.activation, *extra])
+
+    @property
+    def keeps_mask(self) -> bool:
+        return self.residual and self.activation in ("relu", "leaky_relu")
+
+
+def table() -> list[Case]:
+    """Every shape in both layouts and every type, with the fusions and types of the parameters taken in turn."""
+    cases: list[Case] = []
+    for shape in SHAPES:
+        for channels_last in (False, True):
+            for dtype in DTYPES:
+                for _ in range(2):
+                    n = len(cases)
+                    activation, residual = FUSIONS[(n + n // 8) % len(FUSIONS)]
+                    cases.append(Case(
+                        shape, channels_last, dtype, activation, residual,
+                        weight=(torch.float32, dtype, torch.float64, None)[n // 2 % 4], bias=(torch.float32, None, dtype)[n % 3],
+                        running=(torch.float32, torch.float64, torch.bfloat16, torch.float16, None)[n % 5],
+                        momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3,
+                    ))  # fmt: skip
+    return cases + EXTREMES
+
+
+EXTREMES = [
+    Case((4, 3, 20, 25), mean=1e3, activation="relu"),  # sums of squares in float32 would leave no digit of the variance
+    Case((300, 16), True, mean=1e3, residual=True, activation="relu"),
+    Case((300, 9), mean=3e4),
+    Case((4, 3, 20, 25), dtype=torch.float64, mean=1e6),
+    Case((70, 8, 3, 3), activation="relu", nan=True),  # NaN passes through relu, and stays in its channel
+    Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
+]
+
+
+@dataclass
+class Data:
+    """The inputs of all four ops, on one device; what the ops give each other comes from the reference in float64."""
+
+    x: Tensor
+    dy: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    tracked: Tensor
+    stats: Tensor
+    mask: Tensor | None
+    sums: Tensor
+
+
+def doubled(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def make(case: Case, device: str = "cpu") -> Data:
+    random = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    c = case.shape[1]
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype | None, mean: float = 0.0) -> Tensor | None:
+        return None if dtype is None else (torch.randn(shape, generator=random) + mean).to(dtype)
+
+    def like_x(wanted: bool = True, mean: float = 0.0) -> Tensor | None:
+        t = draw(case.shape, case.dtype if wanted else None, mean)
+        return t if t is None or not case.channels_last else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+    x, dy, residual = like_x(mean=case.mean), like_x(), like_x(case.residual)
+    if case.nan:
+        x[(0,) * x.dim()] = torch.nan
+    weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
+    running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
+    # The group has another rank, with 3 samples of its own: statistics are not those of x, and never empty.
+    other = torch.randn((3, c), generator=random, dtype=torch.float64) + case.mean
+    stats = reference.stats(x.double(), case.rank_weighted) + reference.stats(other, case.rank_weighted)
+    _, mask = reference.normalize(
+        x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.activation, SLOPE
+    )
+    mask = mask if case.keeps_mask else None
+    tracked = torch.tensor(4)
+    data = Data(x, dy, residual, weight, bias, running_mean, running_var, tracked, stats, mask, torch.empty(0))
+    data.sums = reference.backward_reduce(*_reduce_arguments(data, case, doubled))[0] + torch.randn(2 * c, generator=random).double()
+    for name, value in vars(data).items():
+        setattr(data, name, None if value is None else value.to(device))
+    return data
+
+
+def _reduce_arguments(d: Data, case: Case, of: Any) -> tuple[Any, ...]:
+    residual = d.residual if case.activation == "silu" else None
+    return (of(d.dy), of(d.x), d.stats, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.activation, SLOPE)
+
+
+def as_is(t: Tensor | None) -> Tensor | None:
+    return t
+
+
+# ---- One check for each op ------------------------------------------------------------------------------------------------------
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | float = 0.0) -> None:
+    """|got - want| <= tolerance * max(|want|, scale, 1), and NaN only where NaN is wanted."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} instead of {tuple(want.shape)}"
+    bound = tolerance * torch.maximum(want.abs(), torch.as_tensor(scale, dtype=want.dtype, device=want.device).expand_as(want)).clamp(min=1)
+    wrong = ~((got.double() - want).abs() <= bound) & ~(got.isnan() & want.isnan())
+    if wrong.any():
+        where = wrong.nonzero()[0].tolist()
+        first = f"{got[tuple(where)]} instead of {want[tuple(where)]} at {where}"
+        raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}")
+
+
+def per_channel(t: Tensor) -> Tensor:
+    """Sum over all dimensions but the second."""
+    return t.movedim(1, 0).flatten(1).sum(1)
+
+
+def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
+    x = make(case, device).x
+    got, want = ops.stats(x, case.rank_weighted), reference.stats(x.double(), case.rank_weighted)
+    assert got.dtype == torch.float64
+    weight = max(x.numel() // x.shape[1], 1) if case.rank_weighted else 1
+    terms = torch.cat([per_channel(x.double().abs()), per_channel(x.double().square())]) / weight
+    c = x.shape[1]
+    assert_close(got[: 2 * c] / terms.clamp(min=1), want[: 2 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
+    (mean, var, _), (want_mean, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
+    # Sums of deviations keep their digits whatever the mean; in float64 the mean's square costs what it costs.
+    assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
+    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", want_mean.square() * 1e-15 / SUM_TOLERANCE[x.dtype])
+    assert torch.equal(got[2 * c :], want[2 * c :]), f"count: {got[2 * c :]} instead of {want[2 * c :]}"
+
+
+def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
+    d = make(case, device)
+    state = (d.running_mean, d.running_var, d.tracked)
+    how = (case.momentum, EPS, case.unbiased, case.activation, SLOPE)
+    wanted = [None if t is None else t.clone().to(torch.float64 if t.is_floating_point() else t.dtype) for t in state]
+    want_y, want_mask = reference.normalize(d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), *wanted, *how)
+    y, mask = ops.normalize(d.x, d.stats, d.weight, d.bias, d.residual, *state, *how)
+    assert y.dtype == case.dtype and (not case.channels_last or is_channels_last(y))
+    assert_close(y, want_y, TOLERANCE[case.dtype], "y")
+    for name, got, want in zip(("running_mean", "running_var"), state, wanted, strict=False):
+        if got is not None and want is not None:
+            assert_close(got, want, TOLERANCE[got.dtype], name)
+    assert int(d.tracked) == int(wanted[2]), "num_batches_tracked"
+    assert mask.shape == want_mask.shape, "mask"
+    if case.keeps_mask:
+        got_bits, want_bits = reference._unpack_bits(mask, d.x), reference._unpack_bits(want_mask, d.x)
+        assert torch.equal(got_bits, want_bits), f"mask: {int((got_bits != want_bits).sum())} bits differ"
+
+
+def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
+    d = make(case, device)
+    sums, dz, dweight, dbias = ops.backward_reduce(*_reduce_arguments(d, case, as_is))
+    want_sums, want_dz, want_dweight, want_dbias = reference.backward_reduce(*_reduce_arguments(d, case, doubled))
+    assert sums.dtype == torch.float64 and dz.dtype == case.dtype
+    mean, _, invstd = reference.finalize(d.stats, EPS)
+    xhat = (d.x.double() - reference._per_channel(mean, d.x)) * reference._per_channel(invstd, d.x)
+    terms = torch.cat([per_channel(d.dy.double().abs()), per_channel((d.dy.double() * xhat).abs())])
+    assert_close(sums, want_sums, SUM_TOLERANCE[case.dtype], "sums", terms)
+    assert_close(dz, want_dz, TOLERANCE[case.dtype], "dz")
+    c = d.x.shape[1]
+    for name, got, want, of, scale in (
+        ("dweight", dweight, want_dweight, d.weight, terms[c:]),
+        ("dbias", dbias, want_dbias, d.bias, terms[:c]),
+    ):
+        assert got.dtype == (case.dtype if of is None else of.dtype)
+        if of is not None:
+            assert_close(got, want, max(TOLERANCE[of.dtype], SUM_TOLERANCE[case.dtype]), name, scale)
+
+
+def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
+    if case.residual:  # then dy is dz, and the activation is done
+        case = replace(case, activation="none")
+    d = make(case, device)
+    how = (EPS, case.activation, SLOPE)
+    dx = ops.backward_input(d.dy, d.x, d.stats, d.sums, d.weight, d.bias, *how)
+    want = reference.backward_input(*map(doubled, (d.dy, d.x)), d.stats, d.sums, *map(doubled, (d.weight, d.bias)), *how)
+    assert dx.dtype == case.dtype and (not case.channels_last or is_channels_last(dx))
+    # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
+    assert_close(dx, want, TOLERANCE[case.dtype], "dx", 10.0)
+
+
+CHECKS = {
+    "stats": check_stats,
+    "normalize": check_normalize,
+    "backward_reduce": check_backward_reduce,
+    "backward_input": check_backward_input,
+}

@@ -1,0 +1,74 @@
+"""The CUDA kernels, compiled for the CPU by tests/emulation, against the float64 reference. What this cannot see: README.md."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+
+import emulated
+import pytest
+import torch
+from op_cases import CHECKS, Case, table
+
+from syncbn import reference
+
+pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    return emulated.build(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def kernels(library):
+    return emulated.Emulated.load(library)
+
+
+@pytest.mark.parametrize("case", table(), ids=str)
+@pytest.mark.parametrize("op", CHECKS)
+def test_kernel_equals_the_reference(kernels, op, case):
+    seed = zlib.crc32(repr((op, case)).encode())
+    # 1, 2 or 7 multiprocessors: one block per channel, some, and more than there is work for. One case in 4 is misaligned.
+    ops = replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], offset=(0, 0, 0, 1)[seed // 3 % 4])
+    CHECKS[op](ops, case)
+
+
+@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize("case", [Case((500, 128), momentum=None), Case((1, 2, 40, 61), activation="relu", residual=True)], ids=str)
+def test_any_order_of_threads_and_blocks_gives_the_same_bits(kernels, op, case):
+    results: list[list[torch.Tensor]] = []
+
+    class Recording:
+        def __getattr__(self, name):
+            def call(*arguments):
+                out = getattr(replace(kernels, seed=len(results), sm_count=7), name)(*arguments)
+                results.append([out] if isinstance(out, torch.Tensor) else list(out))
+                return out
+
+            return call
+
+    for _ in range(6):
+        CHECKS[op](Recording(), case)
+    for result in results[1:]:
+        for a, b in zip(results[0], result, strict=True):
+            same = a.flatten().view(torch.uint8) == b.flatten().view(torch.uint8)
+            # Idle bits of the mask are nobody's, and stay as they were: poisoned alike.
+            assert bool(same.all())
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 64, 65), (900, 8)], ids=str)
+def test_the_variance_keeps_its_digits_where_mean_is_far_above_std(kernels, shape):
+    x = 1e4 + torch.randn(shape)
+    got, want = replace(kernels, sm_count=3).stats(x, False), reference.stats(x.double())
+    (_, var, _), (_, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
+    # Float sums of squares would be off by a factor; what is left is float64's (mean / std)^2 2^-53 and float32 in a thread.
+    assert float(((var - want_var) / want_var).abs().max()) < 1e-6
+
+
+def test_one_outlier_in_front_does_not_spoil_the_shift(kernels):
+    x = 1000 + torch.randn(4, 2, 50, 50)
+    x[0, :, 0, 0] = 0
+    got, want = kernels.stats(x, False), reference.stats(x.double())
+    (_, var, _), (_, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
+    assert float(((var - want_var) / want_var).abs().max()) < 1e-6  # a shift by the first value is off by 1e-3

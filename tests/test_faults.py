@@ -1,0 +1,130 @@
+"""Real processes that fail: the others end with an error within the timeout that names the layer, the launcher ends non-zero, and
+no process is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.world_size(1)
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 6  # seconds, of the group
+LIMIT = 60  # of the whole job
+
+JOB = """
+import os, signal, sys, time, torch, syncbn
+from torch import nn
+{start}
+a, b = syncbn.SyncBatchNorm(3, process_group=group), syncbn.SyncBatchNorm(3, process_group=group)
+a.layer_name, b.layer_name = "encoder.a", "encoder.b"
+def step(*layers):
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    y = x
+    for layer in layers:
+        y = layer(y)
+    y.sum().backward()
+open(f"{{sys.argv[1]}}/{{rank}}", "w").write(str(os.getpid()))
+step(a, b)
+began = time.time()
+try:
+{fault}
+except BaseException as error:
+    said = f"{{type(error).__name__}} after {{time.time() - began:.1f}} s: {{error}}"
+    open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(said)
+    raise
+"""
+TORCHRUN = f"""
+import torch.distributed as dist
+syncbn.init_process_group("gloo", timeout={TIMEOUT})
+rank, group = dist.get_rank(), None
+"""
+MPI = """
+from mpi4py import MPI
+group = MPI.COMM_WORLD
+rank = group.rank
+"""
+
+# What rank 1 does while rank 0 takes further steps, and which words rank 0's error must have.
+NAMES_THE_LAYER = ["RuntimeError", "encoder.a", "forward", "rank 0 of 2"]
+FAULTS = {
+    "raises before its collective": ("raise ValueError('no more')", NAMES_THE_LAYER),
+    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", NAMES_THE_LAYER),
+    "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", NAMES_THE_LAYER),
+    "leaves the loop early": (f"time.sleep({4 * TIMEOUT})", NAMES_THE_LAYER),
+    "skips a layer": ("step(b)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
+    "calls layers in another order": ("step(b, a)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
+    "has another C": (
+        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))",
+        ["RankMismatchError", "7 numbers", "11 numbers"],
+    ),
+    "has another dtype": ("a(torch.randn(4, 3, 5).double())", ["RankMismatchError", "torch.float32", "torch.float64"]),
+}
+
+
+def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: str) -> tuple[int, list[int]]:
+    """(exit status, processes left behind) of a job of two ranks. It ends by itself, or is killed after LIMIT."""
+    script = folder / "job.py"
+    body = f"if rank == 1:\n    {fault}\nstep(a, b)"
+    script.write_text(JOB.format(start=TORCHRUN if launcher == "torchrun" else MPI, fault=textwrap.indent(body, "    ")))
+    command = {
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
+        "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
+    }[launcher]
+    env = env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}
+    job = subprocess.Popen(
+        [*command, str(script), str(folder)], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        status = job.wait(LIMIT)
+        grace = time.monotonic() + 5  # MPI's launcher ends before the ranks that it has told to
+        while any(map(alive, pids(folder))) and time.monotonic() < grace:
+            time.sleep(0.1)
+        return status, [pid for pid in pids(folder) if alive(pid)]
+    finally:
+        for pid in [job.pid, *pids(folder)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+def pids(folder: Path) -> list[int]:
+    return [int(path.read_text()) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_rank_1_ends_rank_0_with_an_error(launcher, name, tmp_path, subprocess_env):
+    fault, words = FAULTS[name]
+    mismatch = "RankMismatchError" in words
+    status, left_behind = launch(launcher, fault, tmp_path, subprocess_env, "always" if mismatch else "first")
+    assert status != 0
+    assert len(pids(tmp_path)) == 2
+    assert not left_behind
+    error = tmp_path / "0.error"
+    if launcher == "mpirun" and name in ("raises before its collective", "is killed"):
+        return  # MPI's launcher ends the others at once: they have no time to say anything
+    if name in ("is killed", "raises before its collective") and not error.exists():
+        return  # torchrun may end rank 0 before the error of its connection has reached it
+    said = error.read_text()
+    for word in words:
+        assert word in said, said
+    waited = float(re.search(r"after ([\d.]+) s", said).group(1))
+    assert waited < TIMEOUT + 4, said
+    if mismatch:
+        assert "RankMismatchError" in (tmp_path / "1.error").read_text()

@@ -1,0 +1,147 @@
+"""The emulation can fail: with any one barrier deleted, or an index or a term of a formula changed, a comparison notices.
+
+Each mutant is compiled for the one op that is checked, and runs in a child process, for it may crash or run for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import shutil
+from dataclasses import dataclass, replace
+
+import emulated
+import pytest
+import torch
+from op_cases import CHECKS, EXTREMES, Case
+from test_emulation import library  # noqa: F401
+
+pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    op: str
+    nth: int = 0  # occurrence of `old`
+
+    def __str__(self) -> str:
+        return re.sub(r"[^\w+*/%<=,.-]+", "_", f"{self.op}:{self.file}:{self.old}->{self.new}:{self.nth}")
+
+
+USERS = {"reduce.cuh": ["stats", "backward_reduce"]}  # of a header's barriers
+
+
+def deleted_barriers() -> list[Mutant]:
+    """Every __syncthreads() there is, in every op that reaches it."""
+    found = []
+    for path in sorted(emulated.KERNELS.glob("*.cu*")):
+        ops = [path.stem] if path.suffix == ".cu" else USERS.get(path.name, [])
+        count = path.read_text().count("__syncthreads();")
+        assert ops or not count, f"add {path.name} to USERS"
+        found += [Mutant(path.name, "__syncthreads();", "", op, nth) for nth in range(count) for op in ops]
+    return found
+
+
+CHANGED = [
+    # Indices and bounds
+    Mutant("walk.cuh", "block % config.groups", "block / config.splits", "normalize"),
+    Mutant("walk.cuh", "o * layout.C + group", "group * layout.outer + o", "normalize"),
+    Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane / 8 * 8", "normalize"),
+    Mutant("walk.cuh", "lane >= 8 - head", "lane > 8 - head", "normalize"),
+    Mutant("walk.cuh", "edge < length;", "edge <= length;", "stats"),
+    Mutant("walk.cuh", "int64_t{piece} * config.piece", "int64_t{piece} * (config.piece - 8)", "stats"),
+    Mutant("walk.cuh", "lane * V", "lane", "backward_input"),
+    Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input"),
+    Mutant("walk.cuh", "channel < layout.C ?", "channel <= layout.C ?", "normalize"),
+    Mutant("walk.cuh", "runs - 1 - i", "runs - i", "backward_input"),
+    Mutant("walk.cuh", "steps - 1 - i", "i - split", "backward_input"),
+    Mutant("reduce.cuh", "w * columns + threadIdx.x", "threadIdx.x * columns + w", "stats"),
+    Mutant("reduce.cuh", "k * C + channel + j", "(channel + j) * splits + k", "stats"),
+    Mutant("reduce.cuh", "offset = width;", "offset = 1;", "stats"),
+    Mutant("reduce.cuh", "[walk.group], splits - 1)", "[walk.group], splits)", "stats"),
+    Mutant("reduce.cuh", "k += blockDim.x / width", "k += blockDim.x", "backward_reduce"),
+    Mutant("reduce.cuh", "workspace.counters[walk.group]", "workspace.counters[0]", "stats"),
+    Mutant("mask.cuh", "bits << (f & 7)", "bits", "normalize"),
+    Mutant("mask.cuh", "offset < 8 / V", "offset < 4 / V", "normalize"),
+    Mutant("normalize.cu", "8 - f % 8", "7 - f % 8", "normalize"),
+    Mutant("normalize.cu", "f % 8 != 0 && c != 0", "f % 8 != 0", "normalize"),
+    Mutant("normalize.cu", "table[walk.column() + j](to_acc", "table[walk.column()](to_acc", "normalize"),
+    Mutant("backward_reduce.cu", ">> (step.index(u) & 7)", "", "backward_reduce"),
+    # Statistics
+    Mutant("stats.cu", "- shift[j % N]", "", "stats"),
+    Mutant("stats.cu", "2 * sum + all * K", "sum + all * K", "stats"),
+    Mutant("stats.cu", "n += step.count * W / N", "n += step.count * W", "stats"),
+    Mutant("stats.cu", "args.rank_weighted && count > 0 ? count : 1", "1", "stats"),
+    Mutant("finalize.cuh", "- mean * mean", "", "normalize"),
+    Mutant("finalize.cuh", "clamped + stats.eps", "clamped", "normalize"),
+    Mutant("finalize.cuh", "2 * C + stats.rank_weighted", "2 * C", "normalize"),
+    Mutant("finalize.cuh", "read(bias, c) - lo * scale", "read(bias, c)", "normalize"),
+    Mutant("finalize.cuh", "stats.rank_weighted ? weights", "false ? weights", "backward_input"),
+    # The moving statistics
+    Mutant("normalize.cu", "*args.num_batches_tracked + 1", "*args.num_batches_tracked", "normalize"),
+    Mutant("normalize.cu", "config.groups - 1;", "config.groups;", "normalize"),
+    Mutant("normalize.cu", "walk.split == 0 && t < columns", "t < columns", "normalize"),
+    Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count", "normalize"),
+    # Activations
+    Mutant("activation.cuh", "!(z <= 0)", "z > 0", "normalize"),
+    Mutant("activation.cuh", "1 + zj * (1 - s)", "1 + zj", "backward_input"),
+    Mutant("activation.cuh", "acc_t{1} : slope", "acc_t{1} : acc_t{0}", "backward_input"),
+    # Backward
+    Mutant("backward_reduce.cu", "total.b - lo * total.a", "total.b", "backward_reduce"),
+    Mutant("backward_reduce.cu", "* m.invstd", "", "backward_reduce"),
+    Mutant("backward_reduce.cu", "write(args.dbias, channel, total.a)", "write(args.dbias, channel, total.b)", "backward_reduce"),
+    Mutant("backward_input.cu", "lo * slope -", "-", "backward_input"),
+    Mutant("backward_input.cu", "args.sums[C + channel]", "args.sums[channel]", "backward_input"),
+    Mutant("backward_input.cu", "- affine[j % N].hi", "", "backward_input"),
+]
+
+# Few, but with each edge that a mutant above is about.
+CASES = [
+    Case((3, 5, 7), activation="relu", residual=True),
+    Case((70, 8, 3, 3), dtype=torch.bfloat16, activation="silu"),
+    Case((1, 2, 40, 61), activation="leaky_relu", residual=True, momentum=None),
+    Case((1, 2, 40, 61), activation="leaky_relu", unbiased=False),
+    Case((3, 70, 4), channels_last=True, activation="relu", residual=True, momentum=None),
+    Case((33, 24, 2, 2), channels_last=True, activation="leaky_relu", residual=True, rank_weighted=True),
+    Case((500, 16), activation="relu", dtype=torch.bfloat16, rank_weighted=True),
+    Case((500, 128), activation="silu"),
+    Case((40, 256), dtype=torch.bfloat16),
+    *EXTREMES,
+]  # fmt: skip
+
+
+def survives(path: str, op: str) -> None:
+    """Exits with 0 if no comparison fails."""
+    kernels = emulated.Emulated.load(path)
+    for seed in range(6):
+        for case in CASES:
+            CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3]), case)
+
+
+def is_noticed(library, op: str) -> bool:  # noqa: F811
+    child = multiprocessing.get_context("fork").Process(target=survives, args=(library, op))
+    child.start()
+    child.join(30)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode != 0
+
+
+@pytest.mark.parametrize("op", emulated.OPS)
+def test_the_kernels_as_they_are_survive(library, op):  # noqa: F811
+    assert not is_noticed(library, op)
+
+
+@pytest.mark.parametrize("mutant", [*deleted_barriers(), *CHANGED], ids=str)
+def test_mutant_is_noticed(library, tmp_path, mutant):  # noqa: F811
+    sources = shutil.copytree(emulated.KERNELS, tmp_path / "cuda")
+    parts = (sources / mutant.file).read_text().split(mutant.old)
+    assert len(parts) > mutant.nth + 1, f"{mutant.old!r} is not in {mutant.file}"
+    changed = mutant.old.join(parts[: mutant.nth + 1]) + mutant.new + mutant.old.join(parts[mutant.nth + 1 :])
+    (sources / mutant.file).write_text(changed)
+    emulated.compile_kernel(sources / f"{mutant.op}.cu", tmp_path / "mutant.o", "-O0")
+    assert is_noticed(emulated.link(library.parent, {mutant.op: tmp_path / "mutant.o"}), mutant.op)
