@@ -70,6 +70,19 @@ def other_rows(device: str) -> list[Row]:
     return rows
 
 
+def ops_speedups(ops: list[Row]) -> list[Row]:
+    """Two of our ops against torch's one, each way, for the 12 cases that the project counts. On the CPU only."""
+    ms = {(r["shape"], r["kind"], r["op"]): r["ms"] for r in ops}
+    rows = []
+    for shape, kind in {(r["shape"], r["kind"]): None for r in ops if r["kind"] in KINDS[:3]}:
+        get = lambda op, case=(shape, kind): ms[(*case, op)]  # noqa: E731
+        forward, backward = get("stats") + get("normalize"), get("backward_reduce") + get("backward_input")
+        torch_forward, torch_backward = get("torch forward"), get("torch backward")
+        both = (torch_forward + torch_backward) / (forward + backward)
+        rows.append({"shape": shape, "kind": kind, "forward": torch_forward / forward, "backward": torch_backward / backward, "both": both})
+    return rows
+
+
 def summary(layers: list[Row]) -> list[Row]:
     """The figures that the project sets itself."""
 
@@ -113,6 +126,13 @@ def main() -> None:
 
     sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
     sections["summary"] = summary(sections["layers"])
+    if args.device == "cpu":
+        sections["ops, times torch"] = ops_speedups(sections["ops"])
+        both = [row["both"] for row in sections["ops, times torch"]]
+        sections["summary"] += [
+            {"figure": "ops alone, geometric mean of 12", "times torch": geometric_mean(both), "target": ""},
+            {"figure": "ops alone, worst of 12", "times torch": min(both), "target": ""},
+        ]
     sections["host and memory"] = other_rows(args.device)
     if args.networks:
         small = args.device == "cpu"

@@ -95,7 +95,15 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
         "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, EPS, "none", 0.0),
     }
     moved = {"stats": 1.0, "normalize": 2.0, "backward_reduce": 2.0, "backward_input": 3.0}
-    if x.is_cuda:
+    if not x.is_cuda:
+        _, m, invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, 0.1, EPS)
+        backward = torch.ops.aten.native_batch_norm_backward
+        calls |= {
+            "torch forward": lambda: torch.native_batch_norm(x, weight, bias, mean, var, True, 0.1, EPS),
+            "torch backward": lambda: backward(dy, x, weight, mean, var, m, invstd, True, EPS, [True] * 3),
+        }
+        moved |= {"torch forward": 3.0, "torch backward": 5.0}
+    else:
         m, invstd = torch.batch_norm_stats(x, EPS)
         count = torch.tensor([x.numel() // c], device=x.device)
         gathered = (m[None], invstd[None], mean, var, 0.1, EPS, count.to(mean.dtype))

@@ -92,12 +92,14 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
       P s1[MAX_GROUP], s2[MAX_GROUP];
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
       planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
-        ChainSums<acc_t> t1, t2;
-        for_packs<CHAINS<acc_t>>(n, 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
-          f(first + i, lanes, p, row, t1.s[k], t2.s[k]);
-        });
-        s1[c - c0] += t1.total();
-        s2[c - c0] += t2.total();
+        for (int64_t b = 0; b < n; b += BLOCK) {
+          ChainSums<acc_t> t1, t2;
+          for_packs<CHAINS<acc_t>>(min(BLOCK, n - b), 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
+            f(first + b + i, lanes, p, row, t1.s[k], t2.s[k]);
+          });
+          s1[c - c0] += t1.total();
+          s2[c - c0] += t2.total();
+        }
       });
       for (int64_t c = c0; c < c1; ++c) add(c, sum(s1[c - c0]), sum(s2[c - c0]));
     });

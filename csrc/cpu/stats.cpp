@@ -8,9 +8,9 @@
 namespace syncbn::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_PACKS = 128 / PACK;     // planes: packs behind a shift
-constexpr int SHIFT_ROWS = 32;              // columns: rows behind a shift
-constexpr int64_t ORIGIN_VALUES = 16;       // behind an origin
+constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift
+constexpr int SHIFT_ROWS = 16;           // columns: rows behind a shift
+constexpr int64_t ORIGIN_VALUES = 16;
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(int64_t n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -40,14 +40,16 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
     });
     for (int64_t c = c0; c < c1; ++c) shift[c - c0] = P(acc_t(sum(shift[c - c0]) / (max(packs[c - c0], 1) * PACK)));
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
-      ChainSums<acc_t> t1, t2;
-      for_packs<CHAINS<acc_t>>(n, 0, [&, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
-        P d = keep(load(x + f + i, lanes) - k, lanes);
-        t1.s[chain] += d;
-        t2.s[chain] += d * d;
-      });
-      s1[c - c0] += t1.total();
-      s2[c - c0] += t2.total();
+      for (int64_t b = 0; b < n; b += BLOCK) {
+        ChainSums<acc_t> t1, t2;
+        for_packs<CHAINS<acc_t>>(min(BLOCK, n - b), 0, [&, from = x + f + b, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
+          P d = keep(load(from + i, lanes) - k, lanes);
+          t1.s[chain] += d;
+          t2.s[chain] += d * d;
+        });
+        s1[c - c0] += t1.total();
+        s2[c - c0] += t2.total();
+      }
     });
     for (int64_t c = c0; c < c1; ++c) {
       double sum_x = 0, sumsq_x = 0;

@@ -12,19 +12,20 @@ namespace syncbn::SYNCBN_ISA {
 // Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
-constexpr int64_t CHUNK = 128 * PACK * CHAINS<float>;   // planes: values that share a shift, 128 to be added up in each lane
-constexpr int64_t UNIT = 65536;                        // planes: values that one partial sum covers
-constexpr int64_t GRAIN = 32768;                       // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 32;                      // planes: channels walked together, their sums in L1
-constexpr int64_t MIN_PLANE = PACK;                    // shorter planes are walked as columns
-constexpr int64_t MAP_WIDTH = 128;                     // columns: rows of few channels are folded to at least this
-constexpr int64_t SUM_WIDTH = 2048;                     // the same for sums: rows of whole pages are streams of their own to a prefetcher
-constexpr int64_t STRIP = 1024;                        // columns: accumulators of a strip stay in L1
-constexpr int64_t CHUNK_ROWS = 512;                     // columns: rows that share a shift and are summed in acc_t
-constexpr int64_t MIN_ROWS = 128;                       // columns: rows that one partial sum covers at least, for the sake of
-constexpr int64_t MIN_UNITS = 16;                       // columns: so many units, which threads share out
-constexpr int64_t STREAM_BYTES = 16 << 20;             // an output larger than this is gone from the cache before it is read
-constexpr int64_t MAX_BLOCKS = 64;                     // columns: partial sums per column
+constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
+constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, at most 64 blocks or planes
+constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
+constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
+constexpr int64_t MAX_GROUP = 32;                    // planes: channels walked together, their sums in L1
+constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
+constexpr int64_t MAP_WIDTH = 128;                   // columns: rows of few channels are folded to at least this
+constexpr int64_t SUM_WIDTH = 2048;                  // the same for sums: each row a stream of its own to a prefetcher
+constexpr int64_t STRIP = 1024;                      // columns: accumulators of a strip stay in L1
+constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t MIN_ROWS = 128;                    // columns: rows that one partial sum covers at least
+constexpr int64_t MIN_UNITS = 16;                    // columns: parts of the work for threads to share out, where rows suffice
+constexpr int64_t STREAM_BYTES = 16 << 20;           // an output larger than this is gone from the cache before it is read
+constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums per column
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -86,7 +87,7 @@ struct Planes {
   explicit Planes(Layout l) : layout(l) {
     length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
     parts = ceil_div(l.inner, length);
-    planes = max(CHUNK / l.inner, 1);
+    planes = max(min(CHUNK / l.inner, 64), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(l.samples(), UNIT);
     group = min(planes, MAX_GROUP);
