@@ -56,6 +56,7 @@ def test_mpi_env_serves_a_script_that_knows_only_torch(tmp_path, subprocess_env)
         "dist.init_process_group('gloo')\n"
         "x = torch.ones(1); dist.all_reduce(x)\n"
         "print('sum', int(x), 'arguments', sys.argv[1:])\n"
+        "import time; time.sleep(0.2)\n"  # gloo's threads must let go of x before Python ends, or torch aborts; see environment.py
     )
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
     out = run(["launch/mpirun.sh", str(tmp_path / "train.py"), "--lr", "0.1"], env)
