@@ -17,6 +17,7 @@ from .layout import dense, dense_like, samples_per_channel
 from .reference import ACTIVATIONS, acc_type, update_running_stats
 
 WEIGHTINGS = ("samples", "ranks")
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Options(NamedTuple):
@@ -246,27 +247,28 @@ def _check(
     running_mean: Tensor | None,
     running_var: Tensor | None,
 ) -> None:
-    if input.dim() < 2:
-        raise ValueError(f"input must have at least 2 dimensions [N, C, *], got {list(input.shape)}")
-    if input.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise TypeError(f"input must be float32, float16, bfloat16 or float64, got {input.dtype}")
-    channels = input.shape[1]
+    shape, dtype, device = input.shape, input.dtype, input.device
+    vector = shape[1:2]
+    if len(shape) < 2 or shape[1] == 0:
+        raise ValueError(f"input must have at least 2 dimensions [N, C, *] and C > 0, got {list(shape)}")
+    if dtype not in FLOATING:
+        raise TypeError(f"input must be float32, float16, bfloat16 or float64, got {dtype}")
     for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
         if t is None:
             continue
-        if t.dim() != 1 or t.shape[0] != channels:
-            raise ValueError(f"{name} must be [{channels}] to match input {list(input.shape)}, got {list(t.shape)}")
-        if t.device != input.device:
-            raise ValueError(f"{name} must be on {input.device} as the input is, got {t.device}")
-        if name in ("weight", "bias") and t.dtype not in (input.dtype, torch.float32, torch.float64):
-            raise ValueError(f"{name} must be float32, float64 or {input.dtype} as the input is, got {t.dtype}")
-        if not t.dtype.is_floating_point:
+        if t.shape != vector:
+            raise ValueError(f"{name} must be [{shape[1]}] to match input {list(shape)}, got {list(t.shape)}")
+        if t.device != device:
+            raise ValueError(f"{name} must be on {device} as the input is, got {t.device}")
+        if t.dtype not in FLOATING:
             raise ValueError(f"{name} must be floating point, got {t.dtype}")
+        if t.dtype not in (dtype, torch.float32, torch.float64) and name in ("weight", "bias"):
+            raise ValueError(f"{name} must be float32, float64 or {dtype} as the input is, got {t.dtype}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be given both or neither")
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (input.shape, input.dtype, input.device):
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (shape, dtype, device):
         raise ValueError(
-            f"residual must be {list(input.shape)} {input.dtype} on {input.device} as the input is,"
+            f"residual must be {list(shape)} {dtype} on {device} as the input is,"
             f" got {list(residual.shape)} {residual.dtype} on {residual.device}"
         )
 

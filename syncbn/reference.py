@@ -277,8 +277,11 @@ def through_activation(
         z = _affine(x, stats, weight, bias, residual, eps)
         s = torch.sigmoid(z)
         return dz * (s * (1 + z * (1 - s)))
+    if mask is None and residual is not None:
+        raise ValueError(f"mask must be given with a residual and {activation}, as normalize returned it")
     positive = ~(_affine(x, stats, weight, bias, None, eps) <= 0) if mask is None else _unpack_bits(mask, x)  # NaN passes
-    return torch.where(positive, dz, dz * (negative_slope if activation == "leaky_relu" else 0.0))
+    # Not dy * 0 for relu: an infinite dy stays out, as in torch.
+    return torch.where(positive, dz, dz * negative_slope if activation == "leaky_relu" else dz.new_zeros(()))
 
 
 def _pack_bits(positive: Tensor, x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def _run(command: list) -> None:
     assert result.returncode == 0, result.stderr
 
 
-# ---- The structs of csrc/cuda/ops.h -------------------------------------------------------------------------------------------
+# ---- The structs of csrc/args.h ------------------------------------------------------------------------------------------------
 
 c_dtype = c_activation = ctypes.c_int
 c_bool, c_double, c_pointer, c_int64 = ctypes.c_bool, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64

@@ -138,7 +138,7 @@ def test_the_kernels_as_they_are_survive(library, op):  # noqa: F811
 
 @pytest.mark.parametrize("mutant", [*deleted_barriers(), *CHANGED], ids=str)
 def test_mutant_is_noticed(library, tmp_path, mutant):  # noqa: F811
-    sources = shutil.copytree(emulated.KERNELS, tmp_path / "cuda")
+    sources = shutil.copytree(emulated.KERNELS.parent, tmp_path / "csrc") / "cuda"
     parts = (sources / mutant.file).read_text().split(mutant.old)
     assert len(parts) > mutant.nth + 1, f"{mutant.old!r} is not in {mutant.file}"
     changed = mutant.old.join(parts[: mutant.nth + 1]) + mutant.new + mutant.old.join(parts[mutant.nth + 1 :])

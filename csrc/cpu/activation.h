@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 
 // e^x to 1 ulp or 2: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent.
 LONG Pack<float> exp(Pack<float> x) {
@@ -40,13 +40,25 @@ template <Activation activation, typename T> INLINE Pack<T> activate(Pack<T> z, 
   return z;
 }
 
-// How dz follows from dy. Relu is a leaky relu of slope 0.
+// How dz follows from dy. Relu is a leaky relu of slope 0, but it takes an infinite dy to 0 as well.
 enum class Backward { identity, sloped, sloped_by_mask, silu };
 
+template <typename T> class Slope {
+  Pack<T> factor_;
+  typename Pack<T>::Int bits_;  // of the product that stay: all, or none
+
+ public:
+  Slope(Activation activation, double negative_slope)
+      : factor_(T(negative_slope)), bits_(activation == Activation::leaky_relu ? -1 : 0) {}
+  INLINE Pack<T> operator()(Pack<T> dy) const {
+    return Pack<T>::map([&](int r) { return (typename Pack<T>::V)((typename Pack<T>::I)(dy.v[r] * factor_.v[r]) & bits_); });
+  }
+};
+
 // z is unused by sloped_by_mask, bits by the others.
-template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack<T> z, uint32_t bits, Pack<T> slope) {
-  if constexpr (backward == Backward::sloped) return select_positive(z, dy, dy * slope);
-  if constexpr (backward == Backward::sloped_by_mask) return select(bits, dy, dy * slope);
+template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack<T> z, uint32_t bits, const Slope<T>& slope) {
+  if constexpr (backward == Backward::sloped) return select_positive(z, dy, slope(dy));
+  if constexpr (backward == Backward::sloped_by_mask) return select(bits, dy, slope(dy));
   if constexpr (backward == Backward::silu) {
     Pack<T> s = sigmoid(z);
     return dy * (s * (Pack<T>(1) + z * (Pack<T>(1) - s)));
@@ -54,4 +66,4 @@ template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack
   return dy;
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

@@ -6,32 +6,33 @@
 #include "channels.h"
 #include "finalize.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
 enum { SLOPE = SHIFT + 1, OFFSET };
 
 // The n of the formula: the sum of the weights over the weight of one of this rank's samples.
-double effective_count(const Norm& norm, Layout layout) {
-  double weight = norm.stats[2 * layout.channels + norm.rank_weighted];
-  double n = norm.rank_weighted ? weight * double(layout.samples()) : weight;
+double effective_count(const BackwardInputArgs& args) {
+  double weight = args.stats.data[2 * args.layout.C + args.stats.rank_weighted];
+  double n = args.stats.rank_weighted ? weight * double(samples(args.layout)) : weight;
   return n < 1 ? 1 : n;
 }
 
-template <typename scalar_t, Backward backward>
-void run(Layout layout, const void* dy_data, const void* x_data, const Norm& norm, const double* sums, void* dx_data) {
+template <typename scalar_t, Backward backward> void run(const BackwardInputArgs& args) {
   using acc_t = acc_type<scalar_t>;
-  auto dy = static_cast<const scalar_t*>(dy_data), x = static_cast<const scalar_t*>(x_data);
-  auto dx = static_cast<scalar_t*>(dx_data);
-  Pack<acc_t> slope = acc_t(norm.activation == Activation::leaky_relu ? norm.negative_slope : 0);
-  double n = effective_count(norm, layout);
-  auto coefficients = [&](int64_t c, double* v) {
-    Affine a = affine<acc_t>(norm, layout.channels, c);
-    double of_x = a.scale * a.invstd * sums[layout.channels + c] / n;
-    v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sums[c] / n;
+  auto dy = static_cast<const scalar_t*>(args.dy), x = static_cast<const scalar_t*>(args.x);
+  auto dx = static_cast<scalar_t*>(args.dx);
+  Slope<acc_t> slope(args.activation, args.negative_slope);
+  Affines<acc_t> affine(args);
+  double n = effective_count(args);
+  const double *sum_dy = args.sums, *sum_dy_xhat = args.sums + args.layout.C;
+  auto coefficients = [&](int64_t c, double* v) INLINED {
+    Affine a = affine(c);
+    double of_x = a.scale * a.invstd * sum_dy_xhat[c] / n;
+    v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sum_dy[c] / n;
   };
-  bool stream = streams(dx, layout, false);
-  map_packs<acc_t, 5, false>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t, bool) INLINED {
+  bool stream = streams(dx, args.layout, false);
+  map_packs<acc_t, 5, false>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t, bool) INLINED {
     Pack<acc_t> xmu = load(x + f, lanes) - p.v[HI];
     Pack<acc_t> dz = through<backward>(load(dy + f, lanes), xmu * p.v[SCALE] + p.v[SHIFT], 0, slope);
     store(dx + f, dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes, stream);
@@ -48,8 +49,8 @@ template <typename scalar_t> auto choose(Activation activation) {
 
 }  // namespace
 
-void backward_input(Dtype dtype, Layout layout, const void* dy, const void* x, const Norm& norm, const double* sums, void* dx) {
-  with_dtype(dtype, [&](auto type) { choose<decltype(type)>(norm.activation)(layout, dy, x, norm, sums, dx); });
+void backward_input(const BackwardInputArgs& args) {
+  with_dtype(args.dtype, [&](auto type) { choose<decltype(type)>(args.activation)(args); });
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

@@ -3,7 +3,7 @@
 
 #include "traverse.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 
 template <typename acc_t, int K> struct Packs { Pack<acc_t> v[K]; };
 
@@ -14,13 +14,20 @@ template <typename acc_t, int K> class PerChannel {
 
  public:
   // coefficients(c, v) sets v[0 .. K), float64.
-  template <typename F> PerChannel(int64_t channels, int64_t inner, int64_t width, F coefficients) : width_(width), values_(K * width) {
-    for (int64_t c = 0; c < channels; ++c) {
+  template <typename F> PerChannel(int64_t C, int64_t inner, int64_t width, F coefficients) : width_(width), values_(K * width) {
+    acc_t* values = values_;
+#pragma GCC ivdep
+    for (int64_t c = 0; c < C; ++c) {
       double v[K];
       coefficients(c, v);
-      for (int k = 0; k < K; ++k)
-        for (int64_t j = c * inner; j < width; j += channels * inner)
-          for (int64_t i = j; i < j + inner; ++i) values_[k * width + i] = acc_t(v[k]);
+#pragma GCC unroll 8
+      for (int k = 0; k < K; ++k) values[k * width + c] = acc_t(v[k]);
+    }
+    if (width == C) return;
+    for (int k = 0; k < K; ++k, values += width) {
+      for (int64_t c = C - 1; c >= 0; --c)  // backwards: what is overwritten has been read
+        for (int64_t i = inner - 1; i >= 0; --i) values[c * inner + i] = values[c];
+      for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
     }
   }
   INLINE Packs<acc_t, K> splat(int64_t j) const {
@@ -44,7 +51,7 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
   auto head = [](int64_t first) { return int(-first & (PACK - 1)); };
   if (by_columns(layout, masked)) {
     Columns columns(layout, masked, MAP_WIDTH);
-    PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
+    PerChannel<acc_t, K> all(layout.C, layout.inner, columns.width, coefficients);
     columns.for_rows([&](int64_t first, int64_t n, int64_t row, int64_t count) {
       for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) INLINED {
         auto p = all.at(i, lanes);
@@ -54,7 +61,7 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
     });
   } else {
     Planes planes(layout);
-    PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
+    PerChannel<acc_t, K> all(layout.C, 1, layout.C, coefficients);
     planes.for_units(true, [&](int64_t c0, int64_t c1, int64_t, int64_t begin, int64_t end) {
       for (int64_t chunk = end - 1; chunk >= begin; --chunk)
         planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
@@ -73,7 +80,7 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
   using P = Pack<acc_t>;
   if (by_columns(layout, masked)) {
     Columns columns(layout, masked, SUM_WIDTH);
-    PerChannel<acc_t, K> all(layout.channels, layout.inner, columns.width, coefficients);
+    PerChannel<acc_t, K> all(layout.C, layout.inner, columns.width, coefficients);
     columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
       for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
         alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
@@ -87,7 +94,7 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
     });
   } else {
     Planes planes(layout);
-    PerChannel<acc_t, K> all(layout.channels, 1, layout.channels, coefficients);
+    PerChannel<acc_t, K> all(layout.C, 1, layout.C, coefficients);
     planes.for_sums(sums, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
       P s1[MAX_GROUP], s2[MAX_GROUP];
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
@@ -106,4 +113,4 @@ void sum_packs(Layout layout, double* sums, C coefficients, F f) {
   }
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

@@ -3,17 +3,16 @@
 
 #include "ops.h"
 
-#define DECLARE(isa)                                                                                                             \
-  namespace isa {                                                                                                                \
-  void stats(Dtype, Layout, const void*, bool, double*);                                                                         \
-  void normalize(Dtype, Layout, const void*, const void*, const Norm&, const RunningStats&, void*, uint8_t*);                    \
-  void backward_reduce(Dtype, Layout, const void*, const void*, const void*, const uint8_t*, const Norm&, double*, void*, Param, \
-                       Param);                                                                                                   \
-  void backward_input(Dtype, Layout, const void*, const void*, const Norm&, const double*, void*);                               \
-  constexpr Kernels table{#isa, stats, normalize, backward_reduce, backward_input};                                              \
+#define DECLARE(isa)                                                                              \
+  namespace isa {                                                                                 \
+  void stats(const StatsArgs&);                                                                   \
+  void normalize(const NormalizeArgs&);                                                           \
+  void backward_reduce(const BackwardReduceArgs&);                                                \
+  void backward_input(const BackwardInputArgs&);                                                  \
+  constexpr Kernels table{#isa, stats, normalize, backward_reduce, backward_input};               \
   }
 
-namespace syncbn {
+namespace syncbn::cpu {
 
 DECLARE(baseline)
 #if defined(SYNCBN_X86)
@@ -57,11 +56,11 @@ const Kernels* current = widest(nullptr);
 
 const Kernels& kernels() { return *current; }
 
-}  // namespace syncbn
+}  // namespace syncbn::cpu
 
 // The name of the instruction set in use, after limiting it to `at_most` unless that is null. Null if there is none of that name.
 extern "C" __attribute__((visibility("default"))) const char* syncbn_cpu_isa(const char* at_most) {
-  using namespace syncbn;
+  using namespace syncbn::cpu;
   const Kernels* table = at_most ? widest(at_most) : current;
   if (!table) return nullptr;
   current = table;

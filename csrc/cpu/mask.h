@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 
 // The bits of a pack that starts at element f, at any bit of a byte. The idle byte behind a row makes the last byte readable.
 template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes) {
@@ -31,4 +31,4 @@ INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Who
   if (row_end) p[PACK / 8] = 0;
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

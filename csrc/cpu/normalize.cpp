@@ -6,36 +6,35 @@
 #include "finalize.h"
 #include "mask.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-void update_running_stats(const Norm& norm, int64_t channels, const RunningStats& running) {
-  double count = norm.stats[2 * channels], factor = running.momentum;
+void update_running_stats(const NormalizeArgs& args) {
+  double count = args.stats.data[2 * args.layout.C], factor = args.momentum;
   if (!(count > 0)) return;
-  if (running.num_batches_tracked) ++*running.num_batches_tracked;
-  if (running.cumulative) factor = running.num_batches_tracked ? 1.0 / double(max(*running.num_batches_tracked, 1)) : 1;
-  double unbiased = running.unbiased ? count / (count - 1 < 1 ? 1 : count - 1) : 1;
-  auto update = [&](Param p, int64_t c, double value) {
-    if (p.data && factor > 0) set(p, c, get(p, c) + factor * (value - get(p, c)));
-  };
-  for (int64_t c = 0; c < channels; ++c) {
-    Moments m = finalize(norm, channels, c);
-    update(running.mean, c, m.mean);
-    update(running.var, c, m.var * unbiased);
-  }
+  if (args.num_batches_tracked) ++*args.num_batches_tracked;
+  if (args.cumulative) factor = args.num_batches_tracked ? 1.0 / double(max(*args.num_batches_tracked, 1)) : 1;
+  if (!(factor > 0)) return;
+  double unbiased = args.unbiased ? count / (count - 1 < 1 ? 1 : count - 1) : 1;
+  Finalize finalize(args.stats, args.layout.C);
+  update(args.running_mean, args.layout.C, [=](int64_t c, double old) INLINED { return old + factor * (finalize(c).mean - old); });
+  update(args.running_var, args.layout.C, [=](int64_t c, double old) INLINED { return old + factor * (finalize(c).var * unbiased - old); });
 }
 
-template <typename scalar_t, Activation activation, bool add>
-void run(Layout layout, const scalar_t* x, const scalar_t* residual, const Norm& norm, scalar_t* y, uint8_t* mask) {
+template <typename scalar_t, Activation activation, bool add> void run(const NormalizeArgs& args) {
   using acc_t = acc_type<scalar_t>;
   constexpr bool masked = add && (activation == Activation::relu || activation == Activation::leaky_relu);
-  Pack<acc_t> slope = acc_t(norm.negative_slope);
-  auto coefficients = [&](int64_t c, double* v) {
-    Affine a = affine<acc_t>(norm, layout.channels, c);
+  auto x = static_cast<const scalar_t*>(args.x), residual = static_cast<const scalar_t*>(args.residual);
+  auto y = static_cast<scalar_t*>(args.y);
+  uint8_t* mask = args.mask;
+  Pack<acc_t> slope = acc_t(args.negative_slope);
+  Affines<acc_t> affine(args);
+  auto coefficients = [&](int64_t c, double* v) INLINED {
+    Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  bool stream = streams(y, layout, masked);
-  map_packs<acc_t, 3, masked>(layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, bool row_end) INLINED {
+  bool stream = streams(y, args.layout, masked);
+  map_packs<acc_t, 3, masked>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, bool row_end) INLINED {
     Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
     store(y + f, activate<activation>(z, slope), lanes, stream);
@@ -54,14 +53,14 @@ template <typename scalar_t, bool add> auto choose(Activation activation) {
 
 }  // namespace
 
-void normalize(Dtype dtype, Layout layout, const void* x, const void* residual, const Norm& norm, const RunningStats& running, void* y,
-               uint8_t* mask) {
-  update_running_stats(norm, layout.channels, running);
-  with_dtype(dtype, [&](auto type) {
+void normalize(const NormalizeArgs& args) {
+  update_running_stats(args);
+  // Rows are written up to their idle bits; of the byte behind the last one, the rest is nobody's.
+  if (args.mask && numel(args.layout)) args.mask[mask_bytes(args.layout) - 1] = 0;
+  with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    auto call = residual ? choose<scalar_t, true>(norm.activation) : choose<scalar_t, false>(norm.activation);
-    call(layout, static_cast<const scalar_t*>(x), static_cast<const scalar_t*>(residual), norm, static_cast<scalar_t*>(y), mask);
+    (args.residual ? choose<scalar_t, true>(args.activation) : choose<scalar_t, false>(args.activation))(args);
   });
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

@@ -21,7 +21,7 @@
 #define LONG RARE
 #endif
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 
 struct float16 { uint16_t bits; };
 struct bfloat16 { uint16_t bits; };
@@ -299,30 +299,13 @@ template <typename T> INLINE double sum(Pack<T> a) {
 
 // ---- The dtype switch: outermost, once ----------------------------------------------------------------------------------------
 
-template <typename F> void with_dtype(Dtype dtype, F f) {
+template <typename F> void with_dtype(DType dtype, F f) {
   switch (dtype) {
-    case Dtype::float32: return f(float{});
-    case Dtype::float64: return f(double{});
-    case Dtype::float16: return f(float16{});
-    case Dtype::bfloat16: return f(bfloat16{});
+    case DType::float32: return f(float{});
+    case DType::float64: return f(double{});
+    case DType::float16: return f(float16{});
+    case DType::bfloat16: return f(bfloat16{});
   }
 }
 
-INLINE double get(Param p, int64_t c) {
-  switch (p.dtype) {
-    case Dtype::float32: return static_cast<const float*>(p.data)[c];
-    case Dtype::float64: return static_cast<const double*>(p.data)[c];
-    case Dtype::float16: return to_float(static_cast<const float16*>(p.data)[c]);
-    default: return to_float(static_cast<const bfloat16*>(p.data)[c]);
-  }
-}
-INLINE void set(Param p, int64_t c, double value) {
-  switch (p.dtype) {
-    case Dtype::float32: static_cast<float*>(p.data)[c] = float(value); break;
-    case Dtype::float64: static_cast<double*>(p.data)[c] = value; break;
-    case Dtype::float16: static_cast<float16*>(p.data)[c] = to_float16(float(value)); break;
-    default: static_cast<bfloat16*>(p.data)[c] = to_bfloat16(float(value));
-  }
-}
-
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

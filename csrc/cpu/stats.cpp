@@ -3,9 +3,9 @@
 // Each chunk is shifted by K, the mean of its first values (a single value could be an outlier), and summed in acc_t; then, in
 // float64, sum = n K + s1 and sumsq = s2 + K (2 s1 + n K). Raw squares would cancel where mean >> std. Chunks are added up about an
 // origin near the channel's mean, which is left at the end: about 0, each addition would round (mean/std)² as much away.
-#include "traverse.h"
+#include "finalize.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
 constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift
@@ -13,17 +13,29 @@ constexpr int SHIFT_ROWS = 16;           // columns: rows behind a shift
 constexpr int64_t ORIGIN_VALUES = 16;
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
-INLINE void unshift(int64_t n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
-  sum_x += double(n) * shift + s1;
-  sumsq_x += s2 + shift * (2 * s1 + double(n) * shift);
+INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
+  sum_x += n * shift + s1;
+  sumsq_x += s2 + shift * (2 * s1 + n * shift);
 }
 
-// The mean of the first values of channel c.
-double origin(Layout layout, Param x, int64_t c) {
-  int64_t n = min(ORIGIN_VALUES, layout.samples());
-  double total = 0;
-  for (int64_t k = 0; k < n; ++k) total += get(x, (k / layout.inner * layout.channels + c) * layout.inner + k % layout.inner);
-  return total / double(max(n, 1));
+// The mean of the first values of each channel.
+template <typename scalar_t> void set_origins(Layout layout, const scalar_t* x, double* origins) {
+  using P = Pack<acc_type<scalar_t>>;
+  int64_t inner = min(layout.inner, ORIGIN_VALUES), outer = min(layout.outer, ceil_div(ORIGIN_VALUES, max(inner, 1)));
+  if (layout.inner == 1) {
+    for_packs(layout.C, 0, [&](int64_t c, auto lanes, int) INLINED {
+      P total(0);
+      for (int64_t o = 0; o < outer; ++o) total += load(x + o * layout.C + c, lanes);
+      for (int k = 0; k < lanes.last; ++k) origins[c + k] = total.v[k / P::LANES][k % P::LANES] / double(max(outer, 1));
+    });
+    return;
+  }
+  for (int64_t c = 0; c < layout.C; ++c) {
+    double total = 0;
+    for (int64_t o = 0; o < outer; ++o)
+      for (int64_t i = 0; i < inner; ++i) total += to_double(x[(o * layout.C + c) * layout.inner + i]);
+    origins[c] = total / double(max(outer * inner, 1));
+  }
 }
 
 template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, const double* origins, double* total) {
@@ -53,7 +65,7 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
     });
     for (int64_t c = c0; c < c1; ++c) {
       double sum_x = 0, sumsq_x = 0;
-      unshift(count[c - c0], double(shift[c - c0].v[0][0]) - origins[c], sum(s1[c - c0]), sum(s2[c - c0]), sum_x, sumsq_x);
+      unshift(double(count[c - c0]), double(shift[c - c0].v[0][0]) - origins[c], sum(s1[c - c0]), sum(s2[c - c0]), sum_x, sumsq_x);
       add(c, sum_x, sumsq_x);
     }
   });
@@ -65,7 +77,7 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
   constexpr int SHARED = 2 * CHAINS<acc_t>;
   Columns columns(layout, false, SUM_WIDTH);
   Buffer<double> origin(columns.width);
-  for (int64_t i = 0; i < columns.width; ++i) origin[i] = origins[i / layout.inner % layout.channels];
+  for (int64_t i = 0; i < columns.width; ++i) origin[i] = origins[i / layout.inner % layout.C];
   columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
     auto at = [&](int64_t r, int64_t i, auto lanes) INLINED { return load(x + r * columns.width + j + i, lanes); };
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
@@ -81,31 +93,35 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
                  a2 += d * d;
                });
 #pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) unshift(length, shift[i] - origin[j + i], s1[i], s2[i], out[i], out[columns.width + i]);
+      for (int64_t i = 0; i < n; ++i) unshift(double(length), shift[i] - origin[j + i], s1[i], s2[i], out[i], out[columns.width + i]);
     }
   });
 }
 
 }  // namespace
 
-void stats(Dtype dtype, Layout layout, const void* x, bool rank_weighted, double* stats) {
-  int64_t channels = layout.channels, count = layout.samples();
-  Buffer<double> origins(channels);
-  for (int64_t c = 0; c < channels; ++c) origins[c] = origin(layout, {const_cast<void*>(x), dtype}, c);
-  with_dtype(dtype, [&](auto type) {
+void stats(const StatsArgs& args) {
+  const Layout& layout = args.layout;
+  double *sum_x = args.stats, *sumsq_x = args.stats + layout.C, n = double(samples(layout));
+  Buffer<double> origins(layout.C);
+  with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);
-    auto data = static_cast<const scalar_t*>(x);
-    by_columns(layout, false) ? sum_columns(layout, data, origins, stats) : sum_planes(layout, data, origins, stats);
+    auto x = static_cast<const scalar_t*>(args.x);
+    set_origins<scalar_t>(layout, x, origins);
+    by_columns(layout, false) ? sum_columns(layout, x, origins, args.stats) : sum_planes(layout, x, origins, args.stats);
   });
-  for (int64_t c = 0; c < channels; ++c) {
-    double s1 = stats[c], s2 = stats[channels + c];
-    stats[c] = stats[channels + c] = 0;
-    unshift(count, origins[c], s1, s2, stats[c], stats[channels + c]);
+  const double* shift = origins;
+  // With ranks that weigh the same, these are means.
+  double weight = args.rank_weighted && n > 1 ? n : 1;
+#pragma GCC ivdep
+  for (int64_t c = 0; c < layout.C; ++c) {
+    double s1 = sum_x[c], s2 = sumsq_x[c], sum = 0, sumsq = 0;
+    unshift(n, shift[c], s1, s2, sum, sumsq);
+    sum_x[c] = sum / weight;
+    sumsq_x[c] = sumsq / weight;
   }
-  stats[2 * channels] = double(count);
-  if (!rank_weighted) return;
-  for (int64_t c = 0; c < 2 * channels; ++c) stats[c] /= double(max(count, 1));
-  stats[2 * channels + 1] = double(min(count, 1));
+  args.stats[2 * layout.C] = n;
+  if (args.rank_weighted) args.stats[2 * layout.C + 1] = n > 0;
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

@@ -7,7 +7,7 @@
 
 #include "simd.h"
 
-namespace syncbn::SYNCBN_ISA {
+namespace syncbn::cpu::SYNCBN_ISA {
 
 // Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
@@ -30,6 +30,8 @@ constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums pe
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t samples(Layout layout) { return layout.outer * layout.inner; }
+INLINE int64_t numel(Layout layout) { return layout.outer * layout.C * layout.inner; }
 
 // Zeros. Aligned to a cache line: a vector that crosses two is not forwarded from its store to its next load.
 constexpr std::align_val_t LINE{64};
@@ -51,7 +53,7 @@ template <typename T> INLINE void add(int64_t n, const T* from, double* to) {
 }
 
 template <typename F> void parallel_for(int64_t n, int64_t grain, F f) {
-  syncbn::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+  cpu::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
 // f(i, lanes, k) for packs that cover [0, n), with k < TURNS taking turns. The first pack ends at `head` values where that is
@@ -89,7 +91,7 @@ struct Planes {
     parts = ceil_div(l.inner, length);
     planes = max(min(CHUNK / l.inner, 64), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
-    units = ceil_div(l.samples(), UNIT);
+    units = ceil_div(samples(l), UNIT);
     group = min(planes, MAX_GROUP);
   }
 
@@ -97,22 +99,22 @@ struct Planes {
   // multiples of 8 elements, so that no two threads write one byte of the mask.
   template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
     if (parts > 1) {
-      int64_t row = chunk / parts * layout.channels + c0, part = chunk % parts, start = row * layout.inner;
+      int64_t row = chunk / parts * layout.C + c0, part = chunk % parts, start = row * layout.inner;
       int64_t begin = part ? part * length - start % 8 : 0;
       int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
       f(c0, start + begin, end - begin, row);
     } else {
       for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
-        for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.channels + c) * layout.inner, layout.inner, o * layout.channels + c);
+        for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner, layout.inner, o * layout.C + c);
     }
   }
   // body(c0, c1, unit, first chunk, last chunk) for every unit of every group, in parallel; backwards where reverse is set.
   template <typename F> void for_units(bool reverse, F body) const {
-    int64_t groups = ceil_div(layout.channels, group);
-    parallel_for(groups * units, GRAIN * units / max(layout.samples() * group, 1), [&](int64_t begin, int64_t end) {
+    int64_t groups = ceil_div(layout.C, group);
+    parallel_for(groups * units, GRAIN * units / max(samples(layout) * group, 1), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         int64_t id = reverse ? begin + end - 1 - k : k, c = id / units * group, unit = id % units;
-        body(c, min(c + group, layout.channels), unit, unit * chunks / units, (unit + 1) * chunks / units);
+        body(c, min(c + group, layout.C), unit, unit * chunks / units, (unit + 1) * chunks / units);
       }
       finish_streams();
     });
@@ -120,7 +122,7 @@ struct Planes {
 
   // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t channels = layout.channels;
+    int64_t channels = layout.C;
     Buffer<double> sums(channels * units * 2);
     for_units(false, [&](int64_t c0, int64_t c1, int64_t unit, int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk)
@@ -145,8 +147,8 @@ INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inne
 // Whether to store past the cache: a line of a large output is then not fetched first, and does not push out what will be read.
 // Rows of whole lines only: a line that is written in two ways costs far more than is gained.
 template <typename scalar_t> INLINE bool streams(const scalar_t* p, Layout layout, bool masked) {
-  int64_t size = sizeof(scalar_t), row = by_columns(layout, masked) ? layout.channels * layout.inner : layout.inner;
-  return layout.numel() * size >= STREAM_BYTES && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+  int64_t size = sizeof(scalar_t), row = by_columns(layout, masked) ? layout.C * layout.inner : layout.inner;
+  return numel(layout) * size >= STREAM_BYTES && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
 }
 
 // ---- Columns ----------------------------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ struct Columns {
 
   // A mask has its rows one by one, so these are not folded.
   Columns(Layout l, bool masked, int64_t min_width) : layout(l) {
-    int64_t sample = l.channels * l.inner;
+    int64_t sample = l.C * l.inner;
     int64_t fold = masked ? 1 : max(min(ceil_div(min_width, sample), l.outer), 1);
     width = fold * sample;
     rows = l.outer / fold;
@@ -181,7 +183,7 @@ struct Columns {
       }
     });
     for (int64_t j = 0; j < rest; j += strip) reduce(rows, 1, j, min(strip, rest - j), sums + blocks * 2 * width + j);
-    int64_t channels = layout.channels;
+    int64_t channels = layout.C;
     for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
     int64_t period = channels * layout.inner;
     for (int64_t row = 0; row < 2 * (blocks + 1); ++row)
@@ -190,8 +192,8 @@ struct Columns {
 
   // total [C] += sums [C * inner]
   INLINE void fold(const double* sums, double* total) const {
-    if (layout.inner == 1) return add(layout.channels, sums, total);
-    for (int64_t c = 0; c < layout.channels; ++c)
+    if (layout.inner == 1) return add(layout.C, sums, total);
+    for (int64_t c = 0; c < layout.C; ++c)
       for (int64_t i = 0; i < layout.inner; ++i) total[c] += sums[c * layout.inner + i];
   }
 
@@ -241,4 +243,4 @@ INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2,
     });
 }
 
-}  // namespace syncbn::SYNCBN_ISA
+}  // namespace syncbn::cpu::SYNCBN_ISA

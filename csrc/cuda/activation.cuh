@@ -53,9 +53,11 @@ __device__ inline void through_activation(acc_t (&dy)[N], Activation activation,
 #pragma unroll
     for (int j = 0; j < N; ++j) bits |= unsigned{positive(z(j))} << j;
   }
-  const acc_t slope = activation == Activation::leaky_relu ? negative_slope : acc_t{0};
+  const bool leaks = activation == Activation::leaky_relu;
 #pragma unroll
-  for (int j = 0; j < N; ++j) dy[j] *= bits >> j & 1 ? acc_t{1} : slope;
+  for (int j = 0; j < N; ++j) {
+    if (!(bits >> j & 1)) dy[j] = leaks ? dy[j] * negative_slope : acc_t{0};  // not dy * 0: relu keeps an infinite dy out
+  }
 }
 
 }  // namespace syncbn::cuda

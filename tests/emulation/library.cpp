@@ -5,6 +5,7 @@
 #include "ops.h"
 #include "scheduler.h"
 
+using namespace syncbn;
 using namespace syncbn::cuda;
 
 namespace {

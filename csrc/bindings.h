@@ -1,0 +1,258 @@
+// The four ops over torch's stable ABI, for any device: every argument is checked here, and only here. Outputs are allocated, and the
+// kernels get plain data (args.h). A Device says what differs:
+//
+//   struct Device {
+//     static void check(const char* name, const Tensor& t, const Tensor& x);   // t is on this device, as x
+//     explicit Device(const Tensor& x);                                        // current as long as it lives
+//     void stats(const StatsArgs&);  and the three others
+//   };
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "args.h"
+
+namespace syncbn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- Checks: each names the argument and shows what came ---------------------------------------------------------------------
+
+template <typename... Parts>
+[[noreturn]] void refuse(const Parts&... parts) {
+  std::ostringstream message;
+  message << "syncbn: ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+// A macro, for the words of a message cost more than a small layer and are wanted only where the check fails.
+#define SYNCBN_CHECK(condition, ...)       \
+  do {                                     \
+    if (!(condition)) refuse(__VA_ARGS__); \
+  } while (false)
+
+inline std::string show(torch::headeronly::IntHeaderOnlyArrayRef numbers) {
+  std::ostringstream out;
+  for (size_t i = 0; i < numbers.size(); ++i) out << (i ? ", " : "[") << numbers[i];
+  return numbers.size() ? out.str() + "]" : "[]";
+}
+
+inline const char* show(ScalarType type) { return torch::headeronly::toString(type); }
+
+inline bool is_channels_last(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  const auto fits = [&](size_t d) {
+    const bool fit = sizes[d] == 1 || strides[d] == expected;
+    expected *= sizes[d];
+    return fit;
+  };
+  if (!fits(1)) return false;
+  for (size_t d = sizes.size() - 1; d >= 2; --d) {
+    if (!fits(d)) return false;
+  }
+  return fits(0);
+}
+
+inline DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::float32;
+    case ScalarType::Half: return DType::float16;
+    case ScalarType::BFloat16: return DType::bfloat16;
+    case ScalarType::Double: return DType::float64;
+    default: refuse(name, " must be float32, float16, bfloat16 or float64, got ", show(t.scalar_type()));
+  }
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "leaky_relu") return Activation::leaky_relu;
+  SYNCBN_CHECK(name == "silu", "activation must be none, relu, leaky_relu or silu, got '", name, "'");
+  return Activation::silu;
+}
+
+inline bool has_sign(Activation activation) { return activation == Activation::relu || activation == Activation::leaky_relu; }
+
+// x, and what the other arguments must be to match it.
+template <class Device>
+struct Input {
+  const Tensor& x;
+  DType dtype;
+  bool contiguous;
+  Layout layout;
+  int64_t mask_numel;
+
+  explicit Input(const Tensor& t) : x(t), dtype(dtype_of("x", t)), contiguous(t.is_contiguous()) {
+    Device::check("x", x, x);
+    const auto sizes = x.sizes();
+    SYNCBN_CHECK(sizes.size() >= 2 && sizes[1] > 0 && sizes[1] < (int64_t{1} << 31), "x must be [N, C, *] with 0 < C < 2^31, got ",
+                 show(sizes));
+    SYNCBN_CHECK(contiguous || x.numel() == 0 || is_channels_last(x), "x ", show(sizes),
+                 " must be contiguous or channels-last, got strides ", show(x.strides()));
+    int64_t inner = 1;
+    for (size_t d = 2; d < sizes.size(); ++d) inner *= sizes[d];
+    layout = contiguous ? Layout{sizes[0], sizes[1], inner} : Layout{sizes[0] * inner, sizes[1], 1};
+    mask_numel = mask_bytes(layout);
+    if (x.numel() == 0) layout = {0, sizes[1], 1};
+  }
+
+  const void* same(const char* name, const Tensor& t) const {
+    Device::check(name, t, x);
+    SYNCBN_CHECK(t.scalar_type() == x.scalar_type(), name, " must be ", show(x.scalar_type()), ", as x, got ", show(t.scalar_type()));
+    SYNCBN_CHECK(t.sizes() == x.sizes(), name, " must be ", show(x.sizes()), ", as x, got ", show(t.sizes()));
+    SYNCBN_CHECK(t.numel() == 0 || (contiguous ? t.is_contiguous() : is_channels_last(t)), name,
+                 " must lie in memory as x with strides ", show(x.strides()), ", got strides ", show(t.strides()));
+    return t.const_data_ptr();
+  }
+  const void* same(const char* name, const OptionalTensor& t) const { return t ? same(name, *t) : nullptr; }
+
+  ChannelVector vector(const char* name, const OptionalTensor& t) const {
+    if (!t) return {};
+    Device::check(name, *t, x);
+    SYNCBN_CHECK(t->dim() == 1 && t->size(0) == layout.C && t->is_contiguous(), name, " must be contiguous [", layout.C,
+                 "] to match x ", show(x.sizes()), ", got ", show(t->sizes()), " with strides ", show(t->strides()));
+    return {t->data_ptr(), dtype_of(name, *t)};
+  }
+
+  // A flat tensor of one dtype whose number of elements is one of two.
+  void* flat(const char* name, const Tensor& t, ScalarType type, int64_t numel, int64_t or_numel) const {
+    Device::check(name, t, x);
+    SYNCBN_CHECK(t.scalar_type() == type && t.is_contiguous() && (t.numel() == numel || t.numel() == or_numel), name,
+                 " must be contiguous ", show(type), " [", numel, "]", numel == or_numel ? "" : " or one more", ", got ",
+                 show(t.scalar_type()), " ", show(t.sizes()));
+    return t.data_ptr();
+  }
+
+  Statistics statistics(const Tensor& stats, double eps) const {
+    const int64_t numel = 2 * layout.C + 1;
+    const auto* data = static_cast<const double*>(flat("stats", stats, ScalarType::Double, numel, numel + 1));
+    return {data, stats.numel() > numel, eps};
+  }
+
+  Tensor new_empty(int64_t numel, ScalarType type) const { return torch::stable::new_empty(x, {numel}, type); }
+  Tensor new_like(const OptionalTensor& t) const { return t ? torch::stable::empty_like(*t) : new_empty(0, x.scalar_type()); }
+};
+
+// ---- The ops -----------------------------------------------------------------------------------------------------------------
+
+template <class Device>
+Tensor stats(Tensor x, bool rank_weighted) {
+  const Input<Device> in(x);
+  Device device(x);
+  Tensor out = in.new_empty(2 * in.layout.C + 1 + rank_weighted, ScalarType::Double);
+  device.stats({in.dtype, in.layout, x.const_data_ptr(), rank_weighted, static_cast<double*>(out.data_ptr())});
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
+                                     OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
+                                     std::optional<double> momentum, double eps, bool unbiased, std::string activation,
+                                     double negative_slope) {
+  const Input<Device> in(x);
+  NormalizeArgs args{};
+  args.dtype = in.dtype;
+  args.layout = in.layout;
+  args.x = x.const_data_ptr();
+  args.stats = in.statistics(stats, eps);
+  args.weight = in.vector("weight", weight);
+  args.bias = in.vector("bias", bias);
+  args.residual = in.same("residual", residual);
+  args.running_mean = in.vector("running_mean", running_mean);
+  args.running_var = in.vector("running_var", running_var);
+  if (num_batches_tracked) {
+    args.num_batches_tracked = static_cast<int64_t*>(in.flat("num_batches_tracked", *num_batches_tracked, ScalarType::Long, 1, 1));
+  }
+  args.cumulative = !momentum;
+  args.momentum = momentum.value_or(0);
+  args.unbiased = unbiased;
+  args.activation = activation_of(activation);
+  args.negative_slope = negative_slope;
+
+  Device device(x);
+  const bool keep_mask = residual && has_sign(args.activation);
+  Tensor y = torch::stable::empty_like(x), mask = in.new_empty(keep_mask ? in.mask_numel : 0, ScalarType::Byte);
+  if (x.numel() == 0) torch::stable::zero_(mask);  // no kernel writes it then
+  args.y = y.data_ptr();
+  args.mask = keep_mask ? static_cast<uint8_t*>(mask.data_ptr()) : nullptr;
+  device.normalize(args);
+  return {y, mask};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight,
+                                                           OptionalTensor bias, OptionalTensor residual, OptionalTensor mask,
+                                                           double eps, std::string activation, double negative_slope) {
+  const Input<Device> in(x);
+  BackwardReduceArgs args{};
+  args.dtype = in.dtype;
+  args.layout = in.layout;
+  args.dy = in.same("dy", dy);
+  args.x = x.const_data_ptr();
+  args.stats = in.statistics(stats, eps);
+  args.weight = in.vector("weight", weight);
+  args.bias = in.vector("bias", bias);
+  args.residual = in.same("residual", residual);
+  args.activation = activation_of(activation);
+  args.negative_slope = negative_slope;
+  if (has_sign(args.activation)) {
+    SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and ", activation, ", as normalize returned it");
+    if (mask) args.mask = static_cast<uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel, in.mask_numel));
+  }
+
+  Device device(x);
+  const bool writes_dz = args.activation != Activation::none && (residual || mask);
+  Tensor sums = in.new_empty(2 * in.layout.C, ScalarType::Double), dweight = in.new_like(weight), dbias = in.new_like(bias);
+  Tensor dz = writes_dz ? torch::stable::empty_like(x) : in.new_empty(0, x.scalar_type());
+  args.sums = static_cast<double*>(sums.data_ptr());
+  args.dz = writes_dz ? dz.data_ptr() : nullptr;
+  if (weight) args.dweight = {dweight.data_ptr(), args.weight.dtype};
+  if (bias) args.dbias = {dbias.data_ptr(), args.bias.dtype};
+  device.backward_reduce(args);
+  return {sums, dz, dweight, dbias};
+}
+
+template <class Device>
+Tensor backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias, double eps,
+                      std::string activation, double negative_slope) {
+  const Input<Device> in(x);
+  BackwardInputArgs args{};
+  args.dtype = in.dtype;
+  args.layout = in.layout;
+  args.dy = in.same("dy", dy);
+  args.x = x.const_data_ptr();
+  args.stats = in.statistics(stats, eps);
+  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C, 2 * in.layout.C));
+  args.weight = in.vector("weight", weight);
+  args.bias = in.vector("bias", bias);
+  args.activation = activation_of(activation);
+  args.negative_slope = negative_slope;
+
+  Device device(x);
+  Tensor dx = torch::stable::empty_like(x);
+  args.dx = dx.data_ptr();
+  device.backward_input(args);
+  return dx;
+}
+
+}  // namespace syncbn
+
+#define SYNCBN_IMPLEMENT(dispatch_key, Device)                                    \
+  STABLE_TORCH_LIBRARY_IMPL(syncbn, dispatch_key, m) {                            \
+    m.impl("stats", TORCH_BOX(&syncbn::stats<Device>));                           \
+    m.impl("normalize", TORCH_BOX(&syncbn::normalize<Device>));                   \
+    m.impl("backward_reduce", TORCH_BOX(&syncbn::backward_reduce<Device>));       \
+    m.impl("backward_input", TORCH_BOX(&syncbn::backward_input<Device>));         \
+  }
