@@ -9,7 +9,7 @@ namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
 constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift
-constexpr int SHIFT_ROWS = 16;           // columns: rows behind a shift
+constexpr int SHIFT_ROWS = 32;           // columns: rows behind a shift
 constexpr int64_t ORIGIN_VALUES = 16;
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
