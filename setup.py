@@ -71,8 +71,10 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     is_clang = "clang" in subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     optimize = MATHFLAGS if is_clang else [*MATHFLAGS, *GCC_FLAGS]
-    commands = []
-    for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+    sources, commands = sorted(Path("csrc/cpu").glob("*.cpp")), []
+    if not sources:
+        raise CannotBuild("csrc/cpu has no kernels")
+    for source in sources:
         flags = [cxx, *CXXFLAGS, *optimize, "-c", str(source)]
         if source.stem in ("bindings", "dispatch"):
             flags += include if source.stem == "bindings" else []

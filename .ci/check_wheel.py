@@ -1,8 +1,10 @@
-"""Builds the wheel, installs it where the source tree is out of sight, and runs a layer with its compiled kernels."""
+"""Builds the wheel, installs it where the source tree is out of sight, and runs a layer with its compiled kernels. Then builds the
+source distribution, and looks whether it has what a build and the tests need."""
 
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -27,3 +29,13 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
     env = os.environ | {"PYTHONPATH": f"{folder}/site"}
     subprocess.run([sys.executable, "-c", CHECK.format(folder=folder)], cwd=folder, env=env, check=True)
+
+    subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder], cwd=ROOT, check=True)
+    (sdist,) = Path(folder).glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ["csrc", "syncbn", "tests", "launch", "benchmarks", "examples", "docs"]
+    tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    missing = set(tracked) - packed
+    assert tracked and not missing, f"not in {sdist.name}: {sorted(missing)}"
+    print(f"sdist: all {len(tracked)} files of {', '.join(folders)}")
