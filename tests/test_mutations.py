@@ -88,7 +88,7 @@ CHANGED = [
     # Activations
     Mutant("activation.cuh", "!(z <= 0)", "z > 0", "normalize"),
     Mutant("activation.cuh", "1 + zj * (1 - s)", "1 + zj", "backward_input"),
-    Mutant("activation.cuh", "acc_t{1} : slope", "acc_t{1} : acc_t{0}", "backward_input"),
+    Mutant("activation.cuh", "? dy[j] * negative_slope", "? acc_t{0}", "backward_input"),
     # Backward
     Mutant("backward_reduce.cu", "total.b - lo * total.a", "total.b", "backward_reduce"),
     Mutant("backward_reduce.cu", "* m.invstd", "", "backward_reduce"),

@@ -62,14 +62,11 @@ template <typename acc_t, int K, bool masked, typename C, typename F> void map_p
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> all(layout.C, 1, layout.C, coefficients);
-    planes.for_units(true, [&](int64_t c0, int64_t c1, int64_t, int64_t begin, int64_t end) {
-      for (int64_t chunk = end - 1; chunk >= begin; --chunk)
-        planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
-          bool row_end = first + n == (row + 1) * layout.inner;
-          for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) INLINED {
-            f(first + i, lanes, p, row, row_end && i + lanes.last == n);
-          });
-        });
+    planes.for_memory([&](int64_t c, int64_t first, int64_t n, int64_t row) INLINED {
+      bool row_end = first + n == (row + 1) * layout.inner;
+      for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) INLINED {
+        f(first + i, lanes, p, row, row_end && i + lanes.last == n);
+      });
     });
   }
 }

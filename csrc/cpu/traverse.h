@@ -16,7 +16,7 @@ constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are 
 constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, at most 64 blocks or planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 32;                    // planes: channels walked together, their sums in L1
+constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
 constexpr int64_t MAP_WIDTH = 128;                   // columns: rows of few channels are folded to at least this
 constexpr int64_t SUM_WIDTH = 2048;                  // the same for sums: each row a stream of its own to a prefetcher
@@ -76,8 +76,8 @@ template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, int head, 
 
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
 
-// The samples of a channel as chunks of about CHUNK values: parts of a plane, or several whole planes. Where planes are short, a few
-// channels are walked together, so that memory is read in runs and not in snippets.
+// Planes, or the parts of long ones. Sums take the samples of a channel as chunks of about CHUNK values; where planes are short, some
+// channels together, so that memory is read in runs and not in snippets.
 struct Planes {
   Layout layout;
   int64_t parts;   // of a plane
@@ -92,29 +92,33 @@ struct Planes {
     planes = max(min(CHUNK / l.inner, 64), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(samples(l), UNIT);
-    group = min(planes, MAX_GROUP);
+    group = max(min(CHUNK / 2 / l.inner, MAX_GROUP), 1);
   }
 
-  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1). Inside a plane they start at
-  // multiples of 8 elements, so that no two threads write one byte of the mask.
-  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
-    if (parts > 1) {
-      int64_t row = chunk / parts * layout.C + c0, part = chunk % parts, start = row * layout.inner;
-      int64_t begin = part ? part * length - start % 8 : 0;
-      int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
-      f(c0, start + begin, end - begin, row);
-    } else {
-      for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
-        for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner, layout.inner, o * layout.C + c);
-    }
+  // f(c, first element, length, plane) for a part of a plane. Parts start at multiples of 8 elements, so that no two threads write one
+  // byte of the mask.
+  template <typename F> INLINE void for_part(int64_t c, int64_t plane, int64_t part, F f) const {
+    int64_t start = plane * layout.inner;
+    int64_t begin = part ? part * length - start % 8 : 0;
+    int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
+    f(c, start + begin, end - begin, plane);
   }
-  // body(c0, c1, unit, first chunk, last chunk) for every unit of every group, in parallel; backwards where reverse is set.
-  template <typename F> void for_units(bool reverse, F body) const {
-    int64_t groups = ceil_div(layout.C, group);
-    parallel_for(groups * units, GRAIN * units / max(samples(layout) * group, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        int64_t id = reverse ? begin + end - 1 - k : k, c = id / units * group, unit = id % units;
-        body(c, min(c + group, layout.C), unit, unit * chunks / units, (unit + 1) * chunks / units);
+
+  // The same for the pieces of memory in a chunk of the channels [c0, c1).
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
+    if (parts > 1) return for_part(c0, chunk / parts * layout.C + c0, chunk % parts, f);
+    for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
+      for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner, layout.inner, o * layout.C + c);
+  }
+
+  // f as above for all of memory, in parallel; backwards, but by runs that a prefetcher follows.
+  template <typename F> void for_memory(F f) const {
+    int64_t run = parts > 1 ? 1 : ceil_div(CHUNK, layout.inner), all = layout.outer * layout.C * parts;
+    parallel_for(ceil_div(all, run), GRAIN / (run * min(length, layout.inner)), [&](int64_t begin, int64_t end) {
+      for (int64_t k = end - 1; k >= begin; --k) {
+        int64_t plane = k * run / parts, part = k * run % parts, c = plane % layout.C;
+        for (int64_t next = min(plane + run, layout.outer * layout.C); plane < next; ++plane, c = c + 1 < layout.C ? c + 1 : 0)
+          for_part(c, plane, part, f);
       }
       finish_streams();
     });
@@ -124,12 +128,15 @@ struct Planes {
   template <typename F> void for_sums(double* total, F reduce) const {
     int64_t channels = layout.C;
     Buffer<double> sums(channels * units * 2);
-    for_units(false, [&](int64_t c0, int64_t c1, int64_t unit, int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk)
-        reduce(c0, c1, chunk, [&](int64_t c, double s1, double s2) {
-          sums[(c * units + unit) * 2] += s1;
-          sums[(c * units + unit) * 2 + 1] += s2;
-        });
+    parallel_for(ceil_div(channels, group) * units, GRAIN * units / max(samples(layout) * group, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t k = begin; k < end; ++k) {
+        int64_t c0 = k / units * group, c1 = min(c0 + group, channels), unit = k % units;
+        for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk)
+          reduce(c0, c1, chunk, [&](int64_t c, double s1, double s2) {
+            sums[(c * units + unit) * 2] += s1;
+            sums[(c * units + unit) * 2 + 1] += s2;
+          });
+      }
     });
     for (int64_t c = 0; c < channels; ++c) {
       total[c] = total[channels + c] = 0;
