@@ -118,7 +118,9 @@ def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
     original = agreement.compare
     monkeypatch.setattr(agreement, "compare", lambda *arguments: compared.append(arguments) or original(*arguments))
     layer = named("a", world)
-    for n in range(6):
+    gc.collect()
+    before = len(agreement._positions)
+    for n in range(3):
         layer.process_group = anew(world)
         for _ in range(2):
             layer(batch().requires_grad_()).sum().backward()
@@ -127,6 +129,7 @@ def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
         free(layer.process_group)
         layer.process_group = None
         gc.collect()
+        assert not any(layer._agreed().groups.values()) and len(agreement._positions) == before
 
 
 def anew(world) -> object:
