@@ -20,7 +20,8 @@ from torch import Tensor
 from .comm import Communicator
 
 MODES = ("first", "always", "off")
-BYTES = 256  # of a record, 32 int64
+BYTES = 192  # of a record
+ASIDE = 64  # bytes of what is said beside it
 
 
 class RankMismatchError(RuntimeError):
@@ -39,27 +40,31 @@ def mode() -> str:
     return chosen
 
 
-def compare(comm: Communicator, record: str, device: torch.device) -> None:
-    """Returns if `record` is the same on every rank; else raises RankMismatchError on every rank."""
+def compare(comm: Communicator, record: str, aside: str, device: torch.device) -> None:
+    """Returns if `record` is the same on every rank; else raises RankMismatchError on every rank.
+
+    `aside` may differ, as the shapes of the ranks' inputs do: the error says it, too.
+    """
     position = _positions[comm.group] = _positions.get(comm.group, 0) + 1
     record = f"{record}, exchange {position} of this group"
-    table = torch.zeros(comm.world_size, BYTES // 8, dtype=torch.int64)
-    table[comm.rank] = _encode(record)
-    records = [_decode(row) for row in comm.all_reduce_(table.to(device)).cpu()]
+    table = torch.zeros(comm.world_size, (BYTES + ASIDE) // 8, dtype=torch.int64)
+    table[comm.rank] = torch.cat([_encode(record, BYTES), _encode(aside, ASIDE)])
+    rows = comm.all_reduce_(table.to(device)).cpu().split([BYTES // 8, ASIDE // 8], dim=1)
+    records, asides = ([_decode(row) for row in column] for column in rows)
     if len(set(records)) == 1:
         return
     ranks: dict[str, list[str]] = {}
-    for rank, other in enumerate(records):
-        ranks.setdefault(other, []).append(str(rank))
+    for rank, said in enumerate(zip(records, asides, strict=True)):
+        ranks.setdefault(", ".join(filter(None, said)), []).append(str(rank))
     doing = "".join(f"\n  {'rank' if len(who) == 1 else 'ranks'} {', '.join(who)}: {what}" for what, who in ranks.items())
     raise RankMismatchError(f"the ranks are about to exchange different things:{doing}")
 
 
-def _encode(record: str) -> Tensor:
-    data = record.encode()
-    if len(data) > BYTES:  # the end says more than the middle: names differ in their last parts
-        data = data[: BYTES // 4] + b"..." + data[-(BYTES - BYTES // 4 - 3) :]
-    return torch.frombuffer(bytearray(data.ljust(BYTES, b"\0")), dtype=torch.int64)
+def _encode(text: str, size: int) -> Tensor:
+    data = text.encode()
+    if len(data) > size:  # the end says more than the middle: names differ in their last parts
+        data = data[: size // 4] + b"..." + data[-(size - size // 4 - 3) :]
+    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.int64)
 
 
 def _decode(row: Tensor) -> str:

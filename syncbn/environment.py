@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import itertools
 import os
 import re
 import socket
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 # launcher -> its variables for rank, world size, local rank, local world size. torchrun first: it may run inside the others.
 _LAUNCHERS = {
@@ -23,6 +25,7 @@ _LAUNCHERS = {
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # and Intel MPI
     "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
+_made = itertools.count()  # process groups of this process
 # What identifies a job to all of its processes, to find a port that another job is not likely to take.
 _JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
@@ -99,8 +102,12 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         timeout = datetime.timedelta(seconds=timeout)
     if here.launcher is None:  # alone: no address and no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
+    elif next(_made) == 0:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
+    else:  # after destroy_process_group: under the old keys of the store the ranks would find each other's old addresses
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout or dist.distributed_c10d.default_pg_timeout))
+        store = dist.PrefixStore(f"made anew {next(_made)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if "gloo" in backend:
         # A thread of gloo may still hold the last collective's tensor. If it lets go while Python shuts down, torch aborts the process
         # ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.

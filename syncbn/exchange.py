@@ -45,6 +45,7 @@ class Exchange(NamedTuple):
     weighting: str
     eps: float
     agreed: Agreed | None  # None for a call without a layer, which has no first time
+    shape: tuple[int, ...] | None = None  # of the layer's input on this rank, for messages
 
     @property
     def group(self) -> object:
@@ -74,7 +75,7 @@ class Exchange(NamedTuple):
                 if os.environ.get("SYNCBN_DEBUG") == "1":
                     return self._logged(tensor, kind)
                 return self.comm.all_reduce_(tensor)
-        except (agreement.RankMismatchError, ValueError, TypeError, torch.OutOfMemoryError):
+        except (agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
             raise  # this rank's own affair
         except Exception as error:
             raise RuntimeError(
@@ -88,7 +89,7 @@ class Exchange(NamedTuple):
             return
         if mode == "always" or (self.agreed is not None and self.group not in self.agreed.on(kind)):
             what = f"{kind} of {self.layer}, {tensor.numel()} numbers, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
-            agreement.compare(self.comm, what, tensor.device)
+            agreement.compare(self.comm, what, "" if self.shape is None else f"input {list(self.shape)}", tensor.device)
             if self.agreed is not None:
                 self.agreed.on(kind).add(self.group)
 

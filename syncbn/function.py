@@ -149,7 +149,8 @@ def train_batch_norm(
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
     anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
-    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, agreed)
+    shape = None if torch.compiler.is_compiling() else input.shape
+    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, agreed, shape)
     return SyncBatchNormFunction.apply(
         input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
     )

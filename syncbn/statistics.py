@@ -17,6 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from . import ops
 from .comm import resolve
+from .exchange import Agreed, Exchange
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
 from .reference import finalize
@@ -77,7 +78,8 @@ def update_bn_stats(
             run(model, batch)
     if totals:
         device = totals[0].device
-        summed = comm.all_reduce_(torch.cat([total.to(device) for total in totals]))
+        exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, Agreed())
+        summed = exchange.all_reduce_(torch.cat([total.to(device) for total in totals]), "statistics")
         for module, stats in zip(batch_norms, summed.split([len(total) for total in totals]), strict=True):
             _write(module, stats)
 

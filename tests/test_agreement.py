@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import itertools
 import logging
+import re
 
 import pytest
 import torch
@@ -25,29 +28,43 @@ def batch(channels: int = 3, dtype: torch.dtype = torch.float32) -> torch.Tensor
     return torch.randn(4, channels, 5, dtype=dtype)
 
 
-DISAGREEMENTS = {  # name: (what rank 0 calls, what the others call, words of the message)
-    "another layer": (("a", 3, torch.float32, {}), ("b", 3, torch.float32, {}), ["forward of a", "forward of b"]),
-    "another C": (("a", 3, torch.float32, {}), ("a", 4, torch.float32, {}), ["7 numbers", "9 numbers"]),
-    "another dtype": (("a", 3, torch.float32, {}), ("a", 3, torch.float64, {}), ["torch.float32", "torch.float64"]),
-    "another eps": (("a", 3, torch.float32, {}), ("a", 3, torch.float32, {"eps": 0.1}), ["1e-05", "0.1"]),
-    "another weighting": (("a", 3, torch.float32, {}), ("a", 3, torch.float32, {"weighting": "ranks"}), ["samples", "ranks"]),
+AGREED = {"name": "a", "channels": 3, "dtype": torch.float32, "eps": 1e-5, "weighting": "samples"}
+DISAGREEMENTS = {  # of the other ranks with rank 0
+    "layer": {"name": "b"},
+    "C": {"channels": 4},
+    "dtype": {"dtype": torch.float64},
+    "eps": {"eps": 0.1},
+    "weighting": {"weighting": "ranks"},
+    "layer, C and dtype": {"name": "encoder.b", "channels": 7, "dtype": torch.bfloat16},
 }
 
 
 @several
-@pytest.mark.parametrize("name", DISAGREEMENTS)
-def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, name):
-    first, others, words = DISAGREEMENTS[name]
-    layer_name, channels, dtype, options = first if world.rank == 0 else others
-    layer = named(layer_name, world, channels, dtype=dtype, **options)
+@pytest.mark.parametrize("what", DISAGREEMENTS)
+def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, what):
+    """For each rank the layer, its input's shape, which may differ by rank, and dtype."""
+    calls = [AGREED | (DISAGREEMENTS[what] if rank else {}) for rank in range(world.size)]
+    mine = dict(calls[world.rank])
+    layer = named(mine.pop("name"), world, **mine)
     with pytest.raises(RankMismatchError) as error:
-        layer(batch(channels, dtype))
-    message = str(error.value)
-    for word in words:
-        assert word in message, message
-    assert "rank 0:" in message
-    assert ("rank 1:" if world.size == 2 else "ranks 1, 2") in message
+        layer(torch.randn(4 + world.rank, mine["channels"], 5, dtype=mine["dtype"]))
+    lines = str(error.value).splitlines()
+    assert len(lines) == 1 + world.size
+    for rank, (line, call) in enumerate(zip(lines[1:], calls, strict=True)):
+        numbers = 2 * call["channels"] + (2 if call["weighting"] == "ranks" else 1)
+        said = f"{call['name']}, {numbers} numbers, {call['dtype']}, weighting {call['weighting']}, eps {call['eps']}"
+        shape = rf"\[{4 + rank}, {call['channels']}, 5\]"
+        assert re.fullmatch(rf"  rank {rank}: forward of {said}, exchange \d+ of this group, input {shape}", line), line
     SyncBatchNorm(3, process_group=world.group)(batch())  # the ranks are in step again
+
+
+@several
+def test_inputs_of_different_shapes_are_no_mismatch_and_equal_ranks_share_a_line(world):
+    named("a", world)(torch.randn(world.rank, 3, 5 - world.rank))
+    with pytest.raises(RankMismatchError) as error:
+        named("a" if world.rank == 0 else "b", world)(batch())
+    others = ", ".join(map(str, range(1, world.size)))
+    assert str(error.value).splitlines()[2].startswith(f"  rank{'s' * (world.size > 2)} {others}: forward of b, ")
 
 
 @several
@@ -60,22 +77,85 @@ def test_a_skipped_layer_is_found_at_the_next_one(world):
         b(x)
 
 
+KINDS = {  # of call, as it is named; x has gone through a layer "a" and become y
+    "forward of b": lambda world, x, y: named("b", world)(batch()),
+    "backward of a": lambda world, x, y: y.sum().backward(),
+    "double backward of a": lambda world, x, y: torch.autograd.grad(y.square().sum(), x, create_graph=True),
+    "statistics of update_bn_stats": lambda world, x, y: syncbn.update_bn_stats(
+        named("b", world), [batch()], process_group=world.group, progress=False
+    ),
+}
+
+
 @several
-def test_backward_against_forward_is_found(world):
-    a, b = named("a", world), named("b", world)
-    y = a(batch().requires_grad_())
-    with pytest.raises(RankMismatchError, match="backward of a"):
-        if world.rank == 0:
-            y.sum().backward()
-        else:
-            b(batch())
+@pytest.mark.parametrize("one, other", list(itertools.combinations(KINDS, 2)))
+def test_another_kind_of_call_is_found(world, one, other):
+    x = batch().requires_grad_()
+    y = named("a", world)(x)
+    with pytest.raises(RankMismatchError) as error:
+        KINDS[one if world.rank == 0 else other](world, x, y)
+    assert re.search(rf"rank 0: {one}, .*\n  ranks? 1.*: {other}, ", str(error.value))
+
+
+@several
+def test_another_position_is_found(world, monkeypatch):
+    """A rank whose comparison has failed before its collective, and that goes on as if nothing had been, is one ahead."""
+    layer = named("a", world)
+    layer.process_group = anew(world)
+    if world.rank == 0:
+        with monkeypatch.context() as broken, pytest.raises(MemoryError):
+            broken.setattr(agreement, "_encode", raises(MemoryError))
+            layer(batch())
+    with pytest.raises(RankMismatchError, match=r"rank 0: .* exchange 2 of this group.*\n  ranks? 1.* exchange 1 of this group"):
+        layer(batch())
+    free(layer.process_group)
+
+
+@several
+def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
+    """Nothing is remembered of a group that has been destroyed, though the next one may lie at its address."""
+    compared = []
+    original = agreement.compare
+    monkeypatch.setattr(agreement, "compare", lambda *arguments: compared.append(arguments) or original(*arguments))
+    layer = named("a", world)
+    gc.collect()
+    before = len(agreement._positions)
+    for n in range(3):
+        layer.process_group = anew(world)
+        for _ in range(2):
+            layer(batch().requires_grad_()).sum().backward()
+        assert len(compared) == 2 * (n + 1)
+        compared[-1] = compared[-2] = None
+        free(layer.process_group)
+        layer.process_group = None
+        gc.collect()
+        assert not any(layer._agreed().groups.values()) and len(agreement._positions) == before
+
+
+def anew(world) -> object:
+    """Another group of all ranks."""
+    return torch.distributed.new_group() if world.group is None else world.group.Dup()
+
+
+def free(group: object) -> None:
+    if isinstance(group, torch.distributed.ProcessGroup):
+        torch.distributed.destroy_process_group(group)
+    else:
+        group.Free()
+
+
+def raises(error: type[Exception]):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 @several
 def test_only_first_calls_compare(world, monkeypatch):
     compared = []
     original = agreement.compare
-    monkeypatch.setattr(agreement, "compare", lambda comm, record, device: compared.append(record) or original(comm, record, device))
+    monkeypatch.setattr(agreement, "compare", lambda comm, record, *more: compared.append(record) or original(comm, record, *more))
     layer = named("a", world)
     for _ in range(3):
         layer(batch().requires_grad_()).sum().backward()
@@ -117,7 +197,7 @@ def test_an_unknown_mode_is_named(world, monkeypatch):
 
 def test_long_names_keep_both_ends():
     name = "encoder." + "x" * 400 + ".bn1, 7 numbers"
-    decoded = agreement._decode(agreement._encode(name))
+    decoded = agreement._decode(agreement._encode(name, agreement.BYTES))
     assert decoded.startswith("encoder.") and decoded.endswith(".bn1, 7 numbers") and len(decoded) == agreement.BYTES
 
 

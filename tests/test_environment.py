@@ -112,6 +112,47 @@ def test_init_process_group_under(launcher, tmp_path, subprocess_env):
         assert said.endswith(f", {None if launcher == 'none' else rank}")
 
 
+AGAIN = """
+import gc, sys, torch, torch.distributed as dist, syncbn
+from torch import nn
+model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)}))
+a, b = model["a"], model["b"]
+whole = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+for time in range(3):
+    syncbn.init_process_group("gloo", timeout=20)
+    rank = dist.get_rank()
+    x = whole.split([5, 2])[rank]
+    for group in (None, dist.new_group(), syncbn.new_group("node")):
+        a.process_group = b.process_group = group
+        try:
+            (a if rank == 0 else b)(x)  # both have agreed in the groups before
+            sys.exit("no mismatch: what the groups before have agreed on is taken for this one's")
+        except syncbn.RankMismatchError:
+            pass
+        for layer in (a, b):
+            want = nn.BatchNorm1d(3)(whole).split([5, 2])[rank]
+            torch.testing.assert_close(layer(x), want)
+    a.process_group = b.process_group = group = None
+    with syncbn.join(a):
+        for _ in range(rank + 1):
+            a(x).sum().backward()
+    dist.destroy_process_group()
+    gc.collect()
+    torch.testing.assert_close(a(x), nn.BatchNorm1d(3)(x))  # alone
+open(f"{sys.argv[1]}/{rank}", "w").close()
+"""
+
+
+@pytest.mark.world_size(1)
+def test_a_default_group_made_anew_starts_from_nothing(tmp_path, subprocess_env):
+    """Its subgroups and those of join, too."""
+    (tmp_path / "job.py").write_text(AGAIN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "job.py"), str(tmp_path)]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
 def test_new_group_is_this_ranks_part(world):

@@ -20,7 +20,7 @@ TIMEOUT = 6  # seconds, of the group
 LIMIT = 60  # of the whole job
 
 JOB = """
-import os, signal, sys, time, torch, syncbn
+import os, signal, socket, sys, time, torch, syncbn
 from torch import nn
 {start}
 a, b = syncbn.SyncBatchNorm(3, process_group=group), syncbn.SyncBatchNorm(3, process_group=group)
@@ -39,12 +39,21 @@ try:
 except BaseException as error:
     said = f"{{type(error).__name__}} after {{time.time() - began:.1f}} s: {{error}}"
     open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(said)
+    time.sleep(rank * {linger})
     raise
 """
 TORCHRUN = f"""
 import torch.distributed as dist
 syncbn.init_process_group("gloo", timeout={TIMEOUT})
 rank, group = dist.get_rank(), None
+def cut_connections():
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            connection = socket.socket(fileno=os.dup(int(fd)))
+            connection.getpeername()  # an error where it only listens
+            connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
 """
 MPI = """
 from mpi4py import MPI
@@ -67,13 +76,19 @@ FAULTS = {
     ),
     "has another dtype": ("a(torch.randn(4, 3, 5).double())", ["RankMismatchError", "torch.float32", "torch.float64"]),
 }
+# A collective of rank 1 that fails by itself. It stays for a while, so that the launcher does not end rank 0 before its error.
+FAILURES = {
+    "raises": (["torchrun", "mpirun"], "type(syncbn.comm.resolve(group)).all_reduce_ = lambda *_: 1 / 0"),
+    "has lost its connections": (["torchrun"], "cut_connections()"),
+    "has lost its communicator": (["mpirun"], "syncbn.comm.resolve(group).group.comm.Free()"),
+}
 
 
-def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: str) -> tuple[int, list[int]]:
+def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: str, linger: int = 0) -> tuple[int, list[int]]:
     """(exit status, processes left behind) of a job of two ranks. It ends by itself, or is killed after LIMIT."""
     script = folder / "job.py"
     body = f"if rank == 1:\n    {fault}\nstep(a, b)"
-    script.write_text(JOB.format(start=TORCHRUN if launcher == "torchrun" else MPI, fault=textwrap.indent(body, "    ")))
+    script.write_text(JOB.format(start=TORCHRUN if launcher == "torchrun" else MPI, fault=textwrap.indent(body, "    "), linger=linger))
     command = {
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
         "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
@@ -128,3 +143,15 @@ def test_a_fault_of_rank_1_ends_rank_0_with_an_error(launcher, name, tmp_path, s
     assert waited < TIMEOUT + 4, said
     if mismatch:
         assert "RankMismatchError" in (tmp_path / "1.error").read_text()
+
+
+@pytest.mark.parametrize("name, launcher", [(name, launcher) for name, (launchers, _) in FAILURES.items() for launcher in launchers])
+def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, launcher, tmp_path, subprocess_env):
+    status, left_behind = launch(launcher, f"{FAILURES[name][1]}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
+    assert status != 0
+    assert not left_behind
+    for rank in range(2):
+        said = (tmp_path / f"{rank}.error").read_text()
+        for word in ["RuntimeError", "encoder.a", "forward", f"rank {rank} of 2"]:
+            assert word in said, said
+        assert float(re.search(r"after ([\d.]+) s", said).group(1)) < TIMEOUT + 4, said

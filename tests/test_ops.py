@@ -200,6 +200,30 @@ def test_counts_beyond_what_float32_and_int32_hold():
     assert running_mean.item() == 2 and running_var.item() == n / (n - 1)
 
 
+def test_the_ops_count_beyond_what_float32_and_int32_hold():
+    """As above, with what a layer runs: the statistics of many ranks, of which this one has two samples."""
+    n = 2.0**31 + 3
+    stats, x = torch.tensor([2 * n, 5 * n, n], dtype=torch.float64), torch.tensor([[1.0], [4.0]], dtype=torch.float64)
+    running_mean, running_var, tracked = torch.zeros(1).double(), torch.zeros(1).double(), torch.tensor(0)
+    y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, 0.0, True, "none", 0.0)
+    assert y.flatten().tolist() == [-1, 2]
+    assert running_mean.item() == 2 and running_var.item() == n / (n - 1) != 1
+    dx = ops.backward_input(x, x, stats, torch.tensor([3 * n, n], dtype=torch.float64), None, None, 0.0, "none", 0.0)
+    assert dx.flatten().tolist() == [1 - 3 + 1, 4 - 3 - 2]
+
+
+@pytest.mark.parametrize("dtype,n", [(torch.float16, 65504 + 33), (torch.bfloat16, 2**24 + 3), (torch.float32, 2**24 + 3)], ids=str)
+def test_more_samples_than_the_dtype_can_count(dtype, n):
+    x = torch.zeros(1, 1, n, dtype=dtype)
+    x[..., -1] = 1
+    layer = syncbn.SyncBatchNorm(1, momentum=1.0)
+    y = layer(x)
+    assert ops.stats(x, False).tolist() == [1, 1, n]
+    assert_close(layer.running_mean, torch.tensor([1 / n], dtype=torch.float64), TOLERANCE[torch.float32], "running_mean")
+    assert_close(layer.running_var, torch.tensor([1 / n], dtype=torch.float64), TOLERANCE[torch.float32], "running_var")
+    assert (y[..., :-1] == y[0, 0, 0]).all() and y[..., -1] > 100
+
+
 def test_nan_passes_through_relu_as_in_torch():
     x = torch.tensor([[1.0, float("nan")], [2.0, 3.0], [4.0, -1.0]])
     y = syncbn.sync_batch_norm(x, None, None, activation="relu")

@@ -30,12 +30,14 @@ class MPICommunicator:
     compares = True
 
     def __post_init__(self) -> None:
+        self._check()
         if self.comm.Is_inter():
             raise ValueError("process_group must be an intra-communicator, got an inter-communicator")
 
     @property
     def group(self) -> Clone:
         """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
+        self._check()  # it may have been freed since the forward pass
         clone: Any = self.comm.Get_attr(_CLONE)
         if clone is None:
             twin, request = self.comm.Idup()
@@ -51,6 +53,10 @@ class MPICommunicator:
     @property
     def world_size(self) -> int:
         return self.comm.Get_size()
+
+    def _check(self) -> None:
+        if self.comm == MPI.COMM_NULL:
+            raise ValueError("process_group is MPI.COMM_NULL: it does not contain this rank, or it has been freed")
 
     @torch.compiler.disable
     def all_reduce_(self, tensor: Tensor) -> Tensor:
