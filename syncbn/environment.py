@@ -100,13 +100,14 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
             )
     if isinstance(timeout, (int, float)):
         timeout = datetime.timedelta(seconds=timeout)
+    made_before = next(_made)
     if here.launcher is None:  # alone: no address and no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif next(_made) == 0:
+    elif made_before == 0:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
     else:  # after destroy_process_group: under the old keys of the store the ranks would find each other's old addresses
         store, rank, world_size = next(rendezvous("env://", timeout=timeout or dist.distributed_c10d.default_pg_timeout))
-        store = dist.PrefixStore(f"made anew {next(_made)}", store)
+        store = dist.PrefixStore(f"made anew {made_before}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if "gloo" in backend:
         # A thread of gloo may still hold the last collective's tensor. If it lets go while Python shuts down, torch aborts the process
