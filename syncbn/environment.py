@@ -99,6 +99,10 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         timeout = datetime.timedelta(seconds=timeout)
     if here.launcher is None:  # alone: no address and no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif _shares_a_store_with_the_dead():
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, init_method="env://", timeout=timeout)
     if "gloo" in backend:
@@ -106,6 +110,17 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         # ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.
         atexit.register(time.sleep, 0.05)
     return device
+
+
+def _shares_a_store_with_the_dead() -> bool:
+    """Whether torchrun has started this host's ranks anew. It keeps its store, and in it the addresses of the ranks before: these ranks
+    would call them in vain (pytorch issue 135712). Over several hosts each counts restarts for itself: see launch/torchrun.sh."""
+    env = os.environ
+    return (
+        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and env.get("GROUP_WORLD_SIZE") == "1"
+        and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    )
 
 
 def _sees_a_gpu_of_its_own() -> bool:

@@ -119,7 +119,7 @@ def world() -> World:
     return World(HERE.rank, HERE.world_size, group)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def subprocess_env() -> dict[str, str]:
     """The environment for a job that a test starts: without this run's own launcher's variables."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")
