@@ -75,6 +75,17 @@ inline DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
+// The text of a schema's str. torch's own conversion to std::string loses one at each call (until 2.14; pytorch issue 191340).
+inline std::string take(StringHandle handle) {
+  size_t length;
+  const char* data;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
 inline Activation activation_of(const std::string& name) {
   if (name == "none") return Activation::none;
   if (name == "relu") return Activation::relu;
@@ -159,8 +170,9 @@ Tensor stats(Tensor x, bool rank_weighted) {
 template <class Device>
 std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
                                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                     std::optional<double> momentum, double eps, bool unbiased, std::string activation,
+                                     std::optional<double> momentum, double eps, bool unbiased, StringHandle activation_handle,
                                      double negative_slope) {
+  const std::string activation = take(activation_handle);
   const Input<Device> in(x);
   NormalizeArgs args{};
   args.dtype = in.dtype;
@@ -194,7 +206,8 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight,
                                                            OptionalTensor bias, OptionalTensor residual, OptionalTensor mask,
-                                                           double eps, std::string activation, double negative_slope) {
+                                                           double eps, StringHandle activation_handle, double negative_slope) {
+  const std::string activation = take(activation_handle);
   const Input<Device> in(x);
   BackwardReduceArgs args{};
   args.dtype = in.dtype;
@@ -226,7 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, 
 
 template <class Device>
 Tensor backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias, double eps,
-                      std::string activation, double negative_slope) {
+                      StringHandle activation_handle, double negative_slope) {
+  const std::string activation = take(activation_handle);
   const Input<Device> in(x);
   BackwardInputArgs args{};
   args.dtype = in.dtype;

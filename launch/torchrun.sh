@@ -3,6 +3,7 @@
 #
 #   launch/torchrun.sh train.py --lr 0.1
 #   RANKS=4 launch/torchrun.sh train.py
+#   RESTARTS=3 launch/torchrun.sh examples/recovery.py
 #   HOSTS=2 MASTER_ADDR=host0 launch/torchrun.sh train.py       # the same on each host
 set -euo pipefail
 RANKS=${RANKS:-auto}                  # on each host
@@ -12,4 +13,6 @@ MASTER_PORT=${MASTER_PORT:-29500}
 RESTARTS=${RESTARTS:-0}               # how often a job whose rank has died starts anew
 meet=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-syncbn}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
 [ "$HOSTS" = 1 ] && meet=(--standalone)
+# torchrun's own store survives a restart, with the addresses of the dead ranks in it (pytorch issue 135712): let rank 0 make one.
+[ "$RESTARTS" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" "${meet[@]}" "$@"

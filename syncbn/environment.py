@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 # launcher -> its variables for rank, world size, local rank, local world size. torchrun first: it may run inside the others.
 _LAUNCHERS = {
@@ -100,20 +99,24 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
             )
     if isinstance(timeout, (int, float)):
         timeout = datetime.timedelta(seconds=timeout)
-    made_before = next(_made)
     if here.launcher is None:  # alone: no address and no port that could be taken
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif made_before == 0:
-        dist.init_process_group(backend, init_method="env://", timeout=timeout)
-    else:  # after destroy_process_group: under the old keys of the store the ranks would find each other's old addresses
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout or dist.distributed_c10d.default_pg_timeout))
-        store = dist.PrefixStore(f"made anew {made_before}", store)
+    else:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or dist.default_pg_timeout))
+        # A store outlives a group that is destroyed, and torchrun's the ranks that it starts anew (pytorch issue 135712): under keys of
+        # their own, ranks do not read the addresses of those before them and call them in vain.
+        store = dist.PrefixStore(f"restart {_restarts()}, group {next(_made)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     if "gloo" in backend:
         # A thread of gloo may still hold the last collective's tensor. If it lets go while Python shuts down, torch aborts the process
         # ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.
         atexit.register(time.sleep, 0.05)
     return device
+
+
+def _restarts() -> str:
+    """How often torchrun has started the ranks of this job anew. Agents on several hosts count for themselves: see launch/torchrun.sh."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
 
 
 def _sees_a_gpu_of_its_own() -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,14 @@ def _fits(item: pytest.Item) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[None]:
-    """Ends this rank, with the stacks of its threads, if a test takes too long. The launcher then ends the others."""
-    faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True, file=_STDERR)
-    yield
+def time_limit() -> Iterator[Callable[[], None]]:
+    """Ends this rank, with the stacks of its threads, if a test takes too long. The launcher then ends the others. A call starts anew."""
+
+    def start() -> None:
+        faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True, file=_STDERR)
+
+    start()
+    yield start
     faulthandler.cancel_dump_traceback_later()
 
 
@@ -119,7 +123,7 @@ def world() -> World:
     return World(HERE.rank, HERE.world_size, group)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def subprocess_env() -> dict[str, str]:
     """The environment for a job that a test starts: without this run's own launcher's variables."""
     drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")

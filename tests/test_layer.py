@@ -58,6 +58,9 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
     my_res = world.mine(res, counts).requires_grad_() if residual else None
     y = layer(x, my_res)
     y.backward(world.mine(dy, counts))
+    # Before the first comparison: a rank that finds an error leaves no other waiting.
+    gradients = [world.all_gather(parameter.grad) for parameter in layer.parameters()]
+    running_vars = world.all_gather(layer.running_var) if layer.track_running_stats else []
 
     want = batch_norm_step(
         whole,
@@ -78,16 +81,18 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
     if residual:
         assert_close(my_res.grad, world.mine(want.dresidual, counts), tolerance, "dresidual", want.dresidual)
     if layer.affine:  # local gradients: their sum over the ranks is the whole batch's
-        for name, parameter, wanted in (("dweight", layer.weight, want.dweight), ("dbias", layer.bias, want.dbias)):
+        for name, parameter, wanted, parts in zip(
+            ("dweight", "dbias"), (layer.weight, layer.bias), (want.dweight, want.dbias), gradients, strict=True
+        ):
             assert parameter.grad.dtype == parameter.dtype
-            total = torch.stack(world.all_gather(parameter.grad)).double().sum(0)
+            total = torch.stack(parts).double().sum(0)
             assert_close(total, wanted, max(tolerance, TOLERANCE[parameter.dtype]), name, want.terms[name])
     if layer.track_running_stats:
         stats_tolerance = TOLERANCE[layer.running_mean.dtype]
         assert_close(layer.running_mean, want.running_mean, stats_tolerance, "running_mean", 0.1 * whole.double())
         assert_close(layer.running_var, want.running_var, stats_tolerance, "running_var")
         assert layer.num_batches_tracked == 1
-        for other in world.all_gather(layer.running_var):
+        for other in running_vars:
             assert torch.equal(other, layer.running_var), "running_var differs between ranks"
 
 
