@@ -15,7 +15,7 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def is_channels_last(x: Tensor) -> bool:
     """True if dimension 1 of x [N, C, *] varies fastest in memory and x has no gaps."""
-    memory_format = _CHANNELS_LAST.get(x.dim())
+    memory_format = _CHANNELS_LAST.get(x.dim()) if x.numel() else None  # without elements it says no
     return x.movedim(1, -1).is_contiguous() if memory_format is None else x.is_contiguous(memory_format=memory_format)
 
 

@@ -3,16 +3,14 @@ no process is left behind."""
 
 from __future__ import annotations
 
-import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from processes import kill, left_behind
 
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
@@ -31,8 +29,8 @@ def step(*layers):
     for layer in layers:
         y = layer(y)
     y.sum().backward()
-open(f"{{sys.argv[1]}}/{{rank}}", "w").write(str(os.getpid()))
 step(a, b)
+open(f"{{sys.argv[1]}}/{{rank}}", "w").close()
 began = time.time()
 try:
 {fault}
@@ -93,33 +91,12 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: 
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
         "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
     }[launcher]
-    env = env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}
-    job = subprocess.Popen(
-        [*command, str(script), str(folder)], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    env = env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT), "TEST_JOB": str(folder)}
+    job = subprocess.Popen([*command, str(script), str(folder)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        status = job.wait(LIMIT)
-        grace = time.monotonic() + 5  # MPI's launcher ends before the ranks that it has told to
-        while any(map(alive, pids(folder))) and time.monotonic() < grace:
-            time.sleep(0.1)
-        return status, [pid for pid in pids(folder) if alive(pid)]
+        return job.wait(LIMIT), left_behind(str(folder))
     finally:
-        for pid in [job.pid, *pids(folder)]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-
-
-def pids(folder: Path) -> list[int]:
-    return [int(path.read_text()) for path in folder.iterdir() if path.name.isdigit()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+        kill(str(folder))
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
@@ -127,10 +104,10 @@ def alive(pid: int) -> bool:
 def test_a_fault_of_rank_1_ends_rank_0_with_an_error(launcher, name, tmp_path, subprocess_env):
     fault, words = FAULTS[name]
     mismatch = "RankMismatchError" in words
-    status, left_behind = launch(launcher, fault, tmp_path, subprocess_env, "always" if mismatch else "first")
+    status, left = launch(launcher, fault, tmp_path, subprocess_env, "always" if mismatch else "first")
     assert status != 0
-    assert len(pids(tmp_path)) == 2
-    assert not left_behind
+    assert {path.name for path in tmp_path.glob("[01]")} == {"0", "1"}, "a rank has not made its first step"
+    assert not left
     error = tmp_path / "0.error"
     if launcher == "mpirun" and name in ("raises before its collective", "is killed"):
         return  # MPI's launcher ends the others at once: they have no time to say anything
@@ -147,9 +124,9 @@ def test_a_fault_of_rank_1_ends_rank_0_with_an_error(launcher, name, tmp_path, s
 
 @pytest.mark.parametrize("name, launcher", [(name, launcher) for name, (launchers, _) in FAILURES.items() for launcher in launchers])
 def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, launcher, tmp_path, subprocess_env):
-    status, left_behind = launch(launcher, f"{FAILURES[name][1]}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
+    status, left = launch(launcher, f"{FAILURES[name][1]}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
     assert status != 0
-    assert not left_behind
+    assert not left
     for rank in range(2):
         said = (tmp_path / f"{rank}.error").read_text()
         for word in ["RuntimeError", "encoder.a", "forward", f"rank {rank} of 2"]:
