@@ -10,9 +10,11 @@ built is left out with one line that says why (`pip install -v` shows it), and t
     MAX_JOBS              compilers that run at once; default: one per core
 """
 
+import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -44,11 +46,23 @@ class CannotBuild(Exception):
     """The reason, as the rest of a sentence."""
 
 
-def compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "")) or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if not found:
-        raise CannotBuild("no C++ compiler is on PATH")
-    return found
+def compiler() -> list[str]:
+    return chosen("CXX") or first_of("c++", "g++", "clang++", what="C++ compiler")
+
+
+def chosen(variable: str) -> list[str]:
+    """The command in this environment variable, such as `ccache g++`; empty if it is not set."""
+    command = shlex.split(os.environ.get(variable, ""))
+    if command and not shutil.which(command[0]):
+        raise CannotBuild(f"{variable} is {os.environ[variable]!r}, which is not on PATH")
+    return command
+
+
+def first_of(*names: str, what: str) -> list[str]:
+    for name in names:
+        if found := shutil.which(name):
+            return [found]
+    raise CannotBuild(f"no {what} is on PATH")
 
 
 def torch_folder() -> Path:
@@ -69,13 +83,13 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     """([compile command, ...], link command); the object is the last argument of each of the first."""
     cxx, (include, link) = compiler(), torch_flags()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
-    is_clang = "clang" in subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    is_clang = "clang" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
     optimize = MATHFLAGS if is_clang else [*MATHFLAGS, *GCC_FLAGS]
     sources, commands = sorted(Path("csrc/cpu").glob("*.cpp")), []
     if not sources:
         raise CannotBuild("csrc/cpu has no kernels")
     for source in sources:
-        flags = [cxx, *CXXFLAGS, *optimize, "-c", str(source)]
+        flags = [*cxx, *CXXFLAGS, *optimize, "-c", str(source)]
         if source.stem in ("bindings", "dispatch"):
             flags += include if source.stem == "bindings" else []
             commands.append([*flags, *(["-DSYNCBN_X86"] if x86 else []), "-o", str(temp / f"{source.stem}.o")])
@@ -84,43 +98,43 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
         for isa in ISAS if x86 else ["baseline"]:
             commands.append([*flags, f"-DSYNCBN_ISA={isa}", *ISAS[isa], "-o", str(temp / f"{source.stem}.{isa}.o")])
     commands.sort(key=lambda command: "backward_reduce" not in command[-1])  # the longest first
-    return commands, [cxx, "-shared", *link]
+    return commands, [*cxx, "-shared", *link]
 
 
 def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     """As cpu_commands. The kernels need nvcc alone, the bindings the C++ compiler alone."""
-    nvcc = shutil.which(os.environ.get("NVCC", "")) or shutil.which("nvcc")
+    nvcc = chosen("NVCC") or first_of("nvcc", what="nvcc")
     kernels, bindings = sorted(Path("csrc/cuda").glob("*.cu")), sorted(Path("csrc/cuda").glob("*.cpp"))
-    if not nvcc:
-        raise CannotBuild("nvcc is not on PATH")
     if not kernels:
         raise CannotBuild("csrc/cuda has no kernels")
     cxx, (include, link) = compiler(), torch_flags()
-    dryrun = subprocess.run([nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    dryrun = subprocess.run([*nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     toolkit_include, toolkit_lib = re.findall(r'INCLUDES=.*?"-I([^"]+)"', dryrun), re.findall(r'"-L([^"]+)"', dryrun)
     gencode, names = architectures(nvcc)
     commands = [
-        [nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, "-c", str(f), "-o", str(temp / f"{f.stem}.cu.o")]
+        [*nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, "-c", str(f), "-o", str(temp / f"{f.stem}.cu.o")]
         for f in kernels
     ]
     includes = ["-DUSE_CUDA", *include, *(flag for folder in toolkit_include for flag in ("-isystem", folder))]
     for source in [*bindings, Path("csrc/build_info.cpp")]:
-        flags = [cxx, *CXXFLAGS, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"', "-c", str(source)]
+        flags = [*cxx, *CXXFLAGS, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"', "-c", str(source)]
         commands.append([*flags, "-o", str(temp / f"{source.stem}.o")])
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
         # A stand-in under that name: the library must ask for it wherever it is loaded, though it is not needed here.
-        run([cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
+        run([*cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
     folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
     runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    return commands, [cxx, "-shared", *link, *folders, "-Wl,--no-as-needed", "-ltorch_cuda", *runtime]
+    return commands, [*cxx, "-shared", *link, *folders, "-Wl,--no-as-needed", "-ltorch_cuda", *runtime]
 
 
-def architectures(nvcc: str) -> tuple[list[str], str]:
+def architectures(nvcc: list[str]) -> tuple[list[str], str]:
     """(nvcc's flags, their names as native.py reads them)."""
-    wanted = re.split(r"[;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip())
-    if wanted == [""]:
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    wanted = re.findall(r"[^;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+    if not wanted:
+        known = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
         wanted = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in known]
+        if not wanted:
+            raise CannotBuild(f"nvcc knows none of {ARCHITECTURES}: set TORCH_CUDA_ARCH_LIST")
         wanted[-1] += "+PTX"
     flags, names = [], []
     for name in wanted:
@@ -141,20 +155,33 @@ class BuildLibraries(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
+        for old in (target, *([Path(self.get_ext_filename(ext.name))] if self.editable_mode else [])):
+            old.unlink(missing_ok=True)  # what is not built now is not there: an older one would be taken for it
+        if os.environ.get(SWITCHES[ext.name]) == "0":
+            return
         temp = Path(self.build_temp).resolve() / target.stem
         temp.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             commands, link = COMMANDS[ext.name](temp)
-            changed = max(path.stat().st_mtime for path in [*Path("csrc").rglob("*.*"), Path(__file__)])
+            commands = [[*command[:-1], named_by_its_command(command)] for command in commands]
+            headers = torch_folder() / "version.py"  # as new as torch is
+            changed = max(path.stat().st_mtime for path in [*Path("csrc").rglob("*.*"), Path(__file__), headers])
             stale = [c for c in commands if not Path(c[-1]).exists() or Path(c[-1]).stat().st_mtime < changed]
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 list(pool.map(run, stale))
             # Objects first: a linker takes from a library only what came before it asked for.
-            run([*link[:2], "-o", str(target), *(c[-1] for c in commands), *link[2:]])
+            shared = link.index("-shared") + 1
+            run([*link[:shared], "-o", str(target), *(c[-1] for c in commands), *link[shared:]])
         except CannotBuild as reason:
             print(f"syncbn: {target.name} is not built: {reason}", file=sys.stderr)
             raise CompileError(str(reason)) from None
+
+
+def named_by_its_command(command: list[str]) -> str:
+    """The object's path, with a digest: other flags or another compiler make another object."""
+    path = Path(command[-1])
+    return str(path.with_suffix(f".{hashlib.sha256(repr(command).encode()).hexdigest()[:12]}.o"))
 
 
 def run(command: list[str]) -> None:
@@ -169,14 +196,11 @@ class AnyPython(bdist_wheel):
 
 
 COMMANDS = {"syncbn.libsyncbn_cpu": cpu_commands, "syncbn.libsyncbn_cuda": cuda_commands}
+SWITCHES = {"syncbn.libsyncbn_cpu": "SYNCBN_BUILD_CPU", "syncbn.libsyncbn_cuda": "SYNCBN_BUILD_CUDA"}
 
-
-def extensions() -> list[Extension]:
-    found = []
-    for name, switch in (("syncbn.libsyncbn_cpu", "SYNCBN_BUILD_CPU"), ("syncbn.libsyncbn_cuda", "SYNCBN_BUILD_CUDA")):
-        if os.environ.get(switch) != "0" and sys.platform == "linux":
-            found.append(Extension(name, [], optional=os.environ.get(switch) != "1"))
-    return found
-
-
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython})
+# optional: a library that cannot be built, or is turned off, is left out.
+extensions = [Extension(name, [], optional=os.environ.get(switch) != "1") for name, switch in SWITCHES.items()]
+setup(
+    ext_modules=extensions if sys.platform == "linux" else [],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
+)

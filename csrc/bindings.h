@@ -134,16 +134,22 @@ struct Input {
     Device::check(name, *t, x);
     SYNCBN_CHECK(t->dim() == 1 && t->size(0) == layout.C && t->is_contiguous(), name, " must be contiguous [", layout.C,
                  "] to match x ", show(x.sizes()), ", got ", show(t->sizes()), " with strides ", show(t->strides()));
-    return {t->data_ptr(), dtype_of(name, *t)};
+    return {const_cast<void*>(t->const_data_ptr()), dtype_of(name, *t)};
+  }
+  // The same for what is written.
+  ChannelVector updated(const char* name, const OptionalTensor& t) const {
+    ChannelVector found = vector(name, t);
+    if (t) found.data = t->data_ptr();
+    return found;
   }
 
   // A flat tensor of one dtype whose number of elements is one of two.
-  void* flat(const char* name, const Tensor& t, ScalarType type, int64_t numel, int64_t or_numel) const {
+  const void* flat(const char* name, const Tensor& t, ScalarType type, int64_t numel, int64_t or_numel) const {
     Device::check(name, t, x);
     SYNCBN_CHECK(t.scalar_type() == type && t.is_contiguous() && (t.numel() == numel || t.numel() == or_numel), name,
                  " must be contiguous ", show(type), " [", numel, "]", numel == or_numel ? "" : " or one more", ", got ",
                  show(t.scalar_type()), " ", show(t.sizes()));
-    return t.data_ptr();
+    return t.const_data_ptr();
   }
 
   Statistics statistics(const Tensor& stats, double eps) const {
@@ -182,10 +188,11 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.weight = in.vector("weight", weight);
   args.bias = in.vector("bias", bias);
   args.residual = in.same("residual", residual);
-  args.running_mean = in.vector("running_mean", running_mean);
-  args.running_var = in.vector("running_var", running_var);
+  args.running_mean = in.updated("running_mean", running_mean);
+  args.running_var = in.updated("running_var", running_var);
   if (num_batches_tracked) {
-    args.num_batches_tracked = static_cast<int64_t*>(in.flat("num_batches_tracked", *num_batches_tracked, ScalarType::Long, 1, 1));
+    in.flat("num_batches_tracked", *num_batches_tracked, ScalarType::Long, 1, 1);
+    args.num_batches_tracked = static_cast<int64_t*>(num_batches_tracked->data_ptr());
   }
   args.cumulative = !momentum;
   args.momentum = momentum.value_or(0);
@@ -222,7 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, 
   args.negative_slope = negative_slope;
   if (has_sign(args.activation)) {
     SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and ", activation, ", as normalize returned it");
-    if (mask) args.mask = static_cast<uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel, in.mask_numel));
+    if (mask) args.mask = static_cast<const uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel, in.mask_numel));
   }
 
   Device device(x);

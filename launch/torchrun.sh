@@ -15,4 +15,4 @@ meet=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-syncbn}" --rdzv-endpoint "$MASTER
 [ "$HOSTS" = 1 ] && meet=(--standalone)
 # torchrun's own store survives a restart, with the addresses of the dead ranks in it (pytorch issue 135712): let rank 0 make one.
 [ "$RESTARTS" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" "${meet[@]}" "$@"
+exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" "${meet[@]}" "$@"

@@ -121,7 +121,8 @@ def _restarts() -> str:
 
 def _sees_a_gpu_of_its_own() -> bool:
     """Whether srun was told to give each task its GPUs."""
-    return any(name in os.environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"))
+    # The second is set for processors, too: "cpu=8,gres/gpu=1".
+    return "SLURM_GPUS_PER_TASK" in os.environ or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
 
 
 def export() -> Place:
@@ -145,8 +146,11 @@ def _meeting_point(here: Place) -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except ImportError:
-        if here.local_world_size < here.world_size:
-            raise ValueError("mpirun over several hosts needs mpi4py (pip install 'syncbn[mpi]'), or MASTER_ADDR and MASTER_PORT") from None
+        # MPICH does not name its jobs: two of them on a host would take one port.
+        if here.local_world_size < here.world_size or not any(name in os.environ for name in _JOB_IDS):
+            raise ValueError(
+                "MPICH's mpirun, and any over several hosts, needs mpi4py (pip install 'syncbn[mpi]'), or MASTER_ADDR and MASTER_PORT"
+            ) from None
         return "127.0.0.1", _port_of_job()
     if MPI.COMM_WORLD.Get_size() != here.world_size:
         raise ValueError(

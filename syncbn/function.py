@@ -219,6 +219,8 @@ def sync_batch_norm(
     Returns:
         y [N, C, *] of the input's type and memory format.
 
+    The ranks compare what they exchange only with SYNCBN_CHECK=always: a function has no first time, as a layer has.
+
     Raises:
         ValueError: an argument has the wrong shape, type or device (before any collective), or each channel has a single value over
             all ranks while training (on every rank).

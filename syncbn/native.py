@@ -95,8 +95,12 @@ def _architectures(path: Path) -> str:
 
 
 def _runs(built: str, capability: int) -> bool:
-    """Code for x.y runs on x.z with z >= y; PTX runs on anything newer."""
+    """Code for x.y runs on x.z with z >= y, for x.ya on x.y alone; PTX runs on anything newer."""
     for name in built.split():
+        if name[-1] in "af":
+            if int(name[:-1]) == capability:
+                return True
+            continue
         number = int(re.sub(r"\D", "", name))
         if number <= capability and (number // 10 == capability // 10 or name.endswith("+PTX")):
             return True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import op_cases
@@ -27,12 +28,14 @@ SHAPES = [
     (1, 1, 1, 16),  # one vector exactly
     (2, 2, 97, 97),  # odd planes, one to a chunk
     (1, 2, 1, 33001),  # a plane in several chunks, which start inside bytes of the mask
+    (3, 1, 1, 33001),  # more values of a channel than a partial sum covers
     (40, 2, 13, 20),  # several planes in a chunk
-    (2, 70, 5, 5),  # more channels than a group
+    (2, 300, 5, 5),  # more channels than a group
     (5, 4, 2, 2),  # planes shorter than a vector
     (6, 1, 3, 3),  # C = 1
     (16, 33),  # 2-D: C not a multiple of a vector
-    (8, 300),  # 2-D: more channels than a strip
+    (8, 300),  # 2-D: rows folded to more than a strip
+    (40, 1500),  # 2-D: more channels than a strip
     (1, 5),  # fewer numbers than a vector
     (700, 3),  # rows folded, the last one short; several chunks of rows
     (2, 3, 4, 5, 6),  # 5-D
@@ -226,6 +229,44 @@ def test_variance_survives_mean_and_outliers(shape, layout):
     y = ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 0.0, True, "none", 0.0)[0]
     want = reference.normalize(x.double(), reference.stats(x.double()), None, None, None, None, None, None, 0.1, 0.0, True, "none", 0.0)[0]
     assert (y.double() - want).abs().max() < 2e-6
+
+
+def test_the_short_end_of_a_long_plane_keeps_its_digits_too():
+    """So long that the end, fewer values than a vector, is a chunk of its own, on any instruction set."""
+    noise = torch.randn(1, 1, 257 * 16384 + 3, generator=torch.Generator().manual_seed(1))
+    assert relative_variance_error(noise + 1e5) < 3e-6
+
+
+def test_silu_of_very_negative_values_is_the_references():
+    x = torch.tensor([[-1e2], [-1e36], [-3e38], [float("-inf")], [-20.0], [0.0], [88.0], [3e38]])
+    args = (x, torch.tensor([0.0, 1.0, 1.0]).double(), None, None, None)
+    how = (0.0, "silu", 0.0)
+    y, want = (f.normalize(*args, None, None, None, 0.1, 0.0, True, *how[1:])[0] for f in (ops, reference))
+    assert torch.allclose(y, want, rtol=1e-6, atol=1e-30, equal_nan=True)
+    dz, want = (f.backward_reduce(torch.ones_like(x), *args, torch.empty(0, dtype=torch.uint8), *how)[1] for f in (ops, reference))
+    assert torch.allclose(dz, want, rtol=1e-6, atol=1e-30, equal_nan=True)
+
+
+def test_no_byte_behind_the_mask_is_read():
+    """The masks end where a page does, before one that cannot be read."""
+    code = """
+import ctypes, mmap, torch
+from syncbn import layout, ops
+libc, page = ctypes.CDLL(None), mmap.PAGESIZE
+memory = mmap.mmap(-1, 2 * page)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
+for shape in [(1, 1, 2), (2, 3), (1, 1, 8), (3, 2, 17), (2, 33), (1, 2, 3, 3)]:
+    x = torch.randn(shape)
+    n = layout.mask_bytes(x)
+    mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)
+    mask.fill_(255)
+    stats = torch.ones(2 * shape[1] + 1).double()
+    dz = ops.backward_reduce(torch.ones(shape), x, stats, None, None, x, mask, 1e-5, "relu", 0.0)[1]
+    assert dz.tolist() == torch.ones(shape).tolist()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_relu_lets_nan_through_and_stops_minus_infinity():

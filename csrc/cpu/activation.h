@@ -31,7 +31,11 @@ RARE Pack<double> exp(Pack<double> x) {
   return x;
 }
 
-template <typename T> INLINE Pack<T> sigmoid(Pack<T> z) { return Pack<T>(1) / (Pack<T>(1) + exp(Pack<T>(0) - z)); }
+// 0 where exp(-z) would overflow: times a huge z, the least number would not be small.
+template <typename T> INLINE Pack<T> sigmoid(Pack<T> z) {
+  Pack<T> s = Pack<T>(1) / (Pack<T>(1) + exp(Pack<T>(0) - z));
+  return Pack<T>::map([&](int r) { return z.v[r] < T(-87) ? typename Pack<T>::V{} : s.v[r]; });
+}
 
 template <Activation activation, typename T> INLINE Pack<T> activate(Pack<T> z, Pack<T> negative_slope) {
   if constexpr (activation == Activation::relu) return select_positive(z, z, Pack<T>(0));

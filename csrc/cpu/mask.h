@@ -14,6 +14,13 @@ template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t
   return bits >> (f % 8);
 }
 
+INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Partial lanes) {
+  const uint8_t* p = mask + f / 8 + row;
+  uint32_t bits = 0;
+  for (int k = 0; 8 * k < int(f % 8) + lanes.last; ++k) bits |= uint32_t(p[k]) << (8 * k);
+  return bits >> (f % 8);
+}
+
 // Writes the bits of lanes [first, last) of a pack at element f. They start or end at a byte unless the row does, and the last bits
 // of a row are written up to its idle bits, as zeros.
 template <typename Lanes> INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Lanes lanes, bool row_end) {

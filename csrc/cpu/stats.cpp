@@ -50,7 +50,10 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
       count[c - c0] += n;
       for (int64_t i = 0; i + PACK <= n && packs[c - c0] < SHIFT_PACKS; i += PACK, ++packs[c - c0]) shift[c - c0] += load(x + f + i);
     });
-    for (int64_t c = c0; c < c1; ++c) shift[c - c0] = P(acc_t(sum(shift[c - c0]) / (max(packs[c - c0], 1) * PACK)));
+    for (int64_t c = c0; c < c1; ++c) {
+      // A chunk shorter than a pack, the end of a long plane, has the channel's.
+      shift[c - c0] = P(acc_t(packs[c - c0] ? sum(shift[c - c0]) / (packs[c - c0] * PACK) : origins[c]));
+    }
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
       for (int64_t b = 0; b < n; b += BLOCK) {
         ChainSums<acc_t> t1, t2;

@@ -13,7 +13,7 @@ namespace syncbn::cpu::SYNCBN_ISA {
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
 constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
-constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, at most 64 blocks or planes
+constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most 64 planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
@@ -214,6 +214,7 @@ struct Columns {
       finish_streams();
     });
     if (rest) body(rows * width, rest, rows, 1);
+    finish_streams();
   }
 };
 

@@ -8,9 +8,10 @@
 
 #include <map>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
+#include <utility>
 
 #include "launch.cuh"
 #include "ops.h"
@@ -22,31 +23,45 @@ void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("syncbn: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
-struct Workspace {
-  Tensor memory;
-  unsigned long long capture;  // the capture it was made for; 0: none
-};
+// Memory for one launch on `stream`: counters that are 0, and space for partial sums.
+class Workspace {
+  void* memory_;
+  std::optional<Tensor> owner_;
 
-// One for each device and stream, made at the first call. Kernels of a graph may be replayed on any stream, so that a capture gets
-// one of its own: its memory is the graph's, and its counters are zeroed by a node of the graph, once per replay.
-void* workspace_on(const Tensor& x, cudaStream_t stream, int sm_count) {
-  cudaStreamCaptureStatus status;
-  unsigned long long capture = 0;
-  check_cuda(cudaStreamGetCaptureInfo(stream, &status, &capture), "cudaStreamGetCaptureInfo");
-  if (status != cudaStreamCaptureStatusActive) capture = 0;
-
-  static std::mutex mutex;
-  // Never destroyed: at exit, CUDA may be gone before it.
-  static auto& workspaces = *new std::map<std::tuple<int, cudaStream_t, bool>, Workspace>;
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto [found, is_new] = workspaces.try_emplace({x.get_device_index(), stream, capture != 0});
-  Workspace& workspace = found->second;
-  if (is_new || workspace.capture != capture) {
-    workspace = {torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(sm_count))}, ScalarType::Byte), capture};
-    check_cuda(cudaMemsetAsync(workspace.memory.data_ptr(), 0, counter_bytes(sm_count), stream), "cudaMemsetAsync");
+ public:
+  Workspace(const Tensor& x, cudaStream_t stream, int sm_count) {
+    cudaStreamCaptureStatus status;
+    check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+    if (status == cudaStreamCaptureStatusActive) {
+      // A graph may be replayed on any stream, beside other work: each of its launches has memory from the graph's own pool, which
+      // takes it back as soon as the launch is captured, and a node that zeroes the counters.
+      owner_ = torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(sm_count))}, ScalarType::Byte);
+      memory_ = owner_->data_ptr();
+      zero_counters(stream, sm_count);
+      return;
+    }
+    // Otherwise one for each device and stream, for ever: each launch leaves its counters at 0 for the next. Not torch's memory: that
+    // of a pool must not be kept.
+    static std::mutex mutex;
+    static auto& kept = *new std::map<std::pair<int, cudaStream_t>, void*>;  // never destroyed: at exit, CUDA may be gone before it
+    const std::lock_guard<std::mutex> lock(mutex);
+    const std::pair<int, cudaStream_t> key{x.get_device_index(), stream};
+    if (const auto found = kept.find(key); found != kept.end()) {
+      memory_ = found->second;
+      return;
+    }
+    check_cuda(cudaMalloc(&memory_, workspace_bytes(sm_count)), "cudaMalloc");
+    zero_counters(stream, sm_count);
+    kept[key] = memory_;
   }
-  return workspace.memory.data_ptr();
-}
+
+  void* get() const { return memory_; }
+
+ private:
+  void zero_counters(cudaStream_t stream, int sm_count) {
+    check_cuda(cudaMemsetAsync(memory_, 0, counter_bytes(sm_count), stream), "cudaMemsetAsync");
+  }
+};
 
 class Cuda {
   const Tensor& x_;
@@ -62,7 +77,8 @@ class Cuda {
     check_cuda(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    check_cuda(op(args, {sm_count, workspace_on(x_, cuda_stream, sm_count), cuda_stream}), kernel);
+    const Workspace workspace(x_, cuda_stream, sm_count);
+    check_cuda(op(args, {sm_count, workspace.get(), cuda_stream}), kernel);
   }
 
  public:

@@ -1,4 +1,4 @@
-"""After: torchrun.  torchrun --nproc-per-node 4 train_torchrun.py   (or mpirun -n 4 python train_torchrun.py)"""
+"""After: torchrun.  torchrun --nproc-per-node 4 train_torchrun.py   (or mpirun -n 4 python -m mpi4py train_torchrun.py)"""
 
 import torch
 import torch.distributed as dist
