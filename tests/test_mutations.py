@@ -81,7 +81,7 @@ CHANGED = [
     Mutant("finalize.cuh", "read(bias, c) - lo * scale", "read(bias, c)", "normalize"),
     Mutant("finalize.cuh", "stats.rank_weighted ? weights", "false ? weights", "backward_input"),
     # The moving statistics
-    Mutant("normalize.cu", "*args.num_batches_tracked + 1", "*args.num_batches_tracked", "normalize"),
+    Mutant("normalize.cu", "(tracked + 1)", "(tracked)", "normalize"),
     Mutant("normalize.cu", "config.groups - 1;", "config.groups;", "normalize"),
     Mutant("normalize.cu", "walk.split == 0 && t < columns", "t < columns", "normalize"),
     Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count", "normalize"),

@@ -14,8 +14,8 @@ namespace {
 
 __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m, int64_t c) {
   const double count = args.stats.data[2 * args.layout.C];
-  double factor = args.momentum;
-  if (args.cumulative) factor = args.num_batches_tracked && *args.num_batches_tracked > 0 ? 1.0 / static_cast<double>(*args.num_batches_tracked + 1) : 1.0;
+  const int64_t tracked = args.num_batches_tracked && *args.num_batches_tracked > 0 ? *args.num_batches_tracked : 0;
+  const double factor = args.cumulative ? 1.0 / static_cast<double>(tracked + 1) : args.momentum;
   if (!(count > 0 && factor > 0)) return;
   const double var = args.unbiased ? m.var * count / (count > 2 ? count - 1 : 1) : m.var;
   const ChannelVector &mean = args.running_mean, &variance = args.running_var;
