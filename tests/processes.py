@@ -1,38 +1,61 @@
-"""The processes of a job that a test has started, found by a mark in their environment: launchers give their children sessions and
+"""The processes of a job that a test has started, found by a variable in their environment: launchers give their children sessions and
 groups of their own, but hand the environment down."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+MARK = "SYNCBN_TEST_JOB"
 
-def marked(mark: str) -> list[int]:
-    """Ids of the living processes with `mark` in their environment, this one excepted."""
+
+@contextmanager
+def job(env: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """`env` with a mark that no other job has. At the end all processes that have it are killed."""
+    env = {**env, MARK: uuid.uuid4().hex}
+    try:
+        yield env
+    finally:
+        kill(env)
+
+
+def run(command: list[str], *, env: Mapping[str, str], timeout: float, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """subprocess.run, with the output as text, for a command that starts others: in the end, or at the timeout, none of them is left."""
+    with job(env) as env:
+        return subprocess.run(command, env=env, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False)
+
+
+def marked(env: Mapping[str, str]) -> list[int]:
+    """Ids of the living processes with the mark of `env`."""
+    entry = f"{MARK}={env[MARK]}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
+        with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             alive = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-            if alive and mark.encode() in (folder / "environ").read_bytes() and int(folder.name) != os.getpid():
+            if alive and entry in (folder / "environ").read_bytes().split(b"\0"):
                 found.append(int(folder.name))
-        except (FileNotFoundError, ProcessLookupError, PermissionError):
-            continue  # it has ended, or is another user's
     return found
 
 
-def left_behind(mark: str, grace: float = 5) -> list[int]:
+def left_behind(env: Mapping[str, str], grace: float = 5) -> list[int]:
     """What is still there after `grace` seconds: a launcher may end before those that it has told to."""
     deadline = time.monotonic() + grace
-    while (found := marked(mark)) and time.monotonic() < deadline:
+    while (found := marked(env)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return found
 
 
-def kill(mark: str) -> None:
-    for pid in marked(mark):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+def kill(env: Mapping[str, str], grace: float = 5) -> None:
+    """Returns when they have ended."""
+    deadline = time.monotonic() + grace
+    while (found := marked(env)) and time.monotonic() < deadline:  # again: one may have started another
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
+from processes import run
 
 pytestmark = pytest.mark.world_size(1)
 LAUNCHERS = {
@@ -19,7 +19,7 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_right_layer_passes(launcher, subprocess_env):
     command = [*LAUNCHERS[launcher], "-m", "syncbn.check", "--json"]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
+    done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "alone" else 2)
@@ -36,14 +36,14 @@ def test_a_wrong_layer_fails(subprocess_env):
         "from syncbn.check import main; sys.exit(main([]))"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--no-python", sys.executable, "-c", spoil]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
+    done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 1
     assert "WRONG" in done.stdout
 
 
 def test_problems_are_told_with_what_to_do(subprocess_env):
     env = {name: value for name, value in subprocess_env.items() if name != "OMP_NUM_THREADS"} | {"SYNCBN_NATIVE": "0"}
-    done = subprocess.run([*LAUNCHERS["mpirun"], "-m", "syncbn.check"], env=env, capture_output=True, text=True, timeout=100)
+    done = run([*LAUNCHERS["mpirun"], "-m", "syncbn.check"], env=env, timeout=100)
     assert done.returncode == 0, done.stderr
     assert "problem: cpu runs the slower reference: turned off by SYNCBN_NATIVE=0." in done.stdout
     assert "problem: OMP_NUM_THREADS is not set" in done.stdout

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run
 
 import syncbn
 from syncbn import environment
@@ -102,7 +102,7 @@ def test_init_process_group_under(launcher, tmp_path, subprocess_env):
         "mpirun": ["mpirun", "-n", "2", sys.executable],
     }[launcher]
     command += [str(tmp_path / "job.py"), str(tmp_path)]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
+    done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
     size = 1 if launcher == "none" else 2
     for rank in range(size):
@@ -148,7 +148,7 @@ def test_a_default_group_made_anew_starts_from_nothing(tmp_path, subprocess_env)
     """Its subgroups and those of join, too."""
     (tmp_path / "job.py").write_text(AGAIN)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(tmp_path / "job.py"), str(tmp_path)]
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=100)
+    done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 

@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 
 
-def run(command, env, cwd):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=env | {"PYTHONPATH": str(ROOT)},
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+def output(command, env, cwd):
+    done = run([sys.executable, *map(str, command)], env=env | {"PYTHONPATH": str(ROOT)}, cwd=cwd, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -36,7 +28,7 @@ def test_horovod_script_is_python():
 def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
     pytest.importorskip("sklearn")
     script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
-    out = run(["-m", "torch.distributed.run", "--nproc-per-node=2", script], subprocess_env, tmp_path)
+    out = output(["-m", "torch.distributed.run", "--nproc-per-node=2", script], subprocess_env, tmp_path)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
     assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
 
@@ -52,12 +44,12 @@ def test_moving_statistics(subprocess_env, tmp_path):
         "--steps=12",
         "--out=plot.png",
     ]
-    run(command, subprocess_env, tmp_path)
+    output(command, subprocess_env, tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fold(subprocess_env, tmp_path):
     for module in ("rich", "tqdm"):
         pytest.importorskip(module)
-    out = run([EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
+    out = output([EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
     assert "before" in out and "after" in out and "largest difference" in out

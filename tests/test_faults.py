@@ -3,17 +3,20 @@ no process is left behind."""
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import kill, left_behind
+from processes import job, left_behind
 
 pytestmark = pytest.mark.world_size(1)
-ROOT = Path(__file__).parent.parent
 TIMEOUT = 6  # seconds, of the group
 LIMIT = 60  # of the whole job
 
@@ -40,7 +43,7 @@ except BaseException as error:
     time.sleep(rank * {linger})
     raise
 """
-TORCHRUN = f"""
+TORCH = f"""
 import torch.distributed as dist
 syncbn.init_process_group("gloo", timeout={TIMEOUT})
 rank, group = dist.get_rank(), None
@@ -59,76 +62,106 @@ group = MPI.COMM_WORLD
 rank = group.rank
 """
 
-# What rank 1 does while rank 0 takes further steps, and which words rank 0's error must have.
-NAMES_THE_LAYER = ["RuntimeError", "encoder.a", "forward", "rank 0 of 2"]
+LAUNCHERS = ("torchrun", "mpirun")
+ALONE = ("none",)  # two processes with torchrun's variables: when rank 1 ends, nothing ends rank 0 before its error
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What rank 1 does while rank 0 takes a further step, the words of rank 0's error, and when it comes: see docs/faults.md."""
+
+    code: str
+    words: tuple[str, ...]
+    at_once: bool  # else after the timeout
+    launchers: tuple[str, ...] = LAUNCHERS
+    check: str = "first"
+
+
+def names(layer: str, direction: str, rank: int = 0) -> tuple[str, ...]:
+    return "RuntimeError", f"{layer}: rank {rank} of 2", f"{direction} exchange"
+
+
+def mismatch(code: str, *words: str) -> Fault:
+    return Fault(code, ("RankMismatchError", *words), at_once=True, check="always")
+
+
+NO_MORE = "raise ValueError('no more')"
 FAULTS = {
-    "raises before its collective": ("raise ValueError('no more')", NAMES_THE_LAYER),
-    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", NAMES_THE_LAYER),
-    "is stopped": ("os.kill(os.getpid(), signal.SIGSTOP)", NAMES_THE_LAYER),
-    "leaves the loop early": (f"time.sleep({4 * TIMEOUT})", NAMES_THE_LAYER),
-    "skips a layer": ("step(b)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
-    "calls layers in another order": ("step(b, a)", ["RankMismatchError", "forward of encoder.a", "forward of encoder.b"]),
-    "has another C": (
-        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))",
-        ["RankMismatchError", "7 numbers", "11 numbers"],
+    "raises before its collective": Fault(NO_MORE, names("encoder.a", "forward"), True, ALONE + LAUNCHERS),
+    "raises between forward and backward": Fault(f"b(a(torch.randn(4, 3, 5))); {NO_MORE}", names("encoder.b", "backward"), True, ALONE),
+    "is killed": Fault("os.kill(os.getpid(), signal.SIGKILL)", names("encoder.a", "forward"), True, ALONE + LAUNCHERS),
+    "is stopped": Fault("os.kill(os.getpid(), signal.SIGSTOP)", names("encoder.a", "forward"), False),
+    "leaves the loop early": Fault(f"time.sleep({4 * TIMEOUT})", names("encoder.a", "forward"), False),
+    "skips a layer": mismatch("step(b)", "forward of encoder.a", "forward of encoder.b"),
+    "calls layers in another order": mismatch("step(b, a)", "forward of encoder.a", "forward of encoder.b"),
+    "has another C": mismatch(
+        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))", "7 numbers", "11 numbers"
     ),
-    "has another dtype": ("a(torch.randn(4, 3, 5).double())", ["RankMismatchError", "torch.float32", "torch.float64"]),
+    "has another dtype": mismatch("a(torch.randn(4, 3, 5).double())", "torch.float32", "torch.float64"),
 }
-# A collective of rank 1 that fails by itself. It stays for a while, so that the launcher does not end rank 0 before its error.
+# A collective of rank 1 that fails by itself: (launchers, code, whether rank 0's error comes at once). Rank 1 stays for a while, so that
+# the launcher does not end rank 0 before its error.
 FAILURES = {
-    "raises": (["torchrun", "mpirun"], "type(syncbn.comm.resolve(group)).all_reduce_ = lambda *_: 1 / 0"),
-    "has lost its connections": (["torchrun"], "cut_connections()"),
-    "has lost its communicator": (["mpirun"], "syncbn.comm.resolve(group).group.comm.Free()"),
+    "raises": (LAUNCHERS, "type(syncbn.comm.resolve(group)).all_reduce_ = lambda *_: 1 / 0", False),
+    "has lost its connections": (["torchrun"], "cut_connections()", True),
+    "has lost its communicator": (["mpirun"], "syncbn.comm.resolve(group).group.comm.Free()", False),
 }
 
 
 def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: str, linger: int = 0) -> tuple[int, list[int]]:
-    """(exit status, processes left behind) of a job of two ranks. It ends by itself, or is killed after LIMIT."""
-    script = folder / "job.py"
+    """(exit status, processes left behind) of a job of two ranks: the launcher's status, or rank 0's where there is none. The job ends by
+    itself, or is killed after LIMIT."""
     body = f"if rank == 1:\n    {fault}\nstep(a, b)"
-    script.write_text(JOB.format(start=TORCHRUN if launcher == "torchrun" else MPI, fault=textwrap.indent(body, "    "), linger=linger))
-    command = {
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"],
-        "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
+    start = MPI if launcher == "mpirun" else TORCH
+    (folder / "job.py").write_text(JOB.format(start=start, fault=textwrap.indent(body, "    "), linger=linger))
+    script = [str(folder / "job.py"), str(folder)]
+    commands = {  # and variables of their own
+        "none": [([sys.executable, *script], variables) for variables in two_ranks()],
+        "torchrun": [([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", *script], {})],
+        "mpirun": [(["mpirun", "-n", "2", sys.executable, "-m", "mpi4py", *script], {})],
     }[launcher]
-    env = env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT), "TEST_JOB": str(folder)}
-    job = subprocess.Popen([*command, str(script), str(folder)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        return job.wait(LIMIT), left_behind(str(folder))
-    finally:
-        kill(str(folder))
+    deadline = time.monotonic() + LIMIT
+    with job(env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}) as env, open(os.devnull, "w") as null:
+        started = [subprocess.Popen(command, env=env | variables, stdout=null, stderr=null) for command, variables in commands]
+        statuses = [process.wait(deadline - time.monotonic()) for process in started]
+        return statuses[0], left_behind(env)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_of_rank_1_ends_rank_0_with_an_error(launcher, name, tmp_path, subprocess_env):
-    fault, words = FAULTS[name]
-    mismatch = "RankMismatchError" in words
-    status, left = launch(launcher, fault, tmp_path, subprocess_env, "always" if mismatch else "first")
-    assert status != 0
-    assert {path.name for path in tmp_path.glob("[01]")} == {"0", "1"}, "a rank has not made its first step"
-    assert not left
-    error = tmp_path / "0.error"
-    if launcher == "mpirun" and name in ("raises before its collective", "is killed"):
-        return  # MPI's launcher ends the others at once: they have no time to say anything
-    if name in ("is killed", "raises before its collective") and not error.exists():
-        return  # torchrun may end rank 0 before the error of its connection has reached it
+def two_ranks() -> list[dict[str, str]]:
+    """The variables that torchrun would set."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def assert_says(error: Path, words: tuple[str, ...], at_once: bool) -> None:
     said = error.read_text()
     for word in words:
         assert word in said, said
     waited = float(re.search(r"after ([\d.]+) s", said).group(1))
-    assert waited < TIMEOUT + 4, said
-    if mismatch:
-        assert "RankMismatchError" in (tmp_path / "1.error").read_text()
+    at_least, less_than = (0, TIMEOUT - 2) if at_once else (TIMEOUT - 1, TIMEOUT + 4)
+    assert at_least <= waited < less_than, said
 
 
-@pytest.mark.parametrize("name, launcher", [(name, launcher) for name, (launchers, _) in FAILURES.items() for launcher in launchers])
+@pytest.mark.parametrize("name, launcher", [(name, launcher) for name, fault in FAULTS.items() for launcher in fault.launchers])
+def test_a_fault_of_rank_1_ends_rank_0_with_an_error(name, launcher, tmp_path, subprocess_env):
+    fault = FAULTS[name]
+    status, left = launch(launcher, fault.code, tmp_path, subprocess_env, fault.check)
+    assert status != 0
+    assert {path.name for path in tmp_path.glob("[01]")} == {"0", "1"}, "a rank has not made its first step"
+    assert not left
+    if launcher != "none" and "none" in fault.launchers:
+        return  # the launcher may have ended rank 0 before its error
+    assert_says(tmp_path / "0.error", fault.words, fault.at_once)
+    if "RankMismatchError" in fault.words:
+        assert_says(tmp_path / "1.error", fault.words, fault.at_once)
+
+
+@pytest.mark.parametrize("name, launcher", [(name, launcher) for name, row in FAILURES.items() for launcher in row[0]])
 def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, launcher, tmp_path, subprocess_env):
-    status, left = launch(launcher, f"{FAILURES[name][1]}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
+    _, code, rank_0_at_once = FAILURES[name]
+    status, left = launch(launcher, f"{code}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
     assert status != 0
     assert not left
-    for rank in range(2):
-        said = (tmp_path / f"{rank}.error").read_text()
-        for word in ["RuntimeError", "encoder.a", "forward", f"rank {rank} of 2"]:
-            assert word in said, said
-        assert float(re.search(r"after ([\d.]+) s", said).group(1)) < TIMEOUT + 4, said
+    assert_says(tmp_path / "0.error", names("encoder.a", "forward", rank=0), rank_0_at_once)
+    assert_says(tmp_path / "1.error", names("encoder.a", "forward", rank=1), at_once=True)

@@ -25,6 +25,7 @@ options = st.fixed_dictionaries(
         "affine": st.booleans(),
         "track_running_stats": st.booleans(),
         "unbiased": st.booleans(),
+        "momentum": st.sampled_from([0.1, 0.3, None]),
         "eps": st.sampled_from([1e-5, 1e-3, 0.5]),
         "activation": st.sampled_from([None, "relu", "leaky_relu", "silu"]),
     },

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import run
 
 pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
 
 
-def run(command: list[str], env: dict[str, str]) -> str:
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=110)
+def output(command: list[str], env: dict[str, str]) -> str:
+    done = run(command, env=env, cwd=ROOT, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -32,7 +33,7 @@ def one_process(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("norm", ["sync", "local"])
 def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, subprocess_env):
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
-    run([f"launch/{launcher}", "examples/digits.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)], env)
+    output([f"launch/{launcher}", "examples/digits.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)], env)
     (curve,) = tmp_path.glob("*.json")
     compare = [
         sys.executable,
@@ -42,11 +43,11 @@ def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, 
         "--plot",
         str(tmp_path / "plot.png"),
     ]
-    table = run(compare, env)
+    table = output(compare, env)
     assert "2 x 4" in table and (tmp_path / "plot.png").stat().st_size > 10_000
     if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow
         curve.write_text(curve.read_text().replace('"norm": "local"', '"norm": "sync"'))
-        done = subprocess.run(compare, env=env, cwd=ROOT, capture_output=True, text=True, timeout=110)
+        done = run(compare, env=env, cwd=ROOT, timeout=110)
         assert done.returncode == 1 and "does not follow" in done.stdout
 
 
@@ -59,7 +60,7 @@ def test_mpi_env_serves_a_script_that_knows_only_torch(tmp_path, subprocess_env)
         "import time; time.sleep(0.2)\n"  # gloo's threads must let go of x before Python ends, or torch aborts; see environment.py
     )
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
-    out = run(["launch/mpirun.sh", str(tmp_path / "train.py"), "--lr", "0.1"], env)
+    out = output(["launch/mpirun.sh", str(tmp_path / "train.py"), "--lr", "0.1"], env)
     assert "sum 2" in out and "['--lr', '0.1']" in out
 
 

@@ -62,6 +62,7 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
     gradients = [world.all_gather(parameter.grad) for parameter in layer.parameters()]
     running_vars = world.all_gather(layer.running_var) if layer.track_running_stats else []
 
+    momentum = 1.0 if layer.momentum is None else layer.momentum  # the cumulative average of one batch is that batch
     want = batch_norm_step(
         whole,
         dy,
@@ -69,6 +70,7 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
         layer.bias,
         res,
         options.get("activation"),
+        momentum,
         eps=layer.eps,
         unbiased=layer.unbiased,
     )
@@ -89,7 +91,7 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
             assert_close(total, wanted, max(tolerance, TOLERANCE[parameter.dtype]), name, want.terms[name])
     if layer.track_running_stats:
         stats_tolerance = TOLERANCE[layer.running_mean.dtype]
-        assert_close(layer.running_mean, want.running_mean, stats_tolerance, "running_mean", 0.1 * whole.double())
+        assert_close(layer.running_mean, want.running_mean, stats_tolerance, "running_mean", momentum * whole.double())
         assert_close(layer.running_var, want.running_var, stats_tolerance, "running_var")
         assert layer.num_batches_tracked == 1
         for other in running_vars:
@@ -131,7 +133,7 @@ def test_fused_activation_and_residual(world, counts, dtype, activation, residua
 
 @pytest.mark.parametrize(
     "options",
-    [{"affine": False}, {"track_running_stats": False}, {"unbiased": False}, {"eps": 0.1}],
+    [{"affine": False}, {"track_running_stats": False}, {"unbiased": False}, {"eps": 0.1}, {"momentum": 0.3}],
     ids=str,
 )
 def test_options(world, counts, options):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import kill, left_behind
+from processes import job, left_behind
 
 pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
 pytestmark = pytest.mark.world_size(1)
@@ -48,15 +48,13 @@ def train(launcher: list[str], kills: str, folder: Path, env: dict[str, str]) ->
     """(output, last checkpoint) of a job of two ranks."""
     (folder / "job.py").write_text(JOB)
     checkpoint = folder / "checkpoint.pt"
-    env = env | {"RANKS": "2", "RESTARTS": "1", "PYTHONPATH": str(ROOT), "TEST_JOB": str(folder), "TEST_KILLS": kills}
+    env = env | {"RANKS": "2", "RESTARTS": "1", "PYTHONPATH": str(ROOT), "TEST_KILLS": kills}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     command = [*launcher, str(folder / "job.py"), "--epochs=3", "--batch-size=32", f"--checkpoint={checkpoint}"]
-    try:
+    with job(env) as env:
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert not left_behind(str(folder))
-    finally:
-        kill(str(folder))
+        assert not left_behind(env)
     return done.stdout, torch.load(checkpoint, weights_only=True)
 
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import kill, left_behind
+from processes import job, left_behind, run
 
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
@@ -63,18 +63,17 @@ def slurm():
     except OSError:
         pytest.skip(f"this host's name, {host}, has no address, and SLURM's tasks meet at it")
     folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: a socket's path has at most 108 letters
-    env = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
     try:
-        configure(folder, host)
-        start(["munged", "--foreground", "--force", *munge_files(folder)], env, folder)
-        wait_for(folder, "munged makes no socket", lambda: (folder / "munge").exists())
-        for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host], ["slurmd", "-D", "-N", f"{host}-b"]):
-            start(command, env, folder)
-        states = ["sinfo", "--noheader", "--Node", "--format=%T"]
-        wait_for(folder, "the nodes do not become idle", lambda: run(states, os.environ | env).stdout.split() == ["idle", "idle"])
-        yield env
+        with job({"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}) as env:
+            configure(folder, host)
+            start(["munged", "--foreground", "--force", *munge_files(folder)], env, folder)
+            wait_for(folder, "munged makes no socket", lambda: (folder / "munge").exists())
+            for command in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host], ["slurmd", "-D", "-N", f"{host}-b"]):
+                start(command, env, folder)
+            states = ["sinfo", "--noheader", "--Node", "--format=%T"]
+            wait_for(folder, "the nodes do not become idle", lambda: ask(states, os.environ | env).stdout.split() == ["idle", "idle"])
+            yield env
     finally:
-        kill(str(folder))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -114,36 +113,34 @@ def wait_for(folder: Path, what: str, ready, seconds: float = 20) -> None:
         time.sleep(0.1)
 
 
-def run(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def ask(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """A command of SLURM's that leaves the work to the daemons."""
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
 
 
-def sbatch(slurm, subprocess_env, folder: Path, job: str) -> tuple[int, str]:
+def sbatch(slurm, subprocess_env, folder: Path, script: str) -> tuple[int, str]:
     """(exit status, output) of launch/slurm.sbatch on a script, two tasks on each of its two nodes."""
-    (folder / "job.py").write_text(job)
+    (folder / "job.py").write_text(script)
     less = ["--ntasks-per-node=2", "--gpus-per-node=0", "--cpus-per-task=1", f"--output={folder}/job.out"]
-    env = subprocess_env | slurm | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "TEST_JOB": str(folder)}
-    try:
-        submitted = run(["sbatch", "--parsable", *less, "launch/slurm.sbatch", str(folder / "job.py"), str(folder)], env)
+    env = subprocess_env | slurm | {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT)}
+    with job(env) as env:
+        submitted = ask(["sbatch", "--parsable", *less, "launch/slurm.sbatch", str(folder / "job.py"), str(folder)], env)
         assert submitted.returncode == 0, submitted.stderr
         status = wait_for_job(submitted.stdout.strip(), env)
-    finally:
-        left = left_behind(str(folder))
-        kill(str(folder))
-    assert not left
+        assert not left_behind(env)
     out = folder / "job.out"
     return status, out.read_text() if out.exists() else ""
 
 
-def wait_for_job(job: str, env: dict[str, str]) -> int:
+def wait_for_job(number: str, env: dict[str, str]) -> int:
     """Its exit status, or that of the signal that has ended it. `sbatch --wait` looks at ever longer intervals."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
-        shown = run(["scontrol", "show", "job", job], env).stdout
+        shown = ask(["scontrol", "show", "job", number], env).stdout
         if re.search(r"JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)", shown):
             return max(map(int, re.search(r"ExitCode=(\d+):(\d+)", shown).groups()))
         time.sleep(0.2)
-    raise TimeoutError(f"job {job} runs longer than {LIMIT} s")
+    raise TimeoutError(f"job {number} runs longer than {LIMIT} s")
 
 
 STEP = """
@@ -177,6 +174,7 @@ def test_a_rank_that_fails_ends_the_job(slurm, subprocess_env, tmp_path):
 
 def test_the_self_check_runs_under_srun(slurm, subprocess_env):
     env = subprocess_env | slurm | {"PYTHONPATH": str(ROOT)}
-    done = run(["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", sys.executable, "-m", "syncbn.check"], env)
+    command = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", sys.executable, "-m", "syncbn.check"]
+    done = run(command, env=env, timeout=LIMIT, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
     assert "2, started by srun, over gloo" in done.stdout
