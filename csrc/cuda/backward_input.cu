@@ -5,6 +5,7 @@
 
 #include "activation.cuh"
 #include "finalize.cuh"
+#include "reduce.cuh"
 #include "walk.cuh"
 
 namespace syncbn::cuda {
@@ -17,7 +18,7 @@ struct Gradient {
 
 template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
-    backward_input_kernel(const BackwardInputArgs args, const Config config) {
+    backward_input_kernel(const BackwardInputArgs args, const Config config, const Workspace) {
   using acc_t = acc_type<scalar_t>;
   constexpr int N = Walk::channels;
   const auto* dy = static_cast<const scalar_t*>(args.dy);
@@ -52,12 +53,8 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   walk.each([&](auto step) {
     constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
     Vec<scalar_t, W> in_dy[U], in_x[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u >= step.count) continue;
-      in_dy[u] = load<W>(dy + step.index(u));
-      in_x[u] = load<W>(x + step.index(u));
-    }
+    load(in_dy, dy, step);
+    load(in_x, x, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
@@ -75,22 +72,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   });
 }
 
-template <typename scalar_t, class Walk>
-cudaError_t launch(const BackwardInputArgs& args, const Target& target) {
-  const Config config = Walk::make_config(args.layout, target.sm_count);
-  const auto kernel = backward_input_kernel<scalar_t, Walk>;
-  LAUNCH(kernel, config, target.stream, args, config);
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t backward_input(const BackwardInputArgs& args, const Target& target) {
-  return dispatch(args.dtype, [&](auto value) {
-    using scalar_t = decltype(value);
-    return with_walk<VECTOR<scalar_t>, BackwardInputPlan>(args.layout, {args.dy, args.x, args.dx}, [&](auto walk) {
-      return launch<scalar_t, typename decltype(walk)::type>(args, target);
-    });
+  return launch<BackwardInputPlan>(args, target, {args.dy, args.x, args.dx}, [](auto value, auto walk) {
+    return backward_input_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
 

@@ -42,12 +42,8 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   walk.each([&](auto step) {
     constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
     Vec<scalar_t, W> in_dy[U], in_x[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u >= step.count) continue;
-      in_dy[u] = load<W>(dy + step.index(u));
-      in_x[u] = load<W>(x + step.index(u));
-    }
+    load(in_dy, dy, step);
+    load(in_x, x, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
@@ -89,22 +85,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (args.dweight.data) write(args.dweight, channel, total.b);
 }
 
-template <typename scalar_t, class Walk>
-cudaError_t launch(const BackwardReduceArgs& args, const Target& target) {
-  const Config config = Walk::make_config(args.layout, target.sm_count);
-  const auto kernel = backward_reduce_kernel<scalar_t, Walk>;
-  LAUNCH(kernel, config, target.stream, args, config, workspace(target));
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t backward_reduce(const BackwardReduceArgs& args, const Target& target) {
-  return dispatch(args.dtype, [&](auto value) {
-    using scalar_t = decltype(value);
-    return with_walk<VECTOR<scalar_t>, BackwardReducePlan>(args.layout, {args.dy, args.x, args.residual, args.dz}, [&](auto walk) {
-      return launch<scalar_t, typename decltype(walk)::type>(args, target);
-    });
+  return launch<BackwardReducePlan>(args, target, {args.dy, args.x, args.residual, args.dz}, [](auto value, auto walk) {
+    return backward_reduce_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
 

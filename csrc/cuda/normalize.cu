@@ -60,12 +60,8 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   walk.each([&](auto step) {
     constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
     Vec<scalar_t, W> in[U], add[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u >= step.count) continue;
-      in[u] = load<W>(x + step.index(u));
-      if (residual) add[u] = load<W>(residual + step.index(u));
-    }
+    load(in, x, step);
+    if (residual) load(add, residual, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       unsigned bits = 0;
@@ -101,22 +97,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   });
 }
 
-template <typename scalar_t, class Walk>
-cudaError_t launch(const NormalizeArgs& args, const Target& target) {
-  const Config config = Walk::make_config(args.layout, target.sm_count);
-  const auto kernel = normalize_kernel<scalar_t, Walk>;
-  LAUNCH(kernel, config, target.stream, args, config, workspace(target));
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t normalize(const NormalizeArgs& args, const Target& target) {
-  return dispatch(args.dtype, [&](auto value) {
-    using scalar_t = decltype(value);
-    return with_walk<VECTOR<scalar_t>, NormalizePlan>(args.layout, {args.x, args.residual, args.y}, [&](auto walk) {
-      return launch<scalar_t, typename decltype(walk)::type>(args, target);
-    });
+  return launch<NormalizePlan>(args, target, {args.x, args.residual, args.y}, [](auto value, auto walk) {
+    return normalize_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
 

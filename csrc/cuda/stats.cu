@@ -25,10 +25,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   walk.each([&](auto step) {
     constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
     Vec<scalar_t, W> in[U];
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      if (u < step.count) in[u] = load<W>(x + step.index(u));
-    }
+    load(in, x, step);
     if (!shifted) {
       constexpr int leading = Walk::shift_vectors < U ? Walk::shift_vectors : U;
       acc_t sum[N] = {};
@@ -80,22 +77,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   }
 }
 
-template <typename scalar_t, class Walk>
-cudaError_t launch(const StatsArgs& args, const Target& target) {
-  const Config config = Walk::make_config(args.layout, target.sm_count);
-  const auto kernel = stats_kernel<scalar_t, Walk>;
-  LAUNCH(kernel, config, target.stream, args, config, workspace(target));
-  return cudaGetLastError();
-}
-
 }  // namespace
 
 cudaError_t stats(const StatsArgs& args, const Target& target) {
-  return dispatch(args.dtype, [&](auto value) {
-    using scalar_t = decltype(value);
-    return with_walk<VECTOR<scalar_t>, StatsPlan>(args.layout, {args.x}, [&](auto walk) {
-      return launch<scalar_t, typename decltype(walk)::type>(args, target);
-    });
+  return launch<StatsPlan>(args, target, {args.x}, [](auto value, auto walk) {
+    return stats_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
 

@@ -10,6 +10,8 @@
 #include <initializer_list>
 
 #include "launch.cuh"
+#include "reduce.cuh"
+#include "vec.cuh"
 
 namespace syncbn::cuda {
 
@@ -23,6 +25,15 @@ struct Step {
   __device__ int64_t index(int u) const { return first + u * stride; }
   __device__ int64_t mask_byte(int u) const { return (index(u) >> 3) + row + u * row_stride; }
 };
+
+// Loads the vectors of a step, all independent of each other.
+template <typename scalar_t, int W, int U>
+__device__ inline void load(Vec<scalar_t, W> (&to)[U], const scalar_t* from, const Step<W, U>& step) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (u < step.count) to[u] = load<W>(from + step.index(u));
+  }
+}
 
 __device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
 
@@ -124,6 +135,19 @@ cudaError_t with_walk(const Layout& layout, std::initializer_list<const void*> t
   for (const void* p : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   if (layout.inner != 1) return aligned ? f(Type<Planes<V, Plan>>()) : f(Type<Planes<1, Plan>>());
   return aligned && layout.C % 8 == 0 ? f(Type<Pixels<V, Plan>>()) : f(Type<Pixels<1, Plan>>());
+}
+
+// Launches an op's kernel for the type of x and the walk that fits: kernel_of(a value of the one, the Type of the other).
+template <class Plan, class Args, class KernelOf>
+cudaError_t launch(const Args& args, const Target& target, std::initializer_list<const void*> tensors, KernelOf&& kernel_of) {
+  return dispatch(args.dtype, [&](auto value) {
+    return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, [&](auto walk) {
+      const Config config = decltype(walk)::type::make_config(args.layout, target.sm_count);
+      const auto kernel = kernel_of(value, walk);
+      LAUNCH(kernel, config, target.stream, args, config, workspace(target));
+      return cudaGetLastError();
+    });
+  });
 }
 
 }  // namespace syncbn::cuda
