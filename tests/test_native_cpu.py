@@ -1,4 +1,4 @@
-"""The CPU kernels against `reference.py` in float64, over the edges of every loop, and what the binding refuses.
+"""The CPU kernels against `reference.py` in float64, over the edges of every loop.
 
 Tolerances: a kernel computes in float32 (float64 for float64) and rounds once to the type of its output. So an element may be off
 by half an ulp of that type, plus a few float32 roundings of the terms that it is made of; `close` writes that down once.
@@ -6,11 +6,8 @@ by half an ulp of that type, plus a few float32 roundings of the terms that it i
 
 from __future__ import annotations
 
-import ctypes
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import op_cases
 import pytest
@@ -325,97 +322,3 @@ def test_opcheck(activation, add):
     sums = ops.backward_reduce(*args)[0]
     args = (case.dy, case.x, case.stats, sums, case.weight, None, EPS, activation, SLOPE)
     torch.library.opcheck(ops.backward_input, args, test_utils=tests)
-
-
-# ---- What the binding refuses: the argument's name and what came -------------------------------------------------------------------
-
-X, STATS, W = torch.ones(2, 3, 4), torch.ones(7).double(), torch.ones(3)
-
-
-def normalize(x=X, stats=STATS, weight=W, bias=W, residual=None, mean=None, var=None, tracked=None, activation="none"):
-    return ops.normalize(x, stats, weight, bias, residual, mean, var, tracked, 0.1, EPS, True, activation, 0.0)
-
-
-def reduce(dy=X, x=X, residual=None, mask=None, activation="relu"):
-    return ops.backward_reduce(dy, x, STATS, W, W, residual, mask, EPS, activation, 0.0)
-
-
-REFUSED = [
-    (lambda: ops.stats(torch.ones(3), False), r"x must be \[N, C, \*\] with 0 < C < 2\^31, got \[3\]"),
-    (lambda: ops.stats(torch.ones(3, 0), False), r"x must be .* got \[3, 0\]"),
-    (lambda: ops.stats(torch.ones(2, 3).long(), False), "x must be float32, .* got Long"),
-    (lambda: ops.stats(torch.ones(2, 4, 6)[:, :, ::2], False), r"x \[2, 4, 3\] must be contiguous or .* strides \[24, 6, 2\]"),
-    (lambda: ops.stats(torch.ones(2, 3, 4, 5).permute(0, 1, 3, 2), False), "x .* must be contiguous or channels-last"),
-    (lambda: normalize(stats=STATS.float()), r"stats must be contiguous Double \[7\] or one more, got Float"),
-    (lambda: normalize(stats=STATS[:6]), r"stats must .* got Double \[6\]"),
-    (lambda: normalize(weight=torch.ones(4)), r"weight must be contiguous \[3\] to match x \[2, 3, 4\], got \[4\]"),
-    (lambda: normalize(bias=torch.ones(6)[::2]), r"bias must be contiguous \[3\] .* strides \[2\]"),
-    (lambda: normalize(bias=torch.ones(3).int()), "bias must be float32, .* got Int"),
-    (lambda: normalize(mean=torch.ones(2)), r"running_mean must be .* got \[2\]"),
-    (lambda: normalize(var=torch.ones(1, 3)), r"running_var must be .* got \[1, 3\]"),
-    (lambda: normalize(tracked=torch.tensor(0.0)), "num_batches_tracked must be contiguous Long"),
-    (lambda: normalize(residual=torch.ones(2, 3, 5)), r"residual must be \[2, 3, 4\], as x, got \[2, 3, 5\]"),
-    (lambda: normalize(residual=X.half()), "residual must be Float, as x, got Half"),
-    (lambda: normalize(residual=laid(X, "channels_last")), r"residual must lie in memory as x with strides \[12, 4, 1\], got strides"),
-    (lambda: normalize(activation="gelu"), "activation must be none, relu, leaky_relu or silu, got 'gelu'"),
-    (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
-    (lambda: reduce(residual=X), "mask must be given with a residual and relu"),
-    (lambda: reduce(residual=X, mask=torch.zeros(3, dtype=torch.uint8)), r"mask must be contiguous Byte \[9\], got Byte \[3\]"),
-    (lambda: ops.backward_input(X, X, STATS, STATS, W, W, EPS, "none", 0.0), r"sums must be contiguous Double \[6\], got Double \[7\]"),
-]
-
-
-@pytest.mark.parametrize("call,message", REFUSED, ids=[message for _, message in REFUSED])
-def test_the_binding_refuses(call, message):
-    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=message):
-        call()
-
-
-# ---- The libraries and their loading ------------------------------------------------------------------------------------------------
-
-
-def test_a_missing_library_says_what_to_do_and_warns_once(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    monkeypatch.setattr(native, "_gpu_capabilities", lambda: ())
-    with pytest.warns(native.FallbackWarning, match="reference on cpu: libsyncbn_cpu.so was not built; .* reinstall") as warned:
-        cpu, _ = native.load.__wrapped__()
-    assert not cpu.loaded and len(warned) == 1
-
-
-def test_a_library_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
-    (tmp_path / "libsyncbn_cpu.so").write_bytes(b"not a library")
-    monkeypatch.setattr(native, "FOLDER", tmp_path)
-    monkeypatch.setattr(native, "_gpu_capabilities", lambda: ())
-    with pytest.warns(native.FallbackWarning, match="was built for another torch"):
-        assert not native.load.__wrapped__()[0].loaded
-
-
-def test_the_environment_turns_the_libraries_off_without_a_warning(monkeypatch, recwarn):
-    monkeypatch.setenv("SYNCBN_NATIVE", "0")
-    assert [library.loaded for library in native.load.__wrapped__()] == [False, False] and not recwarn.list
-
-
-@pytest.mark.parametrize("capability,refused", [(75, True), (80, False), (86, False), (90, True), (120, False), (130, False)])
-def test_a_cuda_library_without_code_for_the_gpu_is_refused(monkeypatch, tmp_path, capability, refused):
-    (tmp_path / "libsyncbn_cuda.so").write_bytes(b"\0 syncbn-cuda-archs=80 100 120+PTX; \0")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(native, "_gpu_capabilities", lambda: (capability,))
-    reason = native._why_not_cuda(tmp_path / "libsyncbn_cuda.so")
-    assert (f"this GPU is sm_{capability}: set TORCH_CUDA_ARCH_LIST" in reason) == refused, reason
-
-
-def test_the_library_exports_nothing_but_its_switch():
-    assert ctypes.CDLL(str(CPU.path)).syncbn_cpu_isa
-    assert not hasattr(ctypes.CDLL(str(CPU.path)), "_ZN6syncbn3cpu7kernelsEv")
-
-
-def test_no_code_for_wide_vectors_can_be_linked_where_narrow_code_is_meant(tmp_path):
-    """A weak symbol of two instruction sets would be merged, and a CPU without AVX-512 could get the wrong one."""
-    sources = Path(__file__).parent.parent / "csrc/cpu"
-    if not (shutil.which("g++") and shutil.which("nm") and sources.exists() and CPU.reason == "uses avx512"):
-        pytest.skip("needs g++, nm and the sources")
-    flags = ["-std=c++17", "-O2", "-march=x86-64-v4", "-mavx512bf16", "-DSYNCBN_ISA=avx512", "-c", "-o", str(tmp_path / "stats.o")]
-    subprocess.run(["g++", *flags, str(sources / "stats.cpp")], check=True)
-    symbols = subprocess.run(["nm", "-C", str(tmp_path / "stats.o")], capture_output=True, text=True, check=True).stdout
-    shared = [line for line in symbols.splitlines() if line[17:18] in "WVu" and "syncbn::cpu::avx512" not in line and "DW.ref" not in line]
-    assert not shared, shared

@@ -1,0 +1,56 @@
+"""What the compiled ops refuse: the error names the argument and shows what came."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from syncbn import native, ops
+
+CPU = native.load()[0]
+pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
+
+X, STATS, W, EPS = torch.ones(2, 3, 4), torch.ones(7).double(), torch.ones(3), 1e-5
+CHANNELS_LAST = X.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def normalize(x=X, stats=STATS, weight=W, bias=W, residual=None, mean=None, var=None, tracked=None, activation="none"):
+    return ops.normalize(x, stats, weight, bias, residual, mean, var, tracked, 0.1, EPS, True, activation, 0.0)
+
+
+def reduce(dy=X, x=X, residual=None, mask=None, activation="relu"):
+    return ops.backward_reduce(dy, x, STATS, W, W, residual, mask, EPS, activation, 0.0)
+
+
+REFUSED = [
+    (lambda: ops.stats(torch.ones(3), False), r"x must be \[N, C, \*\] with 0 < C < 2\^31, got \[3\]"),
+    (lambda: ops.stats(torch.ones(3, 0), False), r"x must be .* got \[3, 0\]"),
+    (lambda: ops.stats(torch.ones(2, 3).long(), False), "x must be float32, .* got Long"),
+    (lambda: ops.stats(torch.ones(2, 4, 6)[:, :, ::2], False), r"x \[2, 4, 3\] must be contiguous or .* strides \[24, 6, 2\]"),
+    (lambda: ops.stats(torch.ones(2, 3, 4, 5).permute(0, 1, 3, 2), False), "x .* must be contiguous or channels-last"),
+    (lambda: normalize(stats=STATS.float()), r"stats must be contiguous Double \[7\] or one more, got Float"),
+    (lambda: normalize(stats=STATS[:6]), r"stats must .* got Double \[6\]"),
+    (lambda: normalize(weight=torch.ones(4)), r"weight must be contiguous \[3\] to match x \[2, 3, 4\], got \[4\]"),
+    (lambda: normalize(bias=torch.ones(6)[::2]), r"bias must be contiguous \[3\] .* strides \[2\]"),
+    (lambda: normalize(bias=torch.ones(3).int()), "bias must be float32, .* got Int"),
+    (lambda: normalize(mean=torch.ones(2)), r"running_mean must be .* got \[2\]"),
+    (lambda: normalize(var=torch.ones(1, 3)), r"running_var must be .* got \[1, 3\]"),
+    (lambda: normalize(tracked=torch.tensor(0.0)), "num_batches_tracked must be contiguous Long"),
+    (lambda: normalize(residual=torch.ones(2, 3, 5)), r"residual must be \[2, 3, 4\], as x, got \[2, 3, 5\]"),
+    (lambda: normalize(residual=X.half()), "residual must be Float, as x, got Half"),
+    (
+        lambda: normalize(residual=CHANNELS_LAST),
+        r"residual must lie in memory as x with strides \[12, 4, 1\], got strides",
+    ),
+    (lambda: normalize(activation="gelu"), "activation must be none, relu, leaky_relu or silu, got 'gelu'"),
+    (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
+    (lambda: reduce(residual=X), "mask must be given with a residual and relu"),
+    (lambda: reduce(residual=X, mask=torch.zeros(3, dtype=torch.uint8)), r"mask must be contiguous Byte \[9\], got Byte \[3\]"),
+    (lambda: ops.backward_input(X, X, STATS, STATS, W, W, EPS, "none", 0.0), r"sums must be contiguous Double \[6\], got Double \[7\]"),
+]
+
+
+@pytest.mark.parametrize("call,message", REFUSED, ids=[message for _, message in REFUSED])
+def test_the_binding_refuses(call, message):
+    with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=message):
+        call()
