@@ -31,11 +31,10 @@ template <typename scalar_t, Backward backward> void run(const BackwardInputArgs
     double of_x = a.scale * a.invstd * sum_dy_xhat[c] / n;
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sum_dy[c] / n;
   };
-  bool stream = streams(dx, args.layout, false);
-  map_packs<acc_t, 5, false>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t, bool) INLINED {
+  map_packs<scalar_t, 5, false>(args.layout, dx, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place&) INLINED {
     Pack<acc_t> xmu = load(x + f, lanes) - p.v[HI];
     Pack<acc_t> dz = through<backward>(load(dy + f, lanes), xmu * p.v[SCALE] + p.v[SHIFT], 0, slope);
-    store(dx + f, dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes, stream);
+    return dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET];
   });
 }
 

@@ -1,13 +1,40 @@
 // Loops over whole tensors whose arithmetic has a few numbers for each channel.
 #pragma once
 
+#include "mask.h"
 #include "traverse.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
 template <typename acc_t, int K> struct Packs { Pack<acc_t> v[K]; };
 
-// K numbers of acc_t for each channel, repeated over `inner` columns and then over the channels again up to `width`.
+// The first n lanes of a, the rest of b.
+template <typename acc_t, int K> INLINE Packs<acc_t, K> join(int n, Packs<acc_t, K> a, const Packs<acc_t, K>& b) {
+#pragma GCC unroll 8
+  for (int k = 0; k < K; ++k) a.v[k] = join(n, a.v[k], b.v[k]);
+  return a;
+}
+
+// K numbers of acc_t for each channel, where somebody else keeps them.
+template <typename acc_t, int K> struct Coefficients {
+  const acc_t* values;
+  int64_t width;
+
+  INLINE Packs<acc_t, K> splat(int64_t j) const {
+    Packs<acc_t, K> p;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) p.v[k] = Pack<acc_t>(values[k * width + j]);
+    return p;
+  }
+  template <typename Lanes> INLINE Packs<acc_t, K> at(int64_t j, Lanes lanes) const {
+    Packs<acc_t, K> p;
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) p.v[k] = load(values + k * width + j, lanes);
+    return p;
+  }
+};
+
+// The same, repeated over `inner` columns and then over the channels again up to `width`.
 template <typename acc_t, int K> class PerChannel {
   int64_t width_;
   Buffer<acc_t> values_;
@@ -23,87 +50,89 @@ template <typename acc_t, int K> class PerChannel {
 #pragma GCC unroll 8
       for (int k = 0; k < K; ++k) values[k * width + c] = acc_t(v[k]);
     }
-    if (width == C) return;
-    for (int k = 0; k < K; ++k, values += width) {
-      for (int64_t c = C - 1; c >= 0; --c)  // backwards: what is overwritten has been read
-        for (int64_t i = inner - 1; i >= 0; --i) values[c * inner + i] = values[c];
-      for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
-    }
+    for (int k = 0; k < K; ++k) unfold(C, inner, width, values + k * width);
   }
-  INLINE Packs<acc_t, K> splat(int64_t j) const {
-    Packs<acc_t, K> p;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p.v[k] = Pack<acc_t>(values_[k * width_ + j]);
-    return p;
-  }
-  template <typename Lanes> INLINE Packs<acc_t, K> at(int64_t j, Lanes lanes) const {
-    Packs<acc_t, K> p;
-#pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) p.v[k] = load(values_ + k * width_ + j, lanes);
-    return p;
-  }
+  operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// f(first element, lanes, coefficients, row of the mask, whether the row ends here) for packs that cover everything, in parallel
-// and backwards.
-template <typename acc_t, int K, bool masked, typename C, typename F> void map_packs(Layout layout, C coefficients, F f) {
-  // Heads end at a multiple of a pack: stores are aligned, and each pack has whole bytes of the mask.
-  auto head = [](int64_t first) { return int(-first & (PACK - 1)); };
-  if (by_columns(layout, masked)) {
-    Columns columns(layout, masked, MAP_WIDTH);
-    PerChannel<acc_t, K> all(layout.C, layout.inner, columns.width, coefficients);
-    columns.for_rows([&](int64_t first, int64_t n, int64_t row, int64_t count) {
-      for_packs(n, head(first), [=, &all](int64_t i, auto lanes, int) INLINED {
-        auto p = all.at(i, lanes);
-#pragma GCC unroll 1
-        for (int64_t k = 0; k < count; ++k) f(first + k * n + i, lanes, p, row + k, i + lanes.last == n);
-      });
+// to = f(element, lanes, coefficients, place) on packs that cover everything, in parallel and backwards. The place in the mask is kept up
+// to date where there is one.
+//
+// Packs follow each other wherever planes and rows end, so that an aligned output has aligned stores, and lines past the cache are whole.
+template <typename scalar_t, int K, bool masked, typename Set, typename F>
+void map_packs(Layout layout, scalar_t* to, Set coefficients, F f) {
+  using acc_t = acc_type<scalar_t>;
+  int64_t C = layout.C, inner = layout.inner, all = numel(layout), row = inner > 1 ? inner : C;
+  bool stream = streams(to, all);
+  auto put = [=](int64_t e, auto lanes, const auto& p, Place& place) INLINED {
+    store(to + e, f(e, lanes, p, place), lanes, stream);
+    if constexpr (masked) place.next_pack();
+  };
+  // What the loops use are copies that no store can change.
+  if (inner < MIN_PLANE) {
+    int64_t width = C * inner * ceil_div(MAP_WIDTH, C * inner);
+    PerChannel<acc_t, K> table(C, inner, width + PACK, coefficients);
+    for_runs(all, [&](int64_t e, int64_t end) {
+      auto write = put;
+      Coefficients<acc_t, K> values = table;
+      Place place(row, e);
+      for (int64_t j = e % width, stop = width; e < end; j -= stop) {
+        for (; j < stop && e + PACK <= end; j += PACK, e += PACK) write(e, Whole{}, values.at(j, Whole{}), place);
+        if (j < stop && e < end) return write(e, Partial{int(end - e)}, values.at(j, Whole{}), place);
+      }
     });
   } else {
-    Planes planes(layout);
-    PerChannel<acc_t, K> all(layout.C, 1, layout.C, coefficients);
-    planes.for_memory([&](int64_t c, int64_t first, int64_t n, int64_t row) INLINED {
-      bool row_end = first + n == (row + 1) * layout.inner;
-      for_packs(n, head(first), [=, p = all.splat(c)](int64_t i, auto lanes, int) INLINED {
-        f(first + i, lanes, p, row, row_end && i + lanes.last == n);
-      });
+    PerChannel<acc_t, K> table(C, 1, C, coefficients);
+    for_runs(all, [&](int64_t e, int64_t end) {
+      auto write = put;
+      Coefficients<acc_t, K> values = table;
+      Place place(row, e);
+      int64_t plane = e / inner, next = (plane + 1) * inner;
+      for (int64_t c = plane % C; e < end; next += inner) {
+        auto p = values.splat(c);
+        for (int64_t stop = min(next, end); e + PACK <= stop; e += PACK) write(e, Whole{}, p, place);
+        c = c + 1 < C ? c + 1 : 0;
+        if (e >= min(next, end)) continue;
+        if (e + PACK > end) return write(e, Partial{int(end - e)}, p, place);
+        write(e, Whole{}, join(int(next - e), p, values.splat(c)), place);
+        e += PACK;
+      }
     });
   }
 }
 
 // Two sums for each channel, float64: f(first element, lanes, coefficients, row of the mask, s1, s2) adds a pack to s1 and s2.
-template <typename acc_t, int K, bool masked, typename C, typename F>
-void sum_packs(Layout layout, double* sums, C coefficients, F f) {
+template <typename acc_t, int K, bool masked, typename Set, typename F>
+void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
   using P = Pack<acc_t>;
   if (by_columns(layout, masked)) {
-    Columns columns(layout, masked, SUM_WIDTH);
-    PerChannel<acc_t, K> all(layout.C, layout.inner, columns.width, coefficients);
+    Columns columns(layout, masked);
+    PerChannel<acc_t, K> table(layout.C, layout.inner, columns.width, coefficients);
     columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
-      for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
+      auto add_pack = f;
+      Coefficients<acc_t, K> values = table;
+      int64_t width = columns.width, first = row * width + j;
+      for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
         alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
-        add_rows<CHAINS<acc_t>>(row, min(CHUNK_ROWS, end - row), n, s1, s2, [&](int64_t i, auto lanes) INLINED { return all.at(j + i, lanes); },
-                 [&](int64_t r, int64_t i, auto lanes, const auto& p, P& a1, P& a2) INLINED {
-                   f(r * columns.width + j + i, lanes, p, r, a1, a2);
-                 });
+        add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n, s1, s2,
+                                [=](int64_t i, auto lanes) INLINED { return values.at(j + i, lanes); },
+                                [=](int64_t e, int64_t r, auto lanes, const auto& p, P& a1, P& a2) INLINED { add_pack(e, lanes, p, r, a1, a2); });
         add(n, s1, out);
         add(n, s2, out + columns.width);
       }
     });
   } else {
     Planes planes(layout);
-    PerChannel<acc_t, K> all(layout.C, 1, layout.C, coefficients);
+    PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);
     planes.for_sums(sums, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
+      auto add_pack = f;
+      Coefficients<acc_t, K> values = table;
       P s1[MAX_GROUP], s2[MAX_GROUP];
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
-      planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) {
-        for (int64_t b = 0; b < n; b += BLOCK) {
-          ChainSums<acc_t> t1, t2;
-          for_packs<CHAINS<acc_t>>(min(BLOCK, n - b), 0, [=, &t1, &t2, p = all.splat(c)](int64_t i, auto lanes, int k) INLINED {
-            f(first + b + i, lanes, p, row, t1.s[k], t2.s[k]);
-          });
-          s1[c - c0] += t1.total();
-          s2[c - c0] += t2.total();
-        }
+      planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) INLINED {
+        add_run(n, s1[c - c0], s2[c - c0], [=, p = values.splat(c)](int64_t i, auto lanes, P& a1, P& a2) INLINED {
+          add_pack(first + i, lanes, p, row, a1, a2);
+        });
       });
       for (int64_t c = c0; c < c1; ++c) add(c, sum(s1[c - c0]), sum(s2[c - c0]));
     });

@@ -1,7 +1,7 @@
 // The bit mask of z > 0: element f of memory, in row p, has bit f + 8 p. See syncbn/layout.py.
 #pragma once
 
-#include "simd.h"
+#include "traverse.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
@@ -21,21 +21,35 @@ INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Partial l
   return bits >> (f % 8);
 }
 
-// Writes the bits of lanes [first, last) of a pack at element f. They start or end at a byte unless the row does, and the last bits
-// of a row are written up to its idle bits, as zeros.
-template <typename Lanes> INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Lanes lanes, bool row_end) {
-  int64_t start = f + lanes.first;
-  uint8_t* p = mask + start / 8 + row;
-  int before = int(start % 8), length = before + lanes.last - lanes.first;
-  bits = (bits & ((1u << lanes.last) - 1)) >> lanes.first << before;
-  for (int k = 0; 8 * k < length; ++k) p[k] = uint8_t(bits >> (8 * k));
-  if (row_end && length % 8 == 0) p[length / 8] = 0;
+// Where an element is among the rows of the mask.
+struct Place {
+  int64_t length;  // of a row
+  int64_t row;
+  int64_t left;  // of the row, from the element on
+
+  INLINE Place(int64_t length, int64_t f) : length(length), row(f / length), left(length - f % length) {}
+  INLINE void next_pack() {
+    for (left -= PACK; left <= 0; left += length) ++row;
+  }
+};
+
+// Writes the bits of a pack at element f, a multiple of 8, whichever rows it is of. The last bits of a row are written up to its idle
+// bits, as zeros.
+RARE void write_bits(uint8_t* mask, int64_t f, Place place, uint32_t bits, Partial lanes) {
+  for (int64_t first = 0, last; first < lanes.last; first = last, ++place.row, place.left = place.length) {
+    last = min(first + place.left, lanes.last);
+    int64_t before = (f + first) % 8, length = before + last - first;
+    uint8_t* p = mask + (f + first) / 8 + place.row;
+    uint32_t part = (bits & ((1u << last) - 1)) >> first << before;
+    for (int64_t k = 0; 8 * k < length; ++k) p[k] = uint8_t(part >> (8 * k));
+    if (last - first == place.left && length % 8 == 0) p[length / 8] = 0;
+  }
 }
-INLINE void write_bits(uint8_t* mask, int64_t f, int64_t row, uint32_t bits, Whole, bool row_end) {
-  uint8_t* p = mask + f / 8 + row;
+INLINE void write_bits(uint8_t* mask, int64_t f, const Place& place, uint32_t bits, Whole) {
+  if (place.left <= PACK) return write_bits(mask, f, place, bits, Partial{PACK});
+  uint8_t* p = mask + f / 8 + place.row;
 #pragma GCC unroll 2
   for (int k = 0; k < PACK / 8; ++k) p[k] = uint8_t(bits >> (8 * k));
-  if (row_end) p[PACK / 8] = 0;
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA

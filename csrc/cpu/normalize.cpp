@@ -33,12 +33,11 @@ template <typename scalar_t, Activation activation, bool add> void run(const Nor
     Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  bool stream = streams(y, args.layout, masked);
-  map_packs<acc_t, 3, masked>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, int64_t row, bool row_end) INLINED {
+  map_packs<scalar_t, 3, masked>(args.layout, y, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
     Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
-    store(y + f, activate<activation>(z, slope), lanes, stream);
-    if constexpr (masked) write_bits(mask, f, row, positive_bits(z), lanes, row_end);
+    if constexpr (masked) write_bits(mask, f, place, positive_bits(z), lanes);
+    return activate<activation>(z, slope);
   });
 }
 

@@ -107,6 +107,12 @@ template <typename T, typename Lanes> INLINE Pack<T> keep(Pack<T> a, Lanes lanes
   });
 }
 
+// Lanes [0, n) of a, the rest of b.
+template <typename T> INLINE Pack<T> join(int n, Pack<T> a, Pack<T> b) {
+  using P = Pack<T>;
+  return P::map([&](int r) { return P::lane(r) < typename P::Int(n) ? a.v[r] : b.v[r]; });
+}
+
 // ---- Bits: one for each lane ------------------------------------------------------------------------------------------------
 
 // Lanes that are not <= 0; so NaN counts as positive, as torch's relu lets it through.
@@ -187,12 +193,20 @@ template <typename T> INLINE void store(T* p, Pack<T> a) { memcpy(p, &a, sizeof(
 typedef uint16_t Half16 __attribute__((vector_size(Pack<float>::LANES * 2)));
 typedef uint32_t Word16 __attribute__((vector_size(REGISTER_BYTES)));
 
+INLINE Word16 widen(Half16 half) {
+#if defined(__AVX512F__)
+  return (Word16)_mm512_cvtepu16_epi32((__m256i)half);  // gcc would widen the halves and join them
+#else
+  return __builtin_convertvector(half, Word16);
+#endif
+}
+
 INLINE Pack<float> load(const bfloat16* p) {
   using P = Pack<float>;
   return P::map([&](int r) {
     Half16 half;
     memcpy(&half, p + r * P::LANES, sizeof(half));
-    return (P::V)(__builtin_convertvector(half, Word16) << 16);
+    return (P::V)(widen(half) << 16);
   });
 }
 #if defined(__AVX512BF16__)

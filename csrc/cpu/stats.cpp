@@ -44,27 +44,25 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
   Planes planes(layout);
   planes.for_sums(total, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
     P shift[MAX_GROUP], s1[MAX_GROUP], s2[MAX_GROUP];
-    int64_t packs[MAX_GROUP] = {}, count[MAX_GROUP] = {};
+    int64_t packs = 0, count[MAX_GROUP] = {};
     for (int64_t c = c0; c < c1; ++c) shift[c - c0] = s1[c - c0] = s2[c - c0] = P(0);
-    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
-      count[c - c0] += n;
-      for (int64_t i = 0; i + PACK <= n && packs[c - c0] < SHIFT_PACKS; i += PACK, ++packs[c - c0]) shift[c - c0] += load(x + f + i);
-    });
+    auto add_head = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
+      int64_t whole = min(n / PACK, SHIFT_PACKS);
+      for (int64_t i = 0; i < whole; ++i) shift[c - c0] += load(x + f + i * PACK);
+      if (c == c0) packs += whole;
+    };
+    planes.for_pieces(c0, c1, chunk, add_head, ceil_div(SHIFT_PACKS * PACK, layout.inner));
     for (int64_t c = c0; c < c1; ++c) {
       // A chunk shorter than a pack, the end of a long plane, has the channel's.
-      shift[c - c0] = P(acc_t(packs[c - c0] ? sum(shift[c - c0]) / (packs[c - c0] * PACK) : origins[c]));
+      shift[c - c0] = P(acc_t(packs ? sum(shift[c - c0]) / (packs * PACK) : origins[c]));
     }
-    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) {
-      for (int64_t b = 0; b < n; b += BLOCK) {
-        ChainSums<acc_t> t1, t2;
-        for_packs<CHAINS<acc_t>>(min(BLOCK, n - b), 0, [&, from = x + f + b, k = shift[c - c0]](int64_t i, auto lanes, int chain) INLINED {
-          P d = keep(load(from + i, lanes) - k, lanes);
-          t1.s[chain] += d;
-          t2.s[chain] += d * d;
-        });
-        s1[c - c0] += t1.total();
-        s2[c - c0] += t2.total();
-      }
+    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
+      count[c - c0] += n;
+      add_run(n, s1[c - c0], s2[c - c0], [&, from = x + f, k = shift[c - c0]](int64_t i, auto lanes, P& a1, P& a2) INLINED {
+        P d = keep(load(from + i, lanes) - k, lanes);
+        a1 += d;
+        a2 += d * d;
+      });
     });
     for (int64_t c = c0; c < c1; ++c) {
       double sum_x = 0, sumsq_x = 0;
@@ -78,23 +76,24 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   constexpr int SHARED = 2 * CHAINS<acc_t>;
-  Columns columns(layout, false, SUM_WIDTH);
+  Columns columns(layout, false);
   Buffer<double> origin(columns.width);
-  for (int64_t i = 0; i < columns.width; ++i) origin[i] = origins[i / layout.inner % layout.C];
+  memcpy(origin, origins, layout.C * sizeof(double));
+  unfold<double>(layout.C, layout.inner, columns.width, origin);
   columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
-    auto at = [&](int64_t r, int64_t i, auto lanes) INLINED { return load(x + r * columns.width + j + i, lanes); };
-    for (int64_t end = row + rows; row < end; row += CHUNK_ROWS) {
+    int64_t width = columns.width, first = row * width + j;
+    for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
       int64_t length = min(CHUNK_ROWS, end - row), head = min(SHIFT_ROWS, length);
       alignas(64) acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
-      add_rows<SHARED>(row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
-               [&](int64_t r, int64_t i, auto lanes, int, P& a, P&) INLINED { a += keep(at(r, i, lanes), lanes); });
+      add_rows<SHARED>(first, width, row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
+                       [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       for (int64_t i = 0; i < n; ++i) shift[i] /= acc_t(head);
-      add_rows<SHARED>(row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
-               [&](int64_t r, int64_t i, auto lanes, P k, P& a1, P& a2) INLINED {
-                 P d = keep(at(r, i, lanes) - k, lanes);
-                 a1 += d;
-                 a2 += d * d;
-               });
+      add_rows<SHARED>(first, width, row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+                       [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
+                         P d = keep(load(x + e, lanes) - k, lanes);
+                         a1 += d;
+                         a2 += d * d;
+                       });
 #pragma GCC ivdep
       for (int64_t i = 0; i < n; ++i) unshift(double(length), shift[i] - origin[j + i], s1[i], s2[i], out[i], out[columns.width + i]);
     }

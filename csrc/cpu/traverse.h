@@ -15,16 +15,18 @@ template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T
 constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
 constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most 64 planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
+constexpr int64_t STREAM_BYTES = 4 << 20;             // maps: outputs from this size on go past the cache; measured with their reader
+constexpr int64_t MAP_WIDTH = 128;                    // maps: coefficients are repeated up to this
+constexpr int64_t STEP = 4096;                        // maps: values that threads share out
+constexpr int64_t RUN = 16 * STEP;                    // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
-constexpr int64_t MAP_WIDTH = 128;                   // columns: rows of few channels are folded to at least this
-constexpr int64_t SUM_WIDTH = 2048;                  // the same for sums: each row a stream of its own to a prefetcher
+constexpr int64_t SUM_WIDTH = 2048;                  // columns: rows of few channels are folded to at least this: streams to a prefetcher
 constexpr int64_t STRIP = 1024;                      // columns: accumulators of a strip stay in L1
 constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
 constexpr int64_t MIN_ROWS = 128;                    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;                    // columns: parts of the work for threads to share out, where rows suffice
-constexpr int64_t STREAM_BYTES = 16 << 20;           // an output larger than this is gone from the cache before it is read
 constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums per column
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,6 +56,31 @@ template <typename T> INLINE void add(int64_t n, const T* from, double* to) {
 
 template <typename F> void parallel_for(int64_t n, int64_t grain, F f) {
   cpu::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+// f(begin, end) for runs that cover [0, n), in parallel; backwards, but by runs that are long enough for a prefetcher to follow. Runs
+// begin at whole lines of memory.
+template <typename F> void for_runs(int64_t n, F f) {
+  parallel_for(ceil_div(n, STEP), GRAIN / STEP, [&](int64_t first, int64_t last) {
+    for (int64_t end = last, begin; end > first; end = begin) {
+      begin = max(end - RUN / STEP, first);
+      f(begin * STEP, min(end * STEP, n));
+    }
+    finish_streams();
+  });
+}
+
+// Whether to store past the cache: a line of a large output is then not fetched first, and does not push out what will be read.
+template <typename scalar_t> INLINE bool streams(const scalar_t* p, int64_t n) {
+  return n * int64_t(sizeof(scalar_t)) >= STREAM_BYTES && reinterpret_cast<uintptr_t>(p) % 64 == 0;
+}
+
+// values [C] -> [width] in place: each of them `inner` times, and all of that again and again.
+template <typename T> void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
+  if (inner > 1)
+    for (int64_t c = C - 1; c >= 0; --c)  // backwards: what is overwritten has been read
+      for (int64_t i = inner - 1; i >= 0; --i) values[c * inner + i] = values[c];
+  for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 
 // f(i, lanes, k) for packs that cover [0, n), with k < TURNS taking turns. The first pack ends at `head` values where that is
@@ -95,33 +122,14 @@ struct Planes {
     group = max(min(CHUNK / 2 / l.inner, MAX_GROUP), 1);
   }
 
-  // f(c, first element, length, plane) for a part of a plane. Parts start at multiples of 8 elements, so that no two threads write one
-  // byte of the mask.
-  template <typename F> INLINE void for_part(int64_t c, int64_t plane, int64_t part, F f) const {
-    int64_t start = plane * layout.inner;
-    int64_t begin = part ? part * length - start % 8 : 0;
-    int64_t end = part + 1 < parts ? (part + 1) * length - start % 8 : layout.inner;
-    f(c, start + begin, end - begin, plane);
-  }
-
-  // The same for the pieces of memory in a chunk of the channels [c0, c1).
-  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f) const {
-    if (parts > 1) return for_part(c0, chunk / parts * layout.C + c0, chunk % parts, f);
-    for (int64_t o = chunk * planes, end = min(o + planes, layout.outer); o < end; ++o)
+  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in its first planes.
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t at_most = 64) const {
+    if (parts > 1) {
+      int64_t plane = chunk / parts * layout.C + c0, begin = chunk % parts * length;
+      return f(c0, plane * layout.inner + begin, min(length, layout.inner - begin), plane);
+    }
+    for (int64_t o = chunk * planes, end = min(o + min(planes, at_most), layout.outer); o < end; ++o)
       for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner, layout.inner, o * layout.C + c);
-  }
-
-  // f as above for all of memory, in parallel; backwards, but by runs that a prefetcher follows.
-  template <typename F> void for_memory(F f) const {
-    int64_t run = parts > 1 ? 1 : ceil_div(CHUNK, layout.inner), all = layout.outer * layout.C * parts;
-    parallel_for(ceil_div(all, run), GRAIN / (run * min(length, layout.inner)), [&](int64_t begin, int64_t end) {
-      for (int64_t k = end - 1; k >= begin; --k) {
-        int64_t plane = k * run / parts, part = k * run % parts, c = plane % layout.C;
-        for (int64_t next = min(plane + run, layout.outer * layout.C); plane < next; ++plane, c = c + 1 < layout.C ? c + 1 : 0)
-          for_part(c, plane, part, f);
-      }
-      finish_streams();
-    });
   }
 
   // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
@@ -148,15 +156,8 @@ struct Planes {
   }
 };
 
-// Where a mask is read or written its rows must be walked as they lie: planes, or pixels.
+// Where a mask is read its rows must be walked as they lie: planes, or pixels.
 INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inner == 1 : layout.inner < MIN_PLANE; }
-
-// Whether to store past the cache: a line of a large output is then not fetched first, and does not push out what will be read.
-// Rows of whole lines only: a line that is written in two ways costs far more than is gained.
-template <typename scalar_t> INLINE bool streams(const scalar_t* p, Layout layout, bool masked) {
-  int64_t size = sizeof(scalar_t), row = by_columns(layout, masked) ? layout.C * layout.inner : layout.inner;
-  return numel(layout) * size >= STREAM_BYTES && row * size % 64 == 0 && reinterpret_cast<uintptr_t>(p) % 64 == 0;
-}
 
 // ---- Columns ----------------------------------------------------------------------------------------------------------------
 
@@ -165,16 +166,14 @@ struct Columns {
   Layout layout;
   int64_t width, rows;
   int64_t rest;      // columns of a last, shorter row
-  int64_t together;  // rows whose coefficients are worth loading once: where they fill L1, and all rows begin at a pack
 
   // A mask has its rows one by one, so these are not folded.
-  Columns(Layout l, bool masked, int64_t min_width) : layout(l) {
+  Columns(Layout l, bool masked) : layout(l) {
     int64_t sample = l.C * l.inner;
-    int64_t fold = masked ? 1 : max(min(ceil_div(min_width, sample), l.outer), 1);
+    int64_t fold = masked ? 1 : max(min(ceil_div(SUM_WIDTH, sample), l.outer), 1);
     width = fold * sample;
     rows = l.outer / fold;
     rest = l.outer % fold * sample;
-    together = width >= 1024 && width % PACK == 0 ? 4 : 1;
   }
 
   // Adds up two sums per channel. reduce(row, rows, j, n, sums) writes those of columns [j, j + n), n <= STRIP, float64:
@@ -203,52 +202,52 @@ struct Columns {
     for (int64_t c = 0; c < layout.C; ++c)
       for (int64_t i = 0; i < layout.inner; ++i) total[c] += sums[c * layout.inner + i];
   }
-
-  // body(first element, length, row, count) for `count` rows at a time, in parallel; backwards, but by runs that a prefetcher follows.
-  template <typename F> void for_rows(F body) const {
-    int64_t run = ceil_div(CHUNK, width);
-    parallel_for(ceil_div(rows, run), GRAIN / (run * width), [&](int64_t begin, int64_t end) {
-      for (int64_t k = end - 1; k >= begin; --k)
-        for (int64_t row = k * run, next = min(row + run, rows); row < next; row += together)
-          body(row * width, width, row, min(together, next - row));
-      finish_streams();
-    });
-    if (rest) body(rows * width, rest, rows, 1);
-    finish_streams();
-  }
 };
 
-// Sums in several chains, which hide the latency of an addition.
-template <typename T> struct ChainSums {
-  Pack<T> s[CHAINS<T>];
-  INLINE ChainSums() {
-    for (int k = 0; k < CHAINS<T>; ++k) s[k] = Pack<T>(0);
+// Adds n values of one channel to s1 and s2: add(i, lanes, a1, a2) on packs. In several chains where there are many, which hide the
+// latency of an addition; with few, the next channel's additions do.
+template <typename acc_t, typename Add> INLINE void add_run(int64_t n, Pack<acc_t>& s1, Pack<acc_t>& s2, Add add) {
+  constexpr int N = CHAINS<acc_t>;
+  if (n < 2 * N * PACK) {
+    Pack<acc_t> a1(0), a2(0);
+    for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED { add(i, lanes, a1, a2); });
+    s1 += a1;
+    s2 += a2;
+    return;
   }
-  INLINE Pack<T> total() const {
-    Pack<T> sum = s[0];
-    for (int k = 1; k < CHAINS<T>; ++k) sum += s[k];
-    return sum;
+  for (int64_t b = 0; b < n; b += BLOCK) {
+    Pack<acc_t> a1[N], a2[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) a1[k] = a2[k] = Pack<acc_t>(0);
+    for_packs<N>(min(BLOCK, n - b), 0, [&](int64_t i, auto lanes, int k) INLINED { add(b + i, lanes, a1[k], a2[k]); });
+#pragma GCC unroll 4
+    for (int k = 1; k < N; ++k) a1[0] += a1[k], a2[0] += a2[k];
+    s1 += a1[0];
+    s2 += a2[0];
   }
-};
+}
 
-// Adds rows of n columns into s1, s2 [n]: add(row, i, lanes, params(i, lanes), s1, s2) on packs. SHARED rows at a time share the
-// loads of sums and params, and are as many streams of memory.
+// Adds rows of n columns into s1, s2 [n]: add(element, row, lanes, params(i, lanes), a1, a2) on packs, where `width` elements lie between
+// rows. SHARED rows at a time share the loads of sums and params, and are as many streams of memory.
 template <int SHARED, typename acc_t, typename Params, typename Add>
-INLINE void add_rows(int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  for (int64_t end = row + rows; row < end; row += SHARED)
-    for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED {
+INLINE void add_rows(int64_t first, int64_t width, int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
+  for (int64_t end = row + rows; row < end; row += SHARED, first += SHARED * width) {
+    int64_t count = min(SHARED, end - row);
+    for_packs(n, 0, [=](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
-      if (row + SHARED <= end) {
+      int64_t e = first + i;
+      if (count == SHARED) {
 #pragma GCC unroll 8
-        for (int k = 0; k < SHARED; ++k) add(row + k, i, lanes, p, a1, a2);
+        for (int k = 0; k < SHARED; ++k, e += width) add(e, row + k, lanes, p, a1, a2);
       } else {
 #pragma GCC unroll 1
-        for (int64_t r = row; r < end; ++r) add(r, i, lanes, p, a1, a2);
+        for (int64_t k = 0; k < count; ++k, e += width) add(e, row + k, lanes, p, a1, a2);
       }
       store(s1 + i, load(s1 + i, lanes) + a1, lanes);
       store(s2 + i, load(s2 + i, lanes) + a2, lanes);
     });
+  }
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA
