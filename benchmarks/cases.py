@@ -92,7 +92,7 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
         "stats": lambda: ops.stats(x, False),
         "normalize": lambda: ops.normalize(x, stats, weight, bias, None, mean, var, tracked, 0.1, EPS, True, "none", 0.0),
         "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0),
-        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, EPS, "none", 0.0),
+        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, None, None, EPS, "none", 0.0),
     }
     moved = {"stats": 1.0, "normalize": 2.0, "backward_reduce": 2.0, "backward_input": 3.0}
     if not x.is_cuda:

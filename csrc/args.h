@@ -65,7 +65,6 @@ struct BackwardReduceArgs {
   Activation activation;
   double negative_slope;
   double* sums;
-  void* dz;  // null unless a residual was added before the activation
   ChannelVector dweight, dbias;
 };
 
@@ -76,9 +75,11 @@ struct BackwardInputArgs {
   Statistics stats;
   const double* sums;
   ChannelVector weight, bias;
+  const void* residual;
+  const uint8_t* mask;
   Activation activation;
   double negative_slope;
-  void* dx;
+  void *dx, *dz;  // dz is null unless a residual was added before the activation
 };
 
 // Bytes of the bit mask: see syncbn/layout.py.

@@ -210,17 +210,16 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   return {y, mask};
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight,
-                                                           OptionalTensor bias, OptionalTensor residual, OptionalTensor mask,
-                                                           double eps, StringHandle activation_handle, double negative_slope) {
-  const std::string activation = take(activation_handle);
-  const Input<Device> in(x);
-  BackwardReduceArgs args{};
+// Of what both backward ops are told, all but the sums.
+template <class Device, class Args>
+Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias,
+                   const OptionalTensor& residual, const OptionalTensor& mask, double eps, const std::string& activation,
+                   double negative_slope) {
+  Args args{};
   args.dtype = in.dtype;
   args.layout = in.layout;
   args.dy = in.same("dy", dy);
-  args.x = x.const_data_ptr();
+  args.x = in.x.const_data_ptr();
   args.stats = in.statistics(stats, eps);
   args.weight = in.vector("weight", weight);
   args.bias = in.vector("bias", bias);
@@ -231,41 +230,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, 
     SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and ", activation, ", as normalize returned it");
     if (mask) args.mask = static_cast<const uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel, in.mask_numel));
   }
-
-  Device device(x);
-  const bool writes_dz = args.activation != Activation::none && (residual || mask);
-  Tensor sums = in.new_empty(2 * in.layout.C, ScalarType::Double), dweight = in.new_like(weight), dbias = in.new_like(bias);
-  Tensor dz = writes_dz ? torch::stable::empty_like(x) : in.new_empty(0, x.scalar_type());
-  args.sums = static_cast<double*>(sums.data_ptr());
-  args.dz = writes_dz ? dz.data_ptr() : nullptr;
-  if (weight) args.dweight = {dweight.data_ptr(), args.weight.dtype};
-  if (bias) args.dbias = {dbias.data_ptr(), args.bias.dtype};
-  device.backward_reduce(args);
-  return {sums, dz, dweight, dbias};
+  return args;
 }
 
 template <class Device>
-Tensor backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias, double eps,
-                      StringHandle activation_handle, double negative_slope) {
+std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias,
+                                                   OptionalTensor residual, OptionalTensor mask, double eps,
+                                                   StringHandle activation_handle, double negative_slope) {
   const std::string activation = take(activation_handle);
   const Input<Device> in(x);
-  BackwardInputArgs args{};
-  args.dtype = in.dtype;
-  args.layout = in.layout;
-  args.dy = in.same("dy", dy);
-  args.x = x.const_data_ptr();
-  args.stats = in.statistics(stats, eps);
-  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C, 2 * in.layout.C));
-  args.weight = in.vector("weight", weight);
-  args.bias = in.vector("bias", bias);
-  args.activation = activation_of(activation);
-  args.negative_slope = negative_slope;
+  auto args = backward_args<Device, BackwardReduceArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
 
   Device device(x);
-  Tensor dx = torch::stable::empty_like(x);
+  Tensor sums = in.new_empty(2 * in.layout.C, ScalarType::Double), dweight = in.new_like(weight), dbias = in.new_like(bias);
+  args.sums = static_cast<double*>(sums.data_ptr());
+  if (weight) args.dweight = {dweight.data_ptr(), args.weight.dtype};
+  if (bias) args.dbias = {dbias.data_ptr(), args.bias.dtype};
+  device.backward_reduce(args);
+  return {sums, dweight, dbias};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias,
+                                          OptionalTensor residual, OptionalTensor mask, double eps, StringHandle activation_handle,
+                                          double negative_slope) {
+  const std::string activation = take(activation_handle);
+  const Input<Device> in(x);
+  auto args = backward_args<Device, BackwardInputArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
+  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C, 2 * in.layout.C));
+
+  Device device(x);
+  const bool writes_dz = args.activation != Activation::none && (args.activation == Activation::silu ? residual : mask).has_value();
+  Tensor dx = torch::stable::empty_like(x), dz = writes_dz ? torch::stable::empty_like(x) : in.new_empty(0, x.scalar_type());
   args.dx = dx.data_ptr();
+  args.dz = writes_dz ? dz.data_ptr() : nullptr;
   device.backward_input(args);
-  return dx;
+  return {dx, dz};
 }
 
 }  // namespace syncbn

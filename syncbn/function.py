@@ -105,18 +105,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
             return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
         dy = dense_like(dy, x)
 
-        sums, dz, dweight, dbias = ops.backward_reduce(
-            dy, x, stats, weight, bias, residual, mask, options.eps, activation, options.negative_slope
-        )
+        how = (weight, bias, residual, mask, options.eps, activation, options.negative_slope)
+        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
         sums = ctx.exchange.all_reduce_(sums, "backward")
-        if ctx.has_residual and activation != "none":
-            dy, activation = dz, "none"
         dx: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            dx = ops.backward_input(dy, x, stats, sums, weight, bias, options.eps, activation, options.negative_slope)
+        dz = dy
+        if ctx.needs_input_grad[0] or (ctx.has_residual and activation != "none"):
+            dx, dz = ops.backward_input(dy, x, stats, sums, *how)
         return (
-            dx,
-            dy if ctx.has_residual else None,
+            dx if ctx.needs_input_grad[0] else None,
+            None if not ctx.has_residual else dy if activation == "none" else dz,
             None if weight is None else dweight,
             None if bias is None else dbias,
             *[None] * 6,

@@ -22,11 +22,11 @@ SCHEMAS = {
     ),
     "backward_reduce": (
         "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
-        " float eps, str activation, float negative_slope) -> (Tensor sums, Tensor dz, Tensor dweight, Tensor dbias)"
+        " float eps, str activation, float negative_slope) -> (Tensor sums, Tensor dweight, Tensor dbias)"
     ),
     "backward_input": (
-        "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias,"
-        " float eps, str activation, float negative_slope) -> Tensor"
+        "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
+        " float eps, str activation, float negative_slope) -> (Tensor dx, Tensor dz)"
     ),
 }
 
@@ -56,15 +56,13 @@ def _(x, stats, weight, bias, residual, running_mean, running_var, num_batches_t
 
 @torch.library.register_fake("syncbn::backward_reduce", lib=_library)
 def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope):
-    writes_dz = activation != "none" and (residual is not None or mask is not None)
     return (
         x.new_empty(2 * x.shape[1], dtype=torch.float64),
-        torch.empty_like(x) if writes_dz else x.new_empty(0),
         x.new_empty(0) if weight is None else torch.empty_like(weight),
         x.new_empty(0) if bias is None else torch.empty_like(bias),
     )
 
 
 @torch.library.register_fake("syncbn::backward_input", lib=_library)
-def _(dy, x, stats, sums, weight, bias, eps, activation, negative_slope):
-    return torch.empty_like(x)
+def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope):
+    return torch.empty_like(x), torch.empty_like(x) if reference.writes_dz(activation, residual, mask) else x.new_empty(0)

@@ -129,13 +129,13 @@ def backward_reduce(
     eps: float,
     activation: str,
     negative_slope: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that the backward exchange adds up, and this rank's parameter gradients.
 
-    dy, x [N, C, *]  ->  sums [2C] float64: sum_dy = Σ dz, sum_dy_xhat = Σ dz xhat; dz; dweight; dbias.
+    dy, x [N, C, *]  ->  sums [2C] float64: sum_dy = Σ dz, sum_dy_xhat = Σ dz xhat; dweight; dbias.
 
-    dz, the gradient of the residual, is written only where a residual was added before an activation (mask or residual given):
-    else it is empty. dweight and dbias have the type of weight and bias, empty where these are None.
+    residual is that of `normalize` before silu; before relu and leaky_relu the mask is enough. dweight and dbias have the type of
+    weight and bias, empty where these are None.
     """
     dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
     mean, _, invstd = finalize(stats, eps)
@@ -143,10 +143,8 @@ def backward_reduce(
     sum_dy = _sum(_by_channel(dz))
     sum_dy_xmu = _sum(_by_channel(dz * (x.to(dz.dtype) - _per_channel(hi, x)))) - lo * sum_dy
     sum_dy_xhat = sum_dy_xmu * invstd
-    writes_dz = activation != "none" and (residual is not None or mask is not None)
     return (
         torch.cat([sum_dy, sum_dy_xhat]),
-        torch.empty_like(x).copy_(dz) if writes_dz else x.new_empty(0),
         x.new_empty(0) if weight is None else sum_dy_xhat.to(weight.dtype, copy=True),
         x.new_empty(0) if bias is None else sum_dy.to(bias.dtype, copy=True),
     )
@@ -159,17 +157,18 @@ def backward_input(
     sums: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
     eps: float,
     activation: str,
     negative_slope: float,
-) -> Tensor:
-    """dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n), [N, C, *] of x's dtype.
+) -> tuple[Tensor, Tensor]:
+    """dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n) and dz, the residual's gradient, [N, C, *] of x's dtype.
 
     sums are those of `backward_reduce`, summed over the ranks. n is the number of samples of the group; where ranks weigh the
-    same, it is this rank's count times the number of ranks. Where a residual was added before the activation, pass dz as dy and
-    activation "none".
+    same, it is this rank's count times the number of ranks. dz is empty unless a residual was added before an activation.
     """
-    dz = through_activation(dy, x, stats, weight, bias, None, None, eps, activation, negative_slope)
+    dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
     mean, _, invstd = finalize(stats, eps)
     hi, lo = _split(mean, dz.dtype)
     sum_dy, sum_dy_xhat = sums.chunk(2)
@@ -179,7 +178,12 @@ def backward_input(
     shift = lo * slope - scale * sum_dy / n
     to_acc = lambda t: _per_channel(t.to(dz.dtype), x)  # noqa: E731
     dx = dz * to_acc(scale) - (x.to(dz.dtype) - to_acc(hi)) * to_acc(slope) + to_acc(shift)
-    return torch.empty_like(x).copy_(dx)
+    return torch.empty_like(x).copy_(dx), torch.empty_like(x).copy_(dz) if writes_dz(activation, residual, mask) else x.new_empty(0)
+
+
+def writes_dz(activation: str, residual: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a residual was added before an activation: silu keeps it for the backward pass, the others the mask."""
+    return activation != "none" and (residual if activation == "silu" else mask) is not None
 
 
 def effective_count(stats: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from syncbn import reference
 from syncbn.layout import mask_bytes, outer_c_inner
 
 HERE = Path(__file__).parent
@@ -90,11 +91,11 @@ ARGS = {
     ),
     "backward_reduce": _struct(
         "BackwardReduceArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, **Affine, residual=c_pointer, mask=c_pointer,
-        **Activated, sums=c_pointer, dz=c_pointer, dweight=Vector, dbias=Vector,
+        **Activated, sums=c_pointer, dweight=Vector, dbias=Vector,
     ),
     "backward_input": _struct(
         "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
-        weight=Vector, bias=Vector, **Activated, dx=c_pointer,
+        weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, dx=c_pointer, dz=c_pointer,
     ),
 }  # fmt: skip
 
@@ -195,24 +196,24 @@ class Emulated:
         g = Guarded()
         dy, x, residual = (g.copy(t, self.offset) for t in (dy, x, residual))
         stats, weight, bias, mask = (g.copy(t) for t in (stats, weight, bias, mask))
-        writes_dz = activation != "none" and (residual is not None or mask is not None)
         sums = g.new(torch.empty(2 * x.shape[1], dtype=torch.float64))
-        dz = g.new(x, self.offset) if writes_dz else x.new_empty(0)
         dweight, dbias = (None if t is None else g.new(t) for t in (weight, bias))
         self._run(
             "backward_reduce", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
             residual=pointer(residual), mask=pointer(mask), activation=ACTIVATIONS[activation], negative_slope=slope,
-            sums=pointer(sums), dz=pointer(dz) if writes_dz else None, dweight=vector(dweight), dbias=vector(dbias),
+            sums=pointer(sums), dweight=vector(dweight), dbias=vector(dbias),
         )  # fmt: skip
-        return sums, dz, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
+        return sums, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
 
-    def backward_input(self, dy, x, stats, sums, weight, bias, eps, activation, slope):
+    def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope):
         g = Guarded()
-        dy, x = g.copy(dy, self.offset), g.copy(x, self.offset)
-        stats, sums, weight, bias = (g.copy(t) for t in (stats, sums, weight, bias))
-        dx = g.new(x, self.offset)
+        dy, x, residual = (g.copy(t, self.offset) for t in (dy, x, residual))
+        stats, sums, weight, bias, mask = (g.copy(t) for t in (stats, sums, weight, bias, mask))
+        writes_dz = reference.writes_dz(activation, residual, mask)
+        dx, dz = g.new(x, self.offset), g.new(x, self.offset) if writes_dz else x.new_empty(0)
         self._run(
             "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
-            weight=vector(weight), bias=vector(bias), activation=ACTIVATIONS[activation], negative_slope=slope, dx=pointer(dx),
+            weight=vector(weight), bias=vector(bias), residual=pointer(residual), mask=pointer(mask),
+            activation=ACTIVATIONS[activation], negative_slope=slope, dx=pointer(dx), dz=pointer(dz) if writes_dz else None,
         )  # fmt: skip
-        return dx
+        return dx, dz

@@ -205,12 +205,13 @@ def op_arguments():
         (ops.normalize, (x, stats, None, None, residual, None, None, None, None, 1e-5, False, "leaky_relu", 0.01)),
         (ops.backward_reduce, (dy, x, stats, weight, bias, None, None, 1e-5, "silu", 0.0)),
         (ops.backward_reduce, (dy, x, stats, weight, bias, None, mask, 1e-5, "relu", 0.0)),
-        (ops.backward_input, (dy, x, stats, sums, weight, None, 1e-5, "none", 0.0)),
+        (ops.backward_input, (dy, x, stats, sums, weight, None, None, None, 1e-5, "none", 0.0)),
+        (ops.backward_input, (dy, x, stats, sums, weight, bias, residual, None, 1e-5, "silu", 0.0)),
     ]
 
 
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize("case", range(7))
+@pytest.mark.parametrize("case", range(8))
 def test_opcheck(case):
     """Schema, fake kernel and traceability of every op, as torch.library.opcheck sees them."""
     op, arguments = op_arguments()[case]

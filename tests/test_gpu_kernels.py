@@ -26,11 +26,11 @@ def step(case: Case):
     stats = ops.stats(d.x, case.rank_weighted)
     state = (d.running_mean, d.running_var, d.tracked)
     y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, EPS, case.unbiased, case.activation, SLOPE)
-    how = (EPS, case.activation, SLOPE)
     residual = d.residual if case.activation == "silu" else None
-    sums, dz, dweight, dbias = ops.backward_reduce(d.dy, d.x, stats, d.weight, d.bias, residual, mask if case.keeps_mask else None, *how)
-    dx = ops.backward_input(d.dy, d.x, stats, sums, d.weight, d.bias, *how)
-    return [stats, y, sums, dz, dweight, dbias, dx, *(t for t in state if t is not None)]
+    how = (d.weight, d.bias, residual, mask if case.keeps_mask else None, EPS, case.activation, SLOPE)
+    sums, dweight, dbias = ops.backward_reduce(d.dy, d.x, stats, *how)
+    dx, dz = ops.backward_input(d.dy, d.x, stats, sums, *how)
+    return [stats, y, sums, dweight, dbias, dx, dz, *(t for t in state if t is not None)]
 
 
 @pytest.mark.parametrize("case", table(), ids=str)
@@ -95,7 +95,7 @@ def test_no_op_waits_for_the_device():
         stats = ops.stats(x, False)
         ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, "relu", SLOPE)
         sums, *_ = ops.backward_reduce(x, x, stats, None, None, None, None, EPS, "relu", SLOPE)
-        ops.backward_input(x, x, stats, sums, None, None, EPS, "relu", SLOPE)
+        ops.backward_input(x, x, stats, sums, None, None, None, None, EPS, "relu", SLOPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -69,7 +69,7 @@ CHANGED = [
     Mutant("normalize.cu", "8 - f % 8", "7 - f % 8", "normalize"),
     Mutant("normalize.cu", "f % 8 != 0 && c != 0", "f % 8 != 0", "normalize"),
     Mutant("normalize.cu", "table[walk.column() + j](to_acc", "table[walk.column()](to_acc", "normalize"),
-    Mutant("backward_reduce.cu", ">> (step.index(u) & 7)", "", "backward_reduce"),
+    Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_reduce"),
     # Statistics
     Mutant("stats.cu", "- shift[j % N]", "", "stats"),
     Mutant("stats.cu", "2 * sum + all * K", "sum + all * K", "stats"),

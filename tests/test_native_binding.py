@@ -46,7 +46,11 @@ REFUSED = [
     (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
     (lambda: reduce(residual=X), "mask must be given with a residual and relu"),
     (lambda: reduce(residual=X, mask=torch.zeros(3, dtype=torch.uint8)), r"mask must be contiguous Byte \[9\], got Byte \[3\]"),
-    (lambda: ops.backward_input(X, X, STATS, STATS, W, W, EPS, "none", 0.0), r"sums must be contiguous Double \[6\], got Double \[7\]"),
+    (lambda: ops.backward_input(X, X, STATS, STATS[:6], W, W, X, None, EPS, "relu", 0.0), "mask must be given with a residual and relu"),
+    (
+        lambda: ops.backward_input(X, X, STATS, STATS, W, W, None, None, EPS, "none", 0.0),
+        r"sums must be contiguous Double \[6\], got Double \[7\]",
+    ),
 ]
 
 

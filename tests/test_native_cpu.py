@@ -89,10 +89,12 @@ def kept_mask(case, activation, add):
     return mask if add and activation in ("relu", "leaky_relu") else None
 
 
-def reduce_args(case, activation, add):
+def backward_args(case, activation, add, *, stats=None, sums=None):
+    """Of backward_reduce; of backward_input where sums are given."""
     residual = case.residual if add else None
-    mask = kept_mask(case, activation, add)
-    return (case.dy, case.x, case.stats, case.weight, case.bias, residual, mask, EPS, activation, SLOPE)
+    stats = case.stats if stats is None else stats
+    how = (case.weight, case.bias, residual, kept_mask(case, activation, add), EPS, activation, SLOPE)
+    return (case.dy, case.x, stats, *([] if sums is None else [sums]), *how)
 
 
 # ---- Each op equals its reference ------------------------------------------------------------------------------------------------
@@ -132,12 +134,11 @@ def test_backward_reduce(shape, dtype, layout):
     case = Case(shape, dtype, layout)
     n = max(reference.samples_per_channel(case.x), 1)
     for activation, add in FUSIONS:
-        args = reduce_args(case, activation, add)
+        args = backward_args(case, activation, add)
         got, want = ops.backward_reduce(*args), reference.backward_reduce(*exact(args))
         # n terms of size 1 in chains of 256: 256 float32 roundings of the running sum are far below n eps 8.
         assert ((got[0] - want[0]).abs() <= 8 * n * torch.finfo(reference.acc_type(dtype)).eps).all(), (activation, add)
-        close(got[1], want[1], 4, f"dz {activation} {add}")
-        for gradient, parameter, part in ((got[2], case.weight, got[0][shape[1] :]), (got[3], case.bias, got[0][: shape[1]])):
+        for gradient, parameter, part in ((got[1], case.weight, got[0][shape[1] :]), (got[2], case.bias, got[0][: shape[1]])):
             assert gradient.dtype == parameter.dtype and torch.equal(gradient, part.to(parameter.dtype))
 
 
@@ -146,14 +147,15 @@ def test_backward_reduce(shape, dtype, layout):
 @every_case
 def test_backward_input(shape, dtype, layout):
     case = Case(shape, dtype, layout)
-    for activation in reference.ACTIVATIONS:
-        sums = reference.backward_reduce(*exact(reduce_args(case, activation, False)))[0]
+    for activation, add in FUSIONS:
+        sums = reference.backward_reduce(*exact(backward_args(case, activation, add)))[0]
         for stats in (case.stats, 3 * case.stats, 3 * reference.stats(case.x.double(), True)):  # 1 rank, 3 equal ones, weighted
-            args = (case.dy, case.x, stats, sums, case.weight, case.bias, EPS, activation, SLOPE)
-            dx, want = ops.backward_input(*args), reference.backward_input(*exact(args))
+            args = backward_args(case, activation, add, stats=stats, sums=sums)
+            (dx, dz), (want, want_dz) = ops.backward_input(*args), reference.backward_input(*exact(args))
             invstd = reference.finalize(stats, EPS)[2]  # with a single sample, dz and its mean cancel, each scaled by 1 / sqrt(eps)
-            close(dx, want, max(10, 4 * float(invstd.max())), activation)
-            assert dx.stride() == case.x.stride()
+            close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
+            close(dz, want_dz, 4, f"dz {activation} {add}")
+            assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
@@ -234,13 +236,19 @@ def test_the_short_end_of_a_long_plane_keeps_its_digits_too():
     assert relative_variance_error(noise + 1e5) < 3e-6
 
 
+def dz_of(implementation, x, stats, residual, mask, *how):
+    """The residual's gradient where dy is 1."""
+    sums = torch.zeros(2 * x.shape[1]).double()
+    return implementation.backward_input(torch.ones_like(x), x, stats, sums, None, None, residual, mask, *how)[1]
+
+
 def test_silu_of_very_negative_values_is_the_references():
     x = torch.tensor([[-1e2], [-1e36], [-3e38], [float("-inf")], [-20.0], [0.0], [88.0], [3e38]])
     args = (x, torch.tensor([0.0, 1.0, 1.0]).double(), None, None, None)
     how = (0.0, "silu", 0.0)
     y, want = (f.normalize(*args, None, None, None, 0.1, 0.0, True, *how[1:])[0] for f in (ops, reference))
     assert torch.allclose(y, want, rtol=1e-6, atol=1e-30, equal_nan=True)
-    dz, want = (f.backward_reduce(torch.ones_like(x), *args, torch.empty(0, dtype=torch.uint8), *how)[1] for f in (ops, reference))
+    dz, want = (dz_of(f, x, args[1], torch.zeros_like(x), None, *how) for f in (ops, reference))
     assert torch.allclose(dz, want, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
@@ -259,7 +267,10 @@ for shape in [(1, 1, 2), (2, 3), (1, 1, 8), (3, 2, 17), (2, 33), (1, 2, 3, 3)]:
     mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)
     mask.fill_(255)
     stats = torch.ones(2 * shape[1] + 1).double()
-    dz = ops.backward_reduce(torch.ones(shape), x, stats, None, None, x, mask, 1e-5, "relu", 0.0)[1]
+    how = (None, None, x, mask, 1e-5, "relu", 0.0)
+    sums = ops.backward_reduce(torch.ones(shape), x, stats, *how)[0]
+    assert sums[: shape[1]].tolist() == [x.numel() // shape[1]] * shape[1]
+    dz = ops.backward_input(torch.ones(shape), x, stats, sums, *how)[1]
     assert dz.tolist() == torch.ones(shape).tolist()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -272,8 +283,7 @@ def test_relu_lets_nan_through_and_stops_minus_infinity():
     residual = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
     y, mask = ops.normalize(x, stats, None, None, residual, None, None, None, 0.1, EPS, True, "relu", 0.0)
     assert y[0, 0] == 0 and y[1, 1].isnan()
-    dz = ops.backward_reduce(torch.ones_like(x), x, stats, None, None, residual, mask, EPS, "relu", 0.0)[1]
-    assert dz.tolist() == [[0, 0], [1, 1]]
+    assert dz_of(ops, x, stats, residual, mask, EPS, "relu", 0.0).tolist() == [[0, 0], [1, 1]]
 
 
 @pytest.mark.parametrize("case", op_cases.EXTREMES, ids=str)
@@ -291,8 +301,8 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape, layout):
     def run():
         case = Case(shape, torch.float32, layout)
         y, mask = ops.normalize(*normalize_args(case, "relu", True))
-        sums, dz, *_ = ops.backward_reduce(*reduce_args(case, "relu", True))
-        return ops.stats(case.x, False), y, mask, sums, dz
+        sums = ops.backward_reduce(*backward_args(case, "relu", True))[0]
+        return ops.stats(case.x, False), y, mask, sums, *ops.backward_input(*backward_args(case, "relu", True, sums=sums))
 
     before = torch.get_num_threads()
     try:
@@ -317,8 +327,7 @@ def test_opcheck(activation, add):
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.stats, (case.x, True), test_utils=tests)
     torch.library.opcheck(ops.normalize, normalize_args(case, activation, add, running), test_utils=tests)
-    args = reduce_args(case, activation, add)
+    args = backward_args(case, activation, add)
     torch.library.opcheck(ops.backward_reduce, args, test_utils=tests)
     sums = ops.backward_reduce(*args)[0]
-    args = (case.dy, case.x, case.stats, sums, case.weight, None, EPS, activation, SLOPE)
-    torch.library.opcheck(ops.backward_input, args, test_utils=tests)
+    torch.library.opcheck(ops.backward_input, backward_args(case, activation, add, sums=sums), test_utils=tests)

@@ -42,20 +42,15 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
     x, dy, res = make(), make(), make() if residual else None
     weight, bias = torch.randn(2, c, dtype=dtype)
     running_mean, running_var, tracked = torch.zeros(c), torch.ones(c), torch.tensor(0)
-    how = (1e-5, activation, 0.01)
 
     stats = ops.stats(x, False)
     y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
     keeps_mask = residual and activation in ("relu", "leaky_relu")
     assert mask.numel() == (mask_bytes(x) if keeps_mask else 0)
-    sums, dz, dweight, dbias = ops.backward_reduce(
-        dy, x, stats, weight, bias, res if activation == "silu" else None, mask if keeps_mask else None, *how
-    )
-    if residual and activation != "none":
-        dx = ops.backward_input(dz, x, stats, sums, weight, bias, 1e-5, "none", 0.01)
-    else:
-        assert dz.numel() == 0
-        dx = ops.backward_input(dy, x, stats, sums, weight, bias, *how)
+    how = (weight, bias, res if activation == "silu" else None, mask if keeps_mask else None, 1e-5, activation, 0.01)
+    sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
+    dx, dz = ops.backward_input(dy, x, stats, sums, *how)
+    assert dz.shape == (x.shape if residual and activation != "none" else (0,))
 
     assert stats.dtype == sums.dtype == torch.float64
     assert y.dtype == dx.dtype == dweight.dtype == dbias.dtype == dtype
@@ -121,13 +116,13 @@ def test_opcheck(name, layout):
     normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], 1e-5, True, activation, 0.01)
     _, mask = ops.normalize(*normalize_args)
     mask = mask if mask.numel() else None
-    reduce_args = (dy, x, stats, weight, bias, residual if activation == "silu" else None, mask, 1e-5, activation, 0.01)
-    sums = ops.backward_reduce(*reduce_args)[0]
+    how = (weight, bias, residual if activation == "silu" else None, mask, 1e-5, activation, 0.01)
+    sums = ops.backward_reduce(dy, x, stats, *how)[0]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd is function.py's
     torch.library.opcheck(ops.stats, (x, False), test_utils=checks)
     torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
-    torch.library.opcheck(ops.backward_reduce, reduce_args, test_utils=checks)
-    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, weight, bias, 1e-5, activation, 0.01), test_utils=checks)
+    torch.library.opcheck(ops.backward_reduce, (dy, x, stats, *how), test_utils=checks)
+    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, *how), test_utils=checks)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -208,7 +203,8 @@ def test_the_ops_count_beyond_what_float32_and_int32_hold():
     y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, 0.0, True, "none", 0.0)
     assert y.flatten().tolist() == [-1, 2]
     assert running_mean.item() == 2 and running_var.item() == n / (n - 1) != 1
-    dx = ops.backward_input(x, x, stats, torch.tensor([3 * n, n], dtype=torch.float64), None, None, 0.0, "none", 0.0)
+    sums = torch.tensor([3 * n, n], dtype=torch.float64)
+    dx, _ = ops.backward_input(x, x, stats, sums, None, None, None, None, 0.0, "none", 0.0)
     assert dx.flatten().tolist() == [1 - 3 + 1, 4 - 3 - 2]
 
 

@@ -1,10 +1,11 @@
-// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n).
+// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n), and dz where a residual needs it.
 //
-// As dz SCALE - (x - HI) SLOPE + OFFSET, three numbers that are computed once for each channel, in float64. Backwards over memory:
+// dx is dz SCALE - (x - HI) SLOPE + OFFSET, three numbers that are computed once for each channel, in float64. Backwards over memory:
 // what backward_reduce() read last is still in the cache.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"
+#include "mask.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
@@ -18,10 +19,14 @@ double effective_count(const BackwardInputArgs& args) {
   return n < 1 ? 1 : n;
 }
 
-template <typename scalar_t, Backward backward> void run(const BackwardInputArgs& args) {
+template <typename scalar_t, Backward backward, bool add> void run(const BackwardInputArgs& args) {
   using acc_t = acc_type<scalar_t>;
+  constexpr bool masked = backward == Backward::sloped_by_mask;
+  constexpr bool recompute = backward == Backward::sloped || backward == Backward::silu;
   auto dy = static_cast<const scalar_t*>(args.dy), x = static_cast<const scalar_t*>(args.x);
-  auto dx = static_cast<scalar_t*>(args.dx);
+  auto residual = static_cast<const scalar_t*>(args.residual);
+  const uint8_t* mask = args.mask;
+  Output<scalar_t> dx(args.dx, args.layout), dz(args.dz, args.layout);
   Slope<acc_t> slope(args.activation, args.negative_slope);
   Affines<acc_t> affine(args);
   double n = effective_count(args);
@@ -31,25 +36,30 @@ template <typename scalar_t, Backward backward> void run(const BackwardInputArgs
     double of_x = a.scale * a.invstd * sum_dy_xhat[c] / n;
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sum_dy[c] / n;
   };
-  map_packs<scalar_t, 5, false>(args.layout, dx, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place&) INLINED {
-    Pack<acc_t> xmu = load(x + f, lanes) - p.v[HI];
-    Pack<acc_t> dz = through<backward>(load(dy + f, lanes), xmu * p.v[SCALE] + p.v[SHIFT], 0, slope);
-    return dz * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET];
+  map_packs<acc_t, 5, masked>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
+    Pack<acc_t> d = load(dy + f, lanes), xmu = load(x + f, lanes) - p.v[HI], z(acc_t(0));
+    if constexpr (recompute) z = xmu * p.v[SCALE] + p.v[SHIFT];
+    if constexpr (add) z += load(residual + f, lanes);
+    uint32_t bits = 0;
+    if constexpr (masked) bits = read_bits(mask, f, place, lanes);
+    d = through<backward>(d, z, bits, slope);
+    if constexpr (masked || add) dz(f, d, lanes);
+    dx(f, d * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes);
   });
 }
 
-template <typename scalar_t> auto choose(Activation activation) {
-  switch (activation) {
-    case Activation::none: return run<scalar_t, Backward::identity>;
-    case Activation::silu: return run<scalar_t, Backward::silu>;
-    default: return run<scalar_t, Backward::sloped>;
+template <typename scalar_t> auto choose(const BackwardInputArgs& args) {
+  switch (args.activation) {
+    case Activation::none: return run<scalar_t, Backward::identity, false>;
+    case Activation::silu: return args.residual ? run<scalar_t, Backward::silu, true> : run<scalar_t, Backward::silu, false>;
+    default: return args.mask ? run<scalar_t, Backward::sloped_by_mask, false> : run<scalar_t, Backward::sloped, false>;
   }
 }
 
 }  // namespace
 
 void backward_input(const BackwardInputArgs& args) {
-  with_dtype(args.dtype, [&](auto type) { choose<decltype(type)>(args.activation)(args); });
+  with_dtype(args.dtype, [&](auto type) { choose<decltype(type)>(args)(args); });
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA

@@ -1,4 +1,4 @@
-// backward_reduce: sum_dy = Σ dz and sum_dy_xhat = Σ dz xhat of each channel, and dz where a residual needs it.
+// backward_reduce: sum_dy = Σ dz and sum_dy_xhat = Σ dz xhat of each channel.
 //
 // In acc_t within a chunk, in float64 across: Σ dz (x - hi), then the rest of the mean is taken off as lo Σ dz.
 #include "activation.h"
@@ -16,7 +16,6 @@ template <typename scalar_t, Backward backward, bool add> void run(const Backwar
   constexpr bool recompute = backward == Backward::sloped || backward == Backward::silu;
   auto dy = static_cast<const scalar_t*>(args.dy), x = static_cast<const scalar_t*>(args.x);
   auto residual = static_cast<const scalar_t*>(args.residual);
-  auto dz = static_cast<scalar_t*>(args.dz);
   const uint8_t* mask = args.mask;
   Slope<acc_t> slope(args.activation, args.negative_slope);
   Affines<acc_t> affine(args);
@@ -31,7 +30,6 @@ template <typename scalar_t, Backward backward, bool add> void run(const Backwar
     uint32_t bits = 0;
     if constexpr (masked) bits = read_bits(mask, f, row, lanes);
     d = through<backward>(d, z, bits, slope);
-    if (dz) store(dz + f, d, lanes);
     d = keep(d, lanes);
     s1 += d;
     s2 += d * keep(xmu, lanes);

@@ -55,17 +55,26 @@ template <typename acc_t, int K> class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// to = f(element, lanes, coefficients, place) on packs that cover everything, in parallel and backwards. The place in the mask is kept up
-// to date where there is one.
+// Where packs that follow each other are written.
+template <typename scalar_t> class Output {
+  scalar_t* to_;
+  bool stream_;
+
+ public:
+  Output(void* to, Layout layout) : to_(static_cast<scalar_t*>(to)), stream_(streams(to_, numel(layout))) {}
+  template <typename Lanes> INLINE void operator()(int64_t e, Pack<acc_type<scalar_t>> a, Lanes lanes) const {
+    store(to_ + e, a, lanes, stream_);
+  }
+};
+
+// f(element, lanes, coefficients, place) on packs that cover everything, in parallel and backwards. The place in the mask is kept up to
+// date where there is one.
 //
 // Packs follow each other wherever planes and rows end, so that an aligned output has aligned stores, and lines past the cache are whole.
-template <typename scalar_t, int K, bool masked, typename Set, typename F>
-void map_packs(Layout layout, scalar_t* to, Set coefficients, F f) {
-  using acc_t = acc_type<scalar_t>;
+template <typename acc_t, int K, bool masked, typename Set, typename F> void map_packs(Layout layout, Set coefficients, F f) {
   int64_t C = layout.C, inner = layout.inner, all = numel(layout), row = inner > 1 ? inner : C;
-  bool stream = streams(to, all);
-  auto put = [=](int64_t e, auto lanes, const auto& p, Place& place) INLINED {
-    store(to + e, f(e, lanes, p, place), lanes, stream);
+  auto put = [f](int64_t e, auto lanes, const auto& p, Place& place) INLINED {
+    f(e, lanes, p, place);
     if constexpr (masked) place.next_pack();
   };
   // What the loops use are copies that no store can change.
@@ -116,7 +125,9 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
         alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
         add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n, s1, s2,
                                 [=](int64_t i, auto lanes) INLINED { return values.at(j + i, lanes); },
-                                [=](int64_t e, int64_t r, auto lanes, const auto& p, P& a1, P& a2) INLINED { add_pack(e, lanes, p, r, a1, a2); });
+                                [=](int64_t e, int64_t r, auto lanes, const auto& p, P& a1, P& a2) INLINED {
+                                  add_pack(e, lanes, p, r, a1, a2);
+                                });
         add(n, s1, out);
         add(n, s2, out + columns.width);
       }

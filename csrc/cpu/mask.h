@@ -33,6 +33,24 @@ struct Place {
   }
 };
 
+// The bits of a pack at element f, a multiple of 8, whichever rows it is of.
+RARE uint32_t read_bits(const uint8_t* mask, int64_t f, Place place, Partial lanes) {
+  uint32_t bits = 0;
+  for (int64_t first = 0, last; first < lanes.last; first = last, ++place.row, place.left = place.length) {
+    last = min(first + place.left, lanes.last);
+    bits |= (read_bits(mask, f + first, place.row, Partial{int(last - first)}) & ((1u << (last - first)) - 1)) << first;
+  }
+  return bits;
+}
+INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, const Place& place, Whole) {
+  if (place.left < PACK) return read_bits(mask, f, place, Partial{PACK});
+  const uint8_t* p = mask + f / 8 + place.row;
+  uint32_t bits = p[0];
+#pragma GCC unroll 2
+  for (int k = 1; k < PACK / 8; ++k) bits |= uint32_t(p[k]) << (8 * k);
+  return bits;
+}
+
 // Writes the bits of a pack at element f, a multiple of 8, whichever rows it is of. The last bits of a row are written up to its idle
 // bits, as zeros.
 RARE void write_bits(uint8_t* mask, int64_t f, Place place, uint32_t bits, Partial lanes) {

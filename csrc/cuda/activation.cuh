@@ -60,4 +60,20 @@ __device__ inline void through_activation(acc_t (&dy)[N], Activation activation,
   }
 }
 
+// dz of the vector u of a step; z is recomputed by the expression of the forward pass, or its sign comes from the bit mask.
+template <typename scalar_t, class Args, class Step, class Affine, typename acc_t, int W, int N>
+__device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, const Vec<scalar_t, W>& x, const Args& args, const Step& step,
+                                int u, const Affine (&affine)[N]) {
+#pragma unroll
+  for (int j = 0; j < W; ++j) dz[j] = dy.get(j);
+  const auto* residual = static_cast<const scalar_t*>(args.residual);
+  Vec<scalar_t, W> add;
+  if (residual) add = load<W>(residual + step.index(u));
+  const unsigned bits = args.mask ? args.mask[step.mask_byte(u)] >> (step.index(u) & 7) : 0;
+  through_activation(dz, args.activation, static_cast<acc_t>(args.negative_slope), args.mask, bits, [&](int j) {
+    const acc_t z = affine[j % N](x.get(j));
+    return residual ? z + add.get(j) : z;
+  });
+}
+
 }  // namespace syncbn::cuda

@@ -1,7 +1,9 @@
-// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n).
+// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, where
+// there was one before the activation.
 //
-// Traffic: dy and x once, dx once. Per channel this is dz * scale + (x - hi) * slope + shift, so that all divisions are done in
-// double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read are still in L2.
+// Traffic: dy and x once, dx once, dz once where it is asked for. Per channel dx is dz * scale + (x - hi) * slope + shift, so that
+// all divisions are done in double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read
+// are still in L2.
 
 #include "activation.cuh"
 #include "finalize.cuh"
@@ -12,8 +14,8 @@ namespace syncbn::cuda {
 namespace {
 
 template <typename acc_t>
-struct Gradient {
-  acc_t slope, shift;
+struct Slope {
+  acc_t of_x, shift;
 };
 
 template <typename scalar_t, class Walk>
@@ -24,11 +26,12 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   const auto* dy = static_cast<const scalar_t*>(args.dy);
   const auto* x = static_cast<const scalar_t*>(args.x);
   auto* dx = static_cast<scalar_t*>(args.dx);
+  auto* dz = static_cast<scalar_t*>(args.dz);
   const int64_t C = args.layout.C;
   const Walk walk(args.layout, config);
 
   SHARED(Affine<acc_t>, affines, Walk::max_columns);
-  SHARED(Gradient<acc_t>, gradients, Walk::max_columns);
+  SHARED(Slope<acc_t>, slopes, Walk::max_columns);
   const int64_t channel = walk.first_channel() + threadIdx.x;
   if (threadIdx.x < config.width * N && channel < C) {
     const Moments m = finalize(args.stats, C, channel);
@@ -38,17 +41,16 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     const double slope = scale * m.invstd * args.sums[C + channel] / n;
     const double lo = m.mean - static_cast<double>(affine.hi);
     affines[threadIdx.x] = affine;
-    gradients[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
+    slopes[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
   }
   __syncthreads();
   Affine<acc_t> affine[N];
-  Gradient<acc_t> gradient[N];
+  Slope<acc_t> slope[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     affine[j] = affines[walk.column() + j];
-    gradient[j] = gradients[walk.column() + j];
+    slope[j] = slopes[walk.column() + j];
   }
-  const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
 
   walk.each([&](auto step) {
     constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
@@ -59,12 +61,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-#pragma unroll
-      for (int j = 0; j < W; ++j) g[j] = in_dy[u].get(j);
-      through_activation(g, args.activation, negative_slope, false, 0, [&](int j) { return affine[j % N](in_x[u].get(j)); });
+      gradient(g, in_dy[u], in_x[u], args, step, u, affine);
+      if (dz) store<W>(dz + step.index(u), g);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, gradient[j % N].slope, gradient[j % N].shift);
+        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, slope[j % N].of_x, slope[j % N].shift);
         g[j] = fma(g[j], affine[j % N].scale, rest);
       }
       store<W>(dx + step.index(u), g);
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 }  // namespace
 
 cudaError_t backward_input(const BackwardInputArgs& args, const Target& target) {
-  return launch<BackwardInputPlan>(args, target, {args.dy, args.x, args.dx}, [](auto value, auto walk) {
+  return launch<BackwardInputPlan>(args, target, {args.dy, args.x, args.residual, args.dx, args.dz}, [](auto value, auto walk) {
     return backward_input_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }

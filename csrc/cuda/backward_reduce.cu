@@ -1,8 +1,6 @@
-// backward_reduce: this rank's sum_dy = sum of dz and sum_dy_xhat = sum of dz * xhat, with dweight and dbias; and dz, the gradient
-// of the residual, where there was one before the activation.
+// backward_reduce: this rank's sum_dy = sum of dz and sum_dy_xhat = sum of dz * xhat, with dweight and dbias.
 //
-// Traffic: dy and x once, dz once where it is asked for. The sign of z is recomputed from x by the expression of the forward
-// pass, or comes from the bit mask. Sums are of dz * (x - hi), which does not cancel; the rest of the mean follows in double.
+// Traffic: dy and x once. Sums are of dz * (x - hi), which does not cancel; the rest of the mean follows in double.
 
 #include "activation.cuh"
 #include "finalize.cuh"
@@ -19,8 +17,6 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   constexpr int N = Walk::channels, S = Walk::sums;
   const auto* dy = static_cast<const scalar_t*>(args.dy);
   const auto* x = static_cast<const scalar_t*>(args.x);
-  const auto* residual = static_cast<const scalar_t*>(args.residual);
-  auto* dz = static_cast<scalar_t*>(args.dz);
   const int64_t C = args.layout.C;
   const Walk walk(args.layout, config);
 
@@ -36,7 +32,6 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   Affine<acc_t> affine[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) affine[j] = table[walk.column() + j];
-  const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
 
   acc_t s1[S] = {}, s2[S] = {};
   walk.each([&](auto step) {
@@ -48,16 +43,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-#pragma unroll
-      for (int j = 0; j < W; ++j) g[j] = in_dy[u].get(j);
-      Vec<scalar_t, W> add;
-      if (residual) add = load<W>(residual + step.index(u));
-      const unsigned bits = args.mask ? args.mask[step.mask_byte(u)] >> (step.index(u) & 7) : 0;
-      through_activation(g, args.activation, negative_slope, args.mask, bits, [&](int j) {
-        const acc_t z = affine[j % N](in_x[u].get(j));
-        return residual ? z + add.get(j) : z;
-      });
-      if (dz) store<W>(dz + step.index(u), g);
+      gradient(g, in_dy[u], in_x[u], args, step, u, affine);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         s1[j % S] += g[j];
@@ -88,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 }  // namespace
 
 cudaError_t backward_reduce(const BackwardReduceArgs& args, const Target& target) {
-  return launch<BackwardReducePlan>(args, target, {args.dy, args.x, args.residual, args.dz}, [](auto value, auto walk) {
+  return launch<BackwardReducePlan>(args, target, {args.dy, args.x, args.residual}, [](auto value, auto walk) {
     return backward_reduce_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
