@@ -26,7 +26,7 @@ template <typename scalar_t, Backward backward, bool add> void run(const Backwar
   auto dy = static_cast<const scalar_t*>(args.dy), x = static_cast<const scalar_t*>(args.x);
   auto residual = static_cast<const scalar_t*>(args.residual);
   const uint8_t* mask = args.mask;
-  Output<scalar_t> dx(args.dx, args.layout), dz(args.dz, args.layout);
+  constexpr int OUTPUTS = masked || add ? 2 : 1;
   Slope<acc_t> slope(args.activation, args.negative_slope);
   Affines<acc_t> affine(args);
   double n = effective_count(args);
@@ -36,15 +36,21 @@ template <typename scalar_t, Backward backward, bool add> void run(const Backwar
     double of_x = a.scale * a.invstd * sum_dy_xhat[c] / n;
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift, v[SLOPE] = of_x, v[OFFSET] = a.lo * of_x - a.scale * sum_dy[c] / n;
   };
-  map_packs<acc_t, 5, masked>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
+  auto dx = static_cast<scalar_t*>(args.dx), dz = static_cast<scalar_t*>(args.dz);
+  scalar_t* outputs[OUTPUTS];
+  outputs[0] = dx;
+  if constexpr (OUTPUTS > 1) outputs[1] = dz;
+  map_packs<scalar_t, 5>(args.layout, outputs, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
     Pack<acc_t> d = load(dy + f, lanes), xmu = load(x + f, lanes) - p.v[HI], z(acc_t(0));
     if constexpr (recompute) z = xmu * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
     uint32_t bits = 0;
     if constexpr (masked) bits = read_bits(mask, f, place, lanes);
     d = through<backward>(d, z, bits, slope);
-    if constexpr (masked || add) dz(f, d, lanes);
-    dx(f, d * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET], lanes);
+    Packs<acc_t, OUTPUTS> out;
+    out.v[0] = d * p.v[SCALE] - xmu * p.v[SLOPE] + p.v[OFFSET];
+    if constexpr (OUTPUTS > 1) out.v[1] = d;
+    return out;
   });
 }
 

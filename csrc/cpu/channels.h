@@ -55,59 +55,93 @@ template <typename acc_t, int K> class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// Where packs that follow each other are written.
-template <typename scalar_t> class Output {
-  scalar_t* to_;
-  bool stream_;
+// Where packs that follow each other are written, to each of the outputs.
+template <typename scalar_t, int OUTPUTS> class Output {
+  scalar_t* to_[OUTPUTS];
+  bool stream_ = true;
 
  public:
-  Output(void* to, Layout layout) : to_(static_cast<scalar_t*>(to)), stream_(streams(to_, numel(layout))) {}
-  template <typename Lanes> INLINE void operator()(int64_t e, Pack<acc_type<scalar_t>> a, Lanes lanes) const {
-    store(to_ + e, a, lanes, stream_);
+  Output(scalar_t* const (&to)[OUTPUTS], int64_t n) {
+    for (int k = 0; k < OUTPUTS; ++k) {
+      to_[k] = to[k];
+      stream_ = stream_ && streams(to[k], n);
+    }
+  }
+  template <int N> INLINE void write(int64_t e, const Packs<acc_type<scalar_t>, OUTPUTS> (&packs)[N]) const {
+#pragma GCC unroll 2
+    for (int k = 0; k < OUTPUTS; ++k)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) store(to_[k] + e + i * PACK, packs[i].v[k], Whole{}, stream_);
+  }
+  INLINE void write(int64_t e, const Packs<acc_type<scalar_t>, OUTPUTS>& packs, Partial lanes) const {
+    for (int k = 0; k < OUTPUTS; ++k) store(to_[k] + e, packs.v[k], lanes);
   }
 };
 
-// f(element, lanes, coefficients, place) on packs that cover everything, in parallel and backwards. The place in the mask is kept up to
-// date where there is one.
+// outputs[k] = f(element, lanes, coefficients, place).v[k] on packs that cover everything, in parallel and backwards; the place is that
+// in the mask.
 //
 // Packs follow each other wherever planes and rows end, so that an aligned output has aligned stores, and lines past the cache are whole.
-template <typename acc_t, int K, bool masked, typename Set, typename F> void map_packs(Layout layout, Set coefficients, F f) {
-  int64_t C = layout.C, inner = layout.inner, all = numel(layout), row = inner > 1 ? inner : C;
-  auto put = [f](int64_t e, auto lanes, const auto& p, Place& place) INLINED {
-    f(e, lanes, p, place);
-    if constexpr (masked) place.next_pack();
-  };
-  // What the loops use are copies that no store can change.
-  if (inner < MIN_PLANE) {
-    int64_t width = C * inner * ceil_div(MAP_WIDTH, C * inner);
-    PerChannel<acc_t, K> table(C, inner, width + PACK, coefficients);
-    for_runs(all, [&](int64_t e, int64_t end) {
-      auto write = put;
-      Coefficients<acc_t, K> values = table;
-      Place place(row, e);
-      for (int64_t j = e % width, stop = width; e < end; j -= stop) {
-        for (; j < stop && e + PACK <= end; j += PACK, e += PACK) write(e, Whole{}, values.at(j, Whole{}), place);
-        if (j < stop && e < end) return write(e, Partial{int(end - e)}, values.at(j, Whole{}), place);
+// Of 16-bit types a line is several packs: these are written one behind the other, for two outputs in turns would be sent off as halves.
+template <typename scalar_t, int K, int OUTPUTS, typename Set, typename F>
+void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficients, F f) {
+  using acc_t = acc_type<scalar_t>;
+  using Out = Packs<acc_t, OUTPUTS>;
+  constexpr int LINE = PACK * sizeof(scalar_t) < 64 ? 64 / (PACK * sizeof(scalar_t)) : 1;
+  int64_t C = layout.C, inner = layout.inner, all = numel(layout);
+  bool columns = inner < MIN_PLANE;
+  int64_t width = columns ? C * inner * ceil_div(MAP_WIDTH, C * inner) : C, row = inner > 1 ? inner : C;
+  PerChannel<acc_t, K> table(C, columns ? inner : 1, columns ? width + (LINE + 1) * PACK : C, coefficients);
+  Output<scalar_t, OUTPUTS> output(outputs, all);
+
+  for_runs(all, [&](int64_t e, int64_t end) {
+    // Copies, which no store can change.
+    auto map = f;
+    auto to = output;
+    Coefficients<acc_t, K> values = table;
+    auto map_until = [=](int64_t e, int64_t stop, auto values_at, auto place_at) INLINED {
+      for (; e + LINE * PACK <= stop; e += LINE * PACK) {
+        Out packs[LINE];
+#pragma GCC unroll 4
+        for (int k = 0; k < LINE; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
+        to.write(e, packs);
       }
-    });
-  } else {
-    PerChannel<acc_t, K> table(C, 1, C, coefficients);
-    for_runs(all, [&](int64_t e, int64_t end) {
-      auto write = put;
-      Coefficients<acc_t, K> values = table;
-      Place place(row, e);
+      for (; e + PACK <= stop; e += PACK) {
+        Out packs[] = {map(e, Whole{}, values_at(e), place_at(e))};
+        to.write(e, packs);
+      }
+      return e;
+    };
+    if (columns) {
+      Place place{row, e / row, row - e % row};
+      auto next_place = [&](int64_t) INLINED {
+        Place here = place;
+        place.next_pack();
+        return here;
+      };
+      for (int64_t start = e - e % width; e < end; start += width) {
+        auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };
+        // The table goes on behind its width, so packs need not end there.
+        e = map_until(e, min(start + width + LINE * PACK - 1, end), values_at, next_place);
+        Partial rest{int(end - e)};
+        if (0 < rest.last && rest.last < PACK) return to.write(e, map(e, rest, values_at(e), place), rest);
+      }
+    } else {
       int64_t plane = e / inner, next = (plane + 1) * inner;
-      for (int64_t c = plane % C; e < end; next += inner) {
+      for (int64_t c = plane % C; e < end; ++plane, next += inner) {
         auto p = values.splat(c);
-        for (int64_t stop = min(next, end); e + PACK <= stop; e += PACK) write(e, Whole{}, p, place);
+        auto place_at = [=](int64_t i) INLINED { return Place{inner, plane, next - i}; };
+        e = map_until(e, min(next, end), [=](int64_t) INLINED { return p; }, place_at);
         c = c + 1 < C ? c + 1 : 0;
         if (e >= min(next, end)) continue;
-        if (e + PACK > end) return write(e, Partial{int(end - e)}, p, place);
-        write(e, Whole{}, join(int(next - e), p, values.splat(c)), place);
+        Partial rest{int(end - e)};
+        if (rest.last < PACK) return to.write(e, map(e, rest, p, place_at(e)), rest);
+        Out packs[] = {map(e, Whole{}, join(int(next - e), p, values.splat(c)), place_at(e))};
+        to.write(e, packs);
         e += PACK;
       }
-    });
-  }
+    }
+  });
 }
 
 // Two sums for each channel, float64: f(first element, lanes, coefficients, row of the mask, s1, s2) adds a pack to s1 and s2.

@@ -25,7 +25,7 @@ template <typename scalar_t, Activation activation, bool add> void run(const Nor
   using acc_t = acc_type<scalar_t>;
   constexpr bool masked = add && (activation == Activation::relu || activation == Activation::leaky_relu);
   auto x = static_cast<const scalar_t*>(args.x), residual = static_cast<const scalar_t*>(args.residual);
-  Output<scalar_t> y(args.y, args.layout);
+  scalar_t* outputs[] = {static_cast<scalar_t*>(args.y)};
   uint8_t* mask = args.mask;
   Pack<acc_t> slope = acc_t(args.negative_slope);
   Affines<acc_t> affine(args);
@@ -33,11 +33,11 @@ template <typename scalar_t, Activation activation, bool add> void run(const Nor
     Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  map_packs<acc_t, 3, masked>(args.layout, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
+  map_packs<scalar_t, 3>(args.layout, outputs, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
     Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
     if constexpr (add) z += load(residual + f, lanes);
-    y(f, activate<activation>(z, slope), lanes);
     if constexpr (masked) write_bits(mask, f, place, positive_bits(z), lanes);
+    return Packs<acc_t, 1>{activate<activation>(z, slope)};
   });
 }
 

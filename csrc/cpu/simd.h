@@ -120,10 +120,12 @@ template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
   using P = Pack<T>;
   uint32_t bits = 0;
   P::each([&](int r) {
-    auto negative = a.v[r] <= 0;
 #if defined(__AVX512F__)
-    uint32_t part = sizeof(T) == 4 ? _mm512_movepi32_mask((__m512i)negative) : _mm512_movepi64_mask((__m512i)negative);
-#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) bits |= uint32_t(_mm512_cmp_ps_mask((__m512)a.v[r], __m512{}, _CMP_NLE_UQ));
+    if constexpr (sizeof(T) == 8) bits |= uint32_t(_mm512_cmp_pd_mask((__m512d)a.v[r], __m512d{}, _CMP_NLE_UQ)) << (8 * r);
+#else
+    auto negative = a.v[r] <= 0;
+#if defined(__AVX2__)
     uint32_t part = sizeof(T) == 4 ? _mm256_movemask_ps((__m256)negative) : _mm256_movemask_pd((__m256d)negative);
 #elif defined(__x86_64__)
     uint32_t part = sizeof(T) == 4 ? _mm_movemask_ps((__m128)negative) : _mm_movemask_pd((__m128d)negative);
@@ -131,19 +133,27 @@ template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
     uint32_t part = 0;
     for (int k = 0; k < P::LANES; ++k) part |= uint32_t(negative[k] & 1) << k;
 #endif
-    bits |= part << (r * P::LANES);
+    bits |= (~part & ((1u << P::LANES) - 1)) << (r * P::LANES);
+#endif
   });
-  return ~bits & ((1u << PACK) - 1);
+  return bits;
 }
 
 // a where the lane's bit is set, else b.
 template <typename T> INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b) {
   using P = Pack<T>;
+#if defined(__AVX512F__)
+  return P::map([&](int r) {
+    if constexpr (sizeof(T) == 4) return (typename P::V)_mm512_mask_mov_ps((__m512)b.v[r], __mmask16(bits), (__m512)a.v[r]);
+    if constexpr (sizeof(T) == 8) return (typename P::V)_mm512_mask_mov_pd((__m512d)b.v[r], __mmask8(bits >> (8 * r)), (__m512d)a.v[r]);
+  });
+#else
   using Int = typename P::Int;
   return P::map([&](int r) {
     auto set = ((Int(bits) - typename P::I{}) & (Int(1) << P::lane(r))) != 0;
     return set ? a.v[r] : b.v[r];
   });
+#endif
 }
 
 // a where z is not <= 0, else b.
