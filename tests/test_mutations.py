@@ -70,6 +70,7 @@ CHANGED = [
     Mutant("normalize.cu", "f % 8 != 0 && c != 0", "f % 8 != 0", "normalize"),
     Mutant("normalize.cu", "table[walk.column() + j](to_acc", "table[walk.column()](to_acc", "normalize"),
     Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_reduce"),
+    Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_input"),
     # Statistics
     Mutant("stats.cu", "- shift[j % N]", "", "stats"),
     Mutant("stats.cu", "2 * sum + all * K", "sum + all * K", "stats"),
@@ -87,8 +88,8 @@ CHANGED = [
     Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count", "normalize"),
     # Activations
     Mutant("activation.cuh", "!(z <= 0)", "z > 0", "normalize"),
-    Mutant("activation.cuh", "1 + zj * (1 - s)", "1 + zj", "backward_input"),
-    Mutant("activation.cuh", "? dy[j] * negative_slope", "? acc_t{0}", "backward_input"),
+    Mutant("activation.cuh", "1 + z * (1 - s)", "1 + z", "backward_input"),
+    Mutant("activation.cuh", "? dz[j] * negative_slope", "? acc_t{0}", "backward_input"),
     # Backward
     Mutant("backward_reduce.cu", "total.b - lo * total.a", "total.b", "backward_reduce"),
     Mutant("backward_reduce.cu", "* m.invstd", "", "backward_reduce"),
@@ -96,6 +97,8 @@ CHANGED = [
     Mutant("backward_input.cu", "lo * slope -", "-", "backward_input"),
     Mutant("backward_input.cu", "args.sums[C + channel]", "args.sums[channel]", "backward_input"),
     Mutant("backward_input.cu", "- affine[j % N].hi", "", "backward_input"),
+    Mutant("backward_input.cu", "dz + step.index(u)", "dz + step.first", "backward_input"),
+    Mutant("activation.cuh", "z += add.get(j)", "z += 0", "backward_input"),
 ]
 
 # Few, but with each edge that a mutant above is about.
@@ -107,7 +110,7 @@ CASES = [
     Case((3, 70, 4), channels_last=True, activation="relu", residual=True, momentum=None),
     Case((33, 24, 2, 2), channels_last=True, activation="leaky_relu", residual=True, rank_weighted=True),
     Case((500, 16), activation="relu", dtype=torch.bfloat16, rank_weighted=True),
-    Case((500, 128), activation="silu"),
+    Case((500, 128), activation="silu", residual=True),
     Case((40, 256), dtype=torch.bfloat16),
     *EXTREMES,
 ]  # fmt: skip
