@@ -108,13 +108,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         how = (weight, bias, residual, mask, options.eps, activation, options.negative_slope)
         sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
         sums = ctx.exchange.all_reduce_(sums, "backward")
-        dx: Tensor | None = None
-        dz = dy
-        if ctx.needs_input_grad[0] or (ctx.has_residual and activation != "none"):
-            dx, dz = ops.backward_input(dy, x, stats, sums, *how)
+        dx, dz = None, dy if ctx.has_residual else None
+        writes_dz = ctx.has_residual and activation != "none"
+        if ctx.needs_input_grad[0] or writes_dz:
+            dx, written = ops.backward_input(dy, x, stats, sums, *how)
+            dz = written if writes_dz else dz
         return (
             dx if ctx.needs_input_grad[0] else None,
-            None if not ctx.has_residual else dy if activation == "none" else dz,
+            dz,
             None if weight is None else dweight,
             None if bias is None else dbias,
             *[None] * 6,

@@ -154,14 +154,19 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
     columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
       auto add_pack = f;
       Coefficients<acc_t, K> values = table;
-      int64_t width = columns.width, first = row * width + j;
+      int64_t width = columns.width, together = columns.together, first = row * width + j;
+      uint32_t C = uint32_t(layout.C);
       for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
         alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
-        add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n, s1, s2,
-                                [=](int64_t i, auto lanes) INLINED { return values.at(j + i, lanes); },
-                                [=](int64_t e, int64_t r, auto lanes, const auto& p, P& a1, P& a2) INLINED {
-                                  add_pack(e, lanes, p, r, a1, a2);
-                                });
+        struct Column {
+          Packs<acc_t, K> p;
+          uint32_t sample;  // within the row
+        };
+        auto column = [=](int64_t i, auto lanes) INLINED { return Column{values.at(j + i, lanes), masked ? uint32_t(j + i) / C : 0}; };
+        auto add_at = [=](int64_t e, int64_t r, auto lanes, const Column& at, P& a1, P& a2) INLINED {
+          add_pack(e, lanes, at.p, r * together + at.sample, a1, a2);
+        };
+        add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n, s1, s2, column, add_at);
         add(n, s1, out);
         add(n, s2, out + columns.width);
       }

@@ -164,16 +164,17 @@ INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inne
 // Memory as rows of `width` columns that hold every channel `inner` times: each row is a sample, or a few where a sample is short.
 struct Columns {
   Layout layout;
+  int64_t together;  // samples in a row
   int64_t width, rows;
-  int64_t rest;      // columns of a last, shorter row
+  int64_t rest;  // columns of a last, shorter row
 
-  // A mask has its rows one by one, so these are not folded.
+  // With a mask a pack must lie in one sample.
   Columns(Layout l, bool masked) : layout(l) {
     int64_t sample = l.C * l.inner;
-    int64_t fold = masked ? 1 : max(min(ceil_div(SUM_WIDTH, sample), l.outer), 1);
-    width = fold * sample;
-    rows = l.outer / fold;
-    rest = l.outer % fold * sample;
+    together = masked && sample % PACK != 0 ? 1 : max(min(ceil_div(SUM_WIDTH, sample), l.outer), 1);
+    width = together * sample;
+    rows = l.outer / together;
+    rest = l.outer % together * sample;
   }
 
   // Adds up two sums per channel. reduce(row, rows, j, n, sums) writes those of columns [j, j + n), n <= STRIP, float64:
