@@ -175,6 +175,21 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
         native.cpu_isa(CPU.path, widest)
 
 
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(37, 601, 7, 7), (50003, 21), (5, 4, 229, 229)], ids=str)
+def test_outputs_that_are_written_past_the_cache(shape, dtype, layout, monkeypatch):
+    """More than 2 MB of each type, whose planes and rows end within lines of memory; on several threads."""
+    monkeypatch.setitem(globals(), "FUSIONS", [("none", False), ("relu", True), ("silu", True)])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        test_normalize(shape, dtype, layout)
+        test_backward_input(shape, dtype, layout)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_kernels_run_and_not_the_reference():
     for name in ops.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"syncbn::{name}", "CPU")
