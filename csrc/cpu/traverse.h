@@ -1,6 +1,7 @@
-// How the ops walk [outer, C, inner]: by planes where inner is long, by columns where channels lie side by side.
+// How the ops walk [outer, C, inner]: sums by planes where inner is long, by columns where channels lie side by side; maps as memory
+// lies.
 //
-// All divisions of the work depend on the shape alone, never on the number of threads: so the bits do not either.
+// All divisions of a sum depend on the shape alone, never on the number of threads: so the bits do not either.
 #pragma once
 
 #include <new>
@@ -15,10 +16,10 @@ template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T
 constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
 constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most 64 planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
-constexpr int64_t STREAM_BYTES = 2 << 20;             // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
-constexpr int64_t MAP_WIDTH = 128;                    // maps: coefficients are repeated up to this
-constexpr int64_t STEP = 4096;                        // maps: values that threads share out
-constexpr int64_t RUN = 16 * STEP;                    // maps: values that are taken forwards
+constexpr int64_t STREAM_BYTES = 2 << 20;            // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
+constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients are repeated up to this
+constexpr int64_t STEP = 4096;                       // maps: values that threads share out
+constexpr int64_t RUN = 16 * STEP;                   // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
