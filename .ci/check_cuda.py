@@ -19,7 +19,7 @@ from pathlib import Path
 
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 # Each reads as many tensors; those that write one store it in vectors, too.
-WRITES = {"stats": False, "normalize": True, "backward_reduce": True, "backward_input": True}
+WRITES = {"stats": False, "normalize": True, "backward_reduce": False, "backward_input": True}
 VECTORS = {"float": 4, "__nv_bfloat16": 8}  # elements in 16 bytes
 UNROLL = 2  # independent loads per thread, at least
 

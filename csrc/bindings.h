@@ -210,7 +210,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   return {y, mask};
 }
 
-// Of what both backward ops are told, all but the sums.
+// The arguments that both backward ops share.
 template <class Device, class Args>
 Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias,
                    const OptionalTensor& residual, const OptionalTensor& mask, double eps, const std::string& activation,

@@ -108,11 +108,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         how = (weight, bias, residual, mask, options.eps, activation, options.negative_slope)
         sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
         sums = ctx.exchange.all_reduce_(sums, "backward")
-        dx, dz = None, dy if ctx.has_residual else None
-        writes_dz = ctx.has_residual and activation != "none"
-        if ctx.needs_input_grad[0] or writes_dz:
+        dx: Tensor | None = None
+        dz = dy if ctx.has_residual else None
+        needs_dz = ctx.needs_input_grad[1] and activation != "none"
+        if ctx.needs_input_grad[0] or needs_dz:
             dx, written = ops.backward_input(dy, x, stats, sums, *how)
-            dz = written if writes_dz else dz
+            dz = written if needs_dz else dz
         return (
             dx if ctx.needs_input_grad[0] else None,
             dz,

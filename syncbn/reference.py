@@ -178,7 +178,8 @@ def backward_input(
     shift = lo * slope - scale * sum_dy / n
     to_acc = lambda t: _per_channel(t.to(dz.dtype), x)  # noqa: E731
     dx = dz * to_acc(scale) - (x.to(dz.dtype) - to_acc(hi)) * to_acc(slope) + to_acc(shift)
-    return torch.empty_like(x).copy_(dx), torch.empty_like(x).copy_(dz) if writes_dz(activation, residual, mask) else x.new_empty(0)
+    dx = torch.empty_like(x).copy_(dx)
+    return dx, (torch.empty_like(x).copy_(dz) if writes_dz(activation, residual, mask) else x.new_empty(0))
 
 
 def writes_dz(activation: str, residual: Tensor | None, mask: Tensor | None) -> bool:

@@ -70,4 +70,40 @@ template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack
   return dy;
 }
 
+// dz of a pack, for what a kernel is told: z is recomputed by the expression of the forward pass, or its sign comes from the mask.
+template <typename scalar_t, Backward way, bool has_residual> class Gradient {
+  using acc_t = acc_type<scalar_t>;
+  const scalar_t *dy_, *residual_;
+  const uint8_t* mask_;
+  Slope<acc_t> slope_;
+
+ public:
+  static constexpr bool masked = way == Backward::sloped_by_mask, adds = masked || has_residual;
+
+  template <class Args> explicit Gradient(const Args& args)
+      : dy_(static_cast<const scalar_t*>(args.dy)), residual_(static_cast<const scalar_t*>(args.residual)), mask_(args.mask),
+        slope_(args.activation, args.negative_slope) {}
+  // bits(mask) reads those of the pack; z is scale * xmu + shift before a residual is added.
+  template <typename Lanes, typename Bits>
+  INLINE Pack<acc_t> operator()(int64_t e, Lanes lanes, Pack<acc_t> xmu, Pack<acc_t> scale, Pack<acc_t> shift, Bits bits) const {
+    Pack<acc_t> dy = load(dy_ + e, lanes), z(acc_t(0));
+    if constexpr (way == Backward::sloped || way == Backward::silu) z = xmu * scale + shift;
+    if constexpr (has_residual) z += load(residual_ + e, lanes);
+    return through<way>(dy, z, masked ? bits(mask_) : 0, slope_);
+  }
+};
+
+// f(the Gradient for x's type and what is told of activation, residual and mask).
+template <typename scalar_t, class Args, typename F> void with_gradient(const Args& args, F f) {
+  switch (args.activation) {
+    case Activation::none: return f(Gradient<scalar_t, Backward::identity, false>(args));
+    case Activation::silu:
+      if (args.residual) return f(Gradient<scalar_t, Backward::silu, true>(args));
+      return f(Gradient<scalar_t, Backward::silu, false>(args));
+    default:
+      if (args.mask) return f(Gradient<scalar_t, Backward::sloped_by_mask, false>(args));
+      return f(Gradient<scalar_t, Backward::sloped, false>(args));
+  }
+}
+
 }  // namespace syncbn::cpu::SYNCBN_ISA

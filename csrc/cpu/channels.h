@@ -71,7 +71,7 @@ template <typename scalar_t, int OUTPUTS> class Output {
 #pragma GCC unroll 2
     for (int k = 0; k < OUTPUTS; ++k)
 #pragma GCC unroll 4
-      for (int i = 0; i < N; ++i) store(to_[k] + e + i * PACK, packs[i].v[k], Whole{}, stream_);
+      for (int i = 0; i < N; ++i) store_or_stream(to_[k] + e + i * PACK, packs[i].v[k], stream_);
   }
   INLINE void write(int64_t e, const Packs<acc_type<scalar_t>, OUTPUTS>& packs, Partial lanes) const {
     for (int k = 0; k < OUTPUTS; ++k) store(to_[k] + e, packs.v[k], lanes);
@@ -82,16 +82,16 @@ template <typename scalar_t, int OUTPUTS> class Output {
 // in the mask.
 //
 // Packs follow each other wherever planes and rows end, so that an aligned output has aligned stores, and lines past the cache are whole.
-// Of 16-bit types a line is several packs: these are written one behind the other, for two outputs in turns would be sent off as halves.
+// Where a line is several packs these are written one behind the other: two outputs in turns would be sent off as halves.
 template <typename scalar_t, int K, int OUTPUTS, typename Set, typename F>
 void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficients, F f) {
   using acc_t = acc_type<scalar_t>;
   using Out = Packs<acc_t, OUTPUTS>;
-  constexpr int LINE = PACK * sizeof(scalar_t) < 64 ? 64 / (PACK * sizeof(scalar_t)) : 1;
+  constexpr int PACKS = PACK * sizeof(scalar_t) < 64 ? 64 / (PACK * sizeof(scalar_t)) : 1, LONGEST = PACKS * PACK;
   int64_t C = layout.C, inner = layout.inner, all = numel(layout);
   bool columns = inner < MIN_PLANE;
   int64_t width = columns ? C * inner * ceil_div(MAP_WIDTH, C * inner) : C, row = inner > 1 ? inner : C;
-  PerChannel<acc_t, K> table(C, columns ? inner : 1, columns ? width + (LINE + 1) * PACK : C, coefficients);
+  PerChannel<acc_t, K> table(C, columns ? inner : 1, columns ? width + LONGEST : C, coefficients);
   Output<scalar_t, OUTPUTS> output(outputs, all);
 
   for_runs(all, [&](int64_t e, int64_t end) {
@@ -99,17 +99,21 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
     auto map = f;
     auto to = output;
     Coefficients<acc_t, K> values = table;
-    auto map_until = [=](int64_t e, int64_t stop, auto values_at, auto place_at) INLINED {
-      for (; e + LINE * PACK <= stop; e += LINE * PACK) {
-        Out packs[LINE];
-#pragma GCC unroll 4
-        for (int k = 0; k < LINE; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
-        to.write(e, packs);
-      }
-      for (; e + PACK <= stop; e += PACK) {
+    // Packs from e on that begin before `until` and end by `stop`; returns where the next one begins.
+    auto map_until = [=](int64_t e, int64_t until, int64_t stop, auto values_at, auto place_at) INLINED {
+      auto one = [=](int64_t e) INLINED {
         Out packs[] = {map(e, Whole{}, values_at(e), place_at(e))};
         to.write(e, packs);
+      };
+      int64_t last = min(until - 1, stop - PACK), last_line = min(until - 1, stop - LONGEST);
+      for (; e % LONGEST != 0 && e <= last; e += PACK) one(e);
+      for (; e <= last_line; e += LONGEST) {
+        Out packs[PACKS];
+#pragma GCC unroll 4
+        for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
+        to.write(e, packs);
       }
+      for (; e <= last; e += PACK) one(e);
       return e;
     };
     if (columns) {
@@ -120,21 +124,20 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
         return here;
       };
       for (int64_t start = e - e % width; e < end; start += width) {
-        auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };
-        // The table goes on behind its width, so packs need not end there.
-        e = map_until(e, min(start + width + LINE * PACK - 1, end), values_at, next_place);
+        auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };  // the table goes on behind its width
+        e = map_until(e, start + width, end, values_at, next_place);
         Partial rest{int(end - e)};
-        if (0 < rest.last && rest.last < PACK) return to.write(e, map(e, rest, values_at(e), place), rest);
+        if (e < min(start + width, end)) return to.write(e, map(e, rest, values_at(e), place), rest);
       }
     } else {
       int64_t plane = e / inner, next = (plane + 1) * inner;
       for (int64_t c = plane % C; e < end; ++plane, next += inner) {
         auto p = values.splat(c);
         auto place_at = [=](int64_t i) INLINED { return Place{inner, plane, next - i}; };
-        e = map_until(e, min(next, end), [=](int64_t) INLINED { return p; }, place_at);
+        e = map_until(e, next, min(next, end), [=](int64_t) INLINED { return p; }, place_at);
         c = c + 1 < C ? c + 1 : 0;
         if (e >= min(next, end)) continue;
-        Partial rest{int(end - e)};
+        Partial rest{int(end - e)};  // shorter than a pack only where everything ends, in the last plane
         if (rest.last < PACK) return to.write(e, map(e, rest, p, place_at(e)), rest);
         Out packs[] = {map(e, Whole{}, join(int(next - e), p, values.splat(c)), place_at(e))};
         to.write(e, packs);

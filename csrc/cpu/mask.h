@@ -29,10 +29,10 @@ INLINE uint32_t read_bytes(const uint8_t* p) {
 }
 
 // The bits of a pack that starts at element f, at any bit of a byte, all in one row.
-template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes) {
+template <typename Lanes> INLINE uint32_t read_row_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes) {
   return read_bytes(mask + f / 8 + row) >> (f % 8);
 }
-INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, int64_t row, Partial lanes) {
+INLINE uint32_t read_row_bits(const uint8_t* mask, int64_t f, int64_t row, Partial lanes) {
   const uint8_t* p = mask + f / 8 + row;
   uint32_t bits = 0;
   for (int k = 0; 8 * k < int(f % 8) + lanes.last; ++k) bits |= uint32_t(p[k]) << (8 * k);
@@ -44,7 +44,7 @@ RARE uint32_t read_bits(const uint8_t* mask, int64_t f, Place place, Partial lan
   uint32_t bits = 0;
   for (int64_t first = 0, last; first < lanes.last; first = last, ++place.row, place.left = place.length) {
     last = min(first + place.left, lanes.last);
-    bits |= (read_bits(mask, f + first, place.row, Partial{int(last - first)}) & ones(last - first)) << first;
+    bits |= (read_row_bits(mask, f + first, place.row, Partial{int(last - first)}) & ones(last - first)) << first;
   }
   return bits;
 }
@@ -55,7 +55,7 @@ INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, const Place& place, Wh
   return (bits & ones(here)) | bits >> (here + 8) << here;
 }
 
-// Writes them, and the idle bits behind a row as zeros.
+// Writes the bits of a pack at element f, a multiple of 8, whichever rows it is of, and the idle bits behind a row as zeros.
 RARE void write_bits(uint8_t* mask, int64_t f, Place place, uint32_t bits, Partial lanes) {
   for (int64_t first = 0, last; first < lanes.last; first = last, ++place.row, place.left = place.length) {
     last = min(first + place.left, lanes.last);

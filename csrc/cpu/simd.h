@@ -89,8 +89,9 @@ template <typename T> INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) { return
 struct Whole {  // all of them, known when compiled
   static constexpr int first = 0, last = PACK;
 };
-struct Overlap {  // all can be read and written, but those outside [first, last) belong to another pack
-  int first, last;
+struct Overlap {  // all can be read and written, but those before `first` belong to another pack
+  static constexpr int last = PACK;
+  int first;
 };
 struct Partial {  // only [0, last) is in memory
   static constexpr int first = 0;
@@ -280,7 +281,6 @@ template <typename scalar_t> RARE void store(scalar_t* p, Pack<acc_type<scalar_t
   for (int k = 0; k < lanes.last; ++k) p[k] = buffer[k];
 }
 
-// Stores of whole packs to aligned p go past the cache where `stream` is set.
 template <int BYTES> INLINE void stream_register(void* to, const void* from) {
 #if defined(__AVX512F__)
   if constexpr (BYTES == 64) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
@@ -299,8 +299,8 @@ INLINE void finish_streams() {
 #endif
 }
 
-template <typename scalar_t, typename Lanes> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Lanes lanes, bool) { store(p, a, lanes); }
-template <typename scalar_t> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Whole, bool stream) {
+// Past the cache where `stream` is set; p is aligned then.
+template <typename scalar_t> INLINE void store_or_stream(scalar_t* p, Pack<acc_type<scalar_t>> a, bool stream) {
   constexpr int TOTAL = PACK * sizeof(scalar_t), BYTES = TOTAL < REGISTER_BYTES ? TOTAL : REGISTER_BYTES;
   if (!stream) return store(p, a);
   alignas(64) char buffer[TOTAL];

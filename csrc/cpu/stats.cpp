@@ -8,7 +8,7 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift
+constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift, about
 constexpr int SHIFT_ROWS = 32;           // columns: rows behind a shift
 constexpr int64_t ORIGIN_VALUES = 16;
 
@@ -23,7 +23,7 @@ template <typename scalar_t> void set_origins(Layout layout, const scalar_t* x, 
   using P = Pack<acc_type<scalar_t>>;
   int64_t inner = min(layout.inner, ORIGIN_VALUES), outer = min(layout.outer, ceil_div(ORIGIN_VALUES, max(inner, 1)));
   if (layout.inner == 1) {
-    for_packs(layout.C, 0, [&](int64_t c, auto lanes, int) INLINED {
+    for_packs(layout.C, [&](int64_t c, auto lanes, int) INLINED {
       P total(0);
       for (int64_t o = 0; o < outer; ++o) total += load(x + o * layout.C + c, lanes);
       for (int k = 0; k < lanes.last; ++k) origins[c + k] = total.v[k / P::LANES][k % P::LANES] / double(max(outer, 1));

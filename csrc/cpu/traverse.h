@@ -17,18 +17,20 @@ constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are 
 constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most 64 planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
 constexpr int64_t STREAM_BYTES = 2 << 20;            // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
-constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients are repeated up to this
+constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients of few channels are repeated to at least this
 constexpr int64_t STEP = 4096;                       // maps: values that threads share out
 constexpr int64_t RUN = 16 * STEP;                   // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
 constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
-constexpr int64_t SUM_WIDTH = 2048;                  // columns: rows of few channels are folded to at least this: streams to a prefetcher
+constexpr int64_t SUM_WIDTH = 2048;                  // columns: rows of few channels are folded to at least this, a stream each to a prefetcher
 constexpr int64_t STRIP = 1024;                      // columns: accumulators of a strip stay in L1
 constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
 constexpr int64_t MIN_ROWS = 128;                    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;                    // columns: parts of the work for threads to share out, where rows suffice
 constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums per column
+
+static_assert(STEP % 64 == 0, "threads share neither a line of memory nor a byte of the mask");
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -84,22 +86,17 @@ template <typename T> void unfold(int64_t C, int64_t inner, int64_t width, T* va
   for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 
-// f(i, lanes, k) for packs that cover [0, n), with k < TURNS taking turns. The first pack ends at `head` values where that is
-// not 0; the last may overlap the one before it.
-template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, int head, F f) {
+// f(i, lanes, k) for packs that cover [0, n), with k < TURNS taking turns. The last may overlap the one before it.
+template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, F f) {
   if (n < PACK) return f(0, Partial{int(n)}, 0);
   int64_t i = 0;
-  if (head) {
-    f(0, Overlap{0, head}, 0);
-    i = head;
-  }
   for (; i + TURNS * PACK <= n; i += TURNS * PACK) {
 #pragma GCC unroll 8
     for (int k = 0; k < TURNS; ++k) f(i + k * PACK, Whole{}, k);
   }
   if (TURNS > 1)
     for (; i + PACK <= n; i += PACK) f(i, Whole{}, 0);
-  if (i < n) f(n - PACK, Overlap{int(i + PACK - n), PACK}, TURNS - 1);
+  if (i < n) f(n - PACK, Overlap{int(i + PACK - n)}, TURNS - 1);
 }
 
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
@@ -212,7 +209,7 @@ template <typename acc_t, typename Add> INLINE void add_run(int64_t n, Pack<acc_
   constexpr int N = CHAINS<acc_t>;
   if (n < 2 * N * PACK) {
     Pack<acc_t> a1(0), a2(0);
-    for_packs(n, 0, [&](int64_t i, auto lanes, int) INLINED { add(i, lanes, a1, a2); });
+    for_packs(n, [&](int64_t i, auto lanes, int) INLINED { add(i, lanes, a1, a2); });
     s1 += a1;
     s2 += a2;
     return;
@@ -221,7 +218,7 @@ template <typename acc_t, typename Add> INLINE void add_run(int64_t n, Pack<acc_
     Pack<acc_t> a1[N], a2[N];
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) a1[k] = a2[k] = Pack<acc_t>(0);
-    for_packs<N>(min(BLOCK, n - b), 0, [&](int64_t i, auto lanes, int k) INLINED { add(b + i, lanes, a1[k], a2[k]); });
+    for_packs<N>(min(BLOCK, n - b), [&](int64_t i, auto lanes, int k) INLINED { add(b + i, lanes, a1[k], a2[k]); });
 #pragma GCC unroll 4
     for (int k = 1; k < N; ++k) a1[0] += a1[k], a2[0] += a2[k];
     s1 += a1[0];
@@ -235,7 +232,7 @@ template <int SHARED, typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t first, int64_t width, int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
   for (int64_t end = row + rows; row < end; row += SHARED, first += SHARED * width) {
     int64_t count = min(SHARED, end - row);
-    for_packs(n, 0, [=](int64_t i, auto lanes, int) INLINED {
+    for_packs(n, [=](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
       int64_t e = first + i;

@@ -1,7 +1,7 @@
 // backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, where
 // there was one before the activation.
 //
-// Traffic: dy and x once, dx once, dz once where it is asked for. Per channel dx is dz * scale + (x - hi) * slope + shift, so that
+// Traffic: dy and x once, dx once, dz once where it is asked for. Per channel dx is dz * scale + (x - hi) * of_x + shift, so that
 // all divisions are done in double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read
 // are still in L2.
 
@@ -13,8 +13,9 @@
 namespace syncbn::cuda {
 namespace {
 
+// What is added to dz * scale: (x - hi) * of_x + shift.
 template <typename acc_t>
-struct Slope {
+struct Linear {
   acc_t of_x, shift;
 };
 
@@ -31,7 +32,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   const Walk walk(args.layout, config);
 
   SHARED(Affine<acc_t>, affines, Walk::max_columns);
-  SHARED(Slope<acc_t>, slopes, Walk::max_columns);
+  SHARED(Linear<acc_t>, rests, Walk::max_columns);
   const int64_t channel = walk.first_channel() + threadIdx.x;
   if (threadIdx.x < config.width * N && channel < C) {
     const Moments m = finalize(args.stats, C, channel);
@@ -41,15 +42,15 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     const double slope = scale * m.invstd * args.sums[C + channel] / n;
     const double lo = m.mean - static_cast<double>(affine.hi);
     affines[threadIdx.x] = affine;
-    slopes[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
+    rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
   }
   __syncthreads();
   Affine<acc_t> affine[N];
-  Slope<acc_t> slope[N];
+  Linear<acc_t> rest_of[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
     affine[j] = affines[walk.column() + j];
-    slope[j] = slopes[walk.column() + j];
+    rest_of[j] = rests[walk.column() + j];
   }
 
   walk.each([&](auto step) {
@@ -57,15 +58,17 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     Vec<scalar_t, W> in_dy[U], in_x[U];
     load(in_dy, dy, step);
     load(in_x, x, step);
+    unsigned bits[U];
+    load_bits(bits, args.mask, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-      gradient(g, in_dy[u], in_x[u], args, step, u, affine);
+      gradient(g, in_dy[u], in_x[u], bits[u], args, step, u, affine);
       if (dz) store<W>(dz + step.index(u), g);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
-        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, slope[j % N].of_x, slope[j % N].shift);
+        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, rest_of[j % N].of_x, rest_of[j % N].shift);
         g[j] = fma(g[j], affine[j % N].scale, rest);
       }
       store<W>(dx + step.index(u), g);

@@ -39,11 +39,13 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     Vec<scalar_t, W> in_dy[U], in_x[U];
     load(in_dy, dy, step);
     load(in_x, x, step);
+    unsigned bits[U];
+    load_bits(bits, args.mask, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-      gradient(g, in_dy[u], in_x[u], args, step, u, affine);
+      gradient(g, in_dy[u], in_x[u], bits[u], args, step, u, affine);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         s1[j % S] += g[j];
