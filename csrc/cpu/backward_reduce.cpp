@@ -18,9 +18,9 @@ template <typename scalar_t, class Gradient> void run(const BackwardReduceArgs& 
     Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  auto add_pack = [=](int64_t e, auto lanes, const auto& p, int64_t row, P& s1, P& s2) INLINED {
+  auto add_pack = [=](int64_t e, auto lanes, const auto& p, auto place, P& s1, P& s2) INLINED {
     P xmu = load(x + e, lanes) - p.v[HI];
-    auto bits = [&](const uint8_t* mask) INLINED { return read_row_bits(mask, e, row, lanes); };
+    auto bits = [&](const uint8_t* mask) INLINED { return read_bits(mask, e, place, lanes); };
     P dz = keep(gradient(e, lanes, xmu, p.v[SCALE], p.v[SHIFT], bits), lanes);
     s1 += dz;
     s2 += dz * keep(xmu, lanes);

@@ -89,7 +89,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   using Out = Packs<acc_t, OUTPUTS>;
   constexpr int PACKS = PACK * sizeof(scalar_t) < 64 ? 64 / (PACK * sizeof(scalar_t)) : 1, LONGEST = PACKS * PACK;
   int64_t C = layout.C, inner = layout.inner, all = numel(layout);
-  bool columns = inner < MIN_PLANE;
+  bool columns = inner < MIN_MAP_PLANE;
   int64_t width = columns ? C * inner * ceil_div(MAP_WIDTH, C * inner) : C, row = inner > 1 ? inner : C;
   PerChannel<acc_t, K> table(C, columns ? inner : 1, columns ? width + LONGEST : C, coefficients);
   Output<scalar_t, OUTPUTS> output(outputs, all);
@@ -147,33 +147,46 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   });
 }
 
-// Two sums for each channel, float64: f(first element, lanes, coefficients, row of the mask, s1, s2) adds a pack to s1 and s2.
+// What a pack of columns takes: numbers of its channels, and its place in the mask.
+template <typename acc_t, int K, typename Place> struct Column {
+  Packs<acc_t, K> p;
+  Place place;
+};
+
+// Two sums for each channel, float64: f(first element, lanes, coefficients, place in the mask, s1, s2) adds a pack to s1 and s2.
 template <typename acc_t, int K, bool masked, typename Set, typename F>
 void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
   using P = Pack<acc_t>;
   if (by_columns(layout, masked)) {
     Columns columns(layout, masked);
-    PerChannel<acc_t, K> table(layout.C, layout.inner, columns.width, coefficients);
-    columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
-      auto add_pack = f;
-      Coefficients<acc_t, K> values = table;
-      int64_t width = columns.width, together = columns.together, first = row * width + j;
-      uint32_t C = uint32_t(layout.C);
-      for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
-        alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
-        struct Column {
-          Packs<acc_t, K> p;
-          uint32_t sample;  // within the row
+    PerChannel<acc_t, K> table(layout.C, 1, columns.slots, coefficients);
+    uint32_t length = uint32_t(layout.inner > 1 ? layout.inner : layout.C);  // of the mask's rows
+    auto sum_with = [&](auto place_at) {
+      columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t slot, int64_t n, double* out) {
+        auto add_pack = f;
+        int64_t inner = layout.inner, width = columns.width, j = slot * inner, first = row * width + j, mask_rows = width / length;
+        alignas(64) acc_t values[K][STRIP];
+        for (int k = 0; k < K; ++k) {
+          memcpy(values[k], Coefficients<acc_t, K>(table).values + k * columns.slots + slot, n * sizeof(acc_t));
+          unfold(n, inner, n * inner, values[k]);
+        }
+        Coefficients<acc_t, K> near{values[0], STRIP};
+        auto column = [=](int64_t i, auto lanes) INLINED { return Column<acc_t, K, decltype(place_at(0))>{near.at(i, lanes), place_at(uint32_t(j + i))}; };
+        auto add_at = [=](int64_t e, int64_t r, auto lanes, auto at, P& a1, P& a2) INLINED {
+          at.place.row += r * mask_rows;
+          add_pack(e, lanes, at.p, at.place, a1, a2);
         };
-        auto column = [=](int64_t i, auto lanes) INLINED { return Column{values.at(j + i, lanes), masked ? uint32_t(j + i) / C : 0}; };
-        auto add_at = [=](int64_t e, int64_t r, auto lanes, const Column& at, P& a1, P& a2) INLINED {
-          add_pack(e, lanes, at.p, r * together + at.sample, a1, a2);
-        };
-        add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n, s1, s2, column, add_at);
-        add(n, s1, out);
-        add(n, s2, out + columns.width);
-      }
-    });
+        for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
+          alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
+          add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
+          for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
+        }
+      });
+    };
+    if (masked && length % PACK != 0 && whole_bytes(layout))
+      sum_with([=](uint32_t j) INLINED { return Place{length, j / length, length - j % length}; });
+    else
+      sum_with([=](uint32_t j) INLINED { return Row{masked ? j / length : 0}; });
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);
@@ -184,7 +197,7 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
       for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
       planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) INLINED {
         add_run(n, s1[c - c0], s2[c - c0], [=, p = values.splat(c)](int64_t i, auto lanes, P& a1, P& a2) INLINED {
-          add_pack(first + i, lanes, p, row, a1, a2);
+          add_pack(first + i, lanes, p, Row{row}, a1, a2);
         });
       });
       for (int64_t c = c0; c < c1; ++c) add(c, sum(s1[c - c0]), sum(s2[c - c0]));

@@ -19,6 +19,11 @@ struct Place {
   }
 };
 
+// A row, for packs that lie in one.
+struct Row {
+  int64_t row;
+};
+
 INLINE uint32_t ones(int64_t n) { return (1u << n) - 1; }
 
 INLINE uint32_t read_bytes(const uint8_t* p) {
@@ -53,6 +58,11 @@ INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, const Place& place, Wh
   uint32_t bits = read_bytes(mask + f / 8 + place.row);
   int64_t here = min(place.left, PACK);
   return (bits & ones(here)) | bits >> (here + 8) << here;
+}
+
+INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, const Place& place, Overlap) { return read_bits(mask, f, place, Whole{}); }
+template <typename Lanes> INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, Row row, Lanes lanes) {
+  return read_row_bits(mask, f, row.row, lanes);
 }
 
 // Writes the bits of a pack at element f, a multiple of 8, whichever rows it is of, and the idle bits behind a row as zeros.

@@ -8,9 +8,8 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_PACKS = 128 / PACK;  // planes: packs behind a shift, about
-constexpr int SHIFT_ROWS = 32;           // columns: rows behind a shift
-constexpr int64_t ORIGIN_VALUES = 16;
+constexpr int SHIFT_VALUES = 128;  // behind a shift, about
+constexpr int SHIFT_ROWS = 32;     // columns: of them, at most
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -21,20 +20,25 @@ INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x,
 // The mean of the first values of each channel.
 template <typename scalar_t> void set_origins(Layout layout, const scalar_t* x, double* origins) {
   using P = Pack<acc_type<scalar_t>>;
-  int64_t inner = min(layout.inner, ORIGIN_VALUES), outer = min(layout.outer, ceil_div(ORIGIN_VALUES, max(inner, 1)));
+  int64_t C = layout.C, inner = min(layout.inner, PACK), outer = min(layout.outer, ceil_div(PACK, max(inner, 1)));
+  double n = double(max(outer * inner, 1));
   if (layout.inner == 1) {
-    for_packs(layout.C, [&](int64_t c, auto lanes, int) INLINED {
+    for_packs(C, [&](int64_t c, auto lanes, int) INLINED {
       P total(0);
-      for (int64_t o = 0; o < outer; ++o) total += load(x + o * layout.C + c, lanes);
-      for (int k = 0; k < lanes.last; ++k) origins[c + k] = total.v[k / P::LANES][k % P::LANES] / double(max(outer, 1));
+      for (int64_t o = 0; o < outer; ++o) total += load(x + o * C + c, lanes);
+      for (int k = 0; k < lanes.last; ++k) origins[c + k] = total.v[k / P::LANES][k % P::LANES] / n;
     });
     return;
   }
-  for (int64_t c = 0; c < layout.C; ++c) {
+  for (int64_t c = 0; c < C; ++c) {
     double total = 0;
-    for (int64_t o = 0; o < outer; ++o)
-      for (int64_t i = 0; i < inner; ++i) total += to_double(x[(o * layout.C + c) * layout.inner + i]);
-    origins[c] = total / double(max(outer * inner, 1));
+    for (int64_t o = 0; o < outer; ++o) {
+      const scalar_t* from = x + (o * C + c) * layout.inner;
+      if (inner == PACK) total += sum(load(from));
+      else
+        for (int64_t i = 0; i < inner; ++i) total += to_double(from[i]);
+    }
+    origins[c] = total / n;
   }
 }
 
@@ -47,11 +51,11 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
     int64_t packs = 0, count[MAX_GROUP] = {};
     for (int64_t c = c0; c < c1; ++c) shift[c - c0] = s1[c - c0] = s2[c - c0] = P(0);
     auto add_head = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
-      int64_t whole = min(n / PACK, SHIFT_PACKS);
+      int64_t whole = min(n / PACK, SHIFT_VALUES / PACK);
       for (int64_t i = 0; i < whole; ++i) shift[c - c0] += load(x + f + i * PACK);
       if (c == c0) packs += whole;
     };
-    planes.for_pieces(c0, c1, chunk, add_head, ceil_div(SHIFT_PACKS * PACK, layout.inner));
+    planes.for_pieces(c0, c1, chunk, add_head, ceil_div(SHIFT_VALUES, layout.inner));
     for (int64_t c = c0; c < c1; ++c) {
       // A chunk shorter than a pack, the end of a long plane, has the channel's.
       shift[c - c0] = P(acc_t(packs ? sum(shift[c - c0]) / (packs * PACK) : origins[c]));
@@ -77,25 +81,30 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
   using P = Pack<acc_t>;
   constexpr int SHARED = 2 * CHAINS<acc_t>;
   Columns columns(layout, false);
-  Buffer<double> origin(columns.width);
+  Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
-  unfold<double>(layout.C, layout.inner, columns.width, origin);
-  columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t j, int64_t n, double* out) {
-    int64_t width = columns.width, first = row * width + j;
+  unfold<double>(layout.C, 1, columns.slots, origin);
+  columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t slot, int64_t n, double* out) {
+    int64_t inner = layout.inner, width = columns.width, wide = n * inner, first = row * width + slot * inner;
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
-      int64_t length = min(CHUNK_ROWS, end - row), head = min(SHIFT_ROWS, length);
+      int64_t length = min(CHUNK_ROWS, end - row), head = min(min(SHIFT_ROWS, ceil_div(SHIFT_VALUES, inner)), length);
       alignas(64) acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
-      add_rows<SHARED>(first, width, row, head, n, shift, s2, [](int64_t, auto) INLINED { return 0; },
+      double shifts[STRIP];
+      add_rows<SHARED>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
                        [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
-      for (int64_t i = 0; i < n; ++i) shift[i] /= acc_t(head);
-      add_rows<SHARED>(first, width, row, length, n, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+      double values = double(head * inner), count = double(length * inner);
+      for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
+      for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
+      unfold(n, inner, wide, shift);
+      add_rows<SHARED>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
                        [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
                          P d = keep(load(x + e, lanes) - k, lanes);
                          a1 += d;
                          a2 += d * d;
                        });
-#pragma GCC ivdep
-      for (int64_t i = 0; i < n; ++i) unshift(double(length), shift[i] - origin[j + i], s1[i], s2[i], out[i], out[columns.width + i]);
+      for_slots(n, inner, s1, s2, [&](int64_t k, double v1, double v2) INLINED {
+        unshift(count, shifts[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
+      });
     }
   });
 }

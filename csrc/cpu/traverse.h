@@ -22,7 +22,9 @@ constexpr int64_t STEP = 4096;                       // maps: values that thread
 constexpr int64_t RUN = 16 * STEP;                   // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
 constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
-constexpr int64_t MIN_PLANE = PACK;                  // shorter planes are walked as columns
+constexpr int64_t MIN_MAP_PLANE = PACK;              // maps: shorter planes are walked as columns
+constexpr int64_t MIN_SUM_PLANE = 100;               // sums: shorter planes are walked as columns, if there are ...
+constexpr int64_t MIN_SUM_ROWS = 8;                  // ... so many: the columns of a plane are added up in the end
 constexpr int64_t SUM_WIDTH = 2048;                  // columns: rows of few channels are folded to at least this, a stream each to a prefetcher
 constexpr int64_t STRIP = 1024;                      // columns: accumulators of a strip stay in L1
 constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
@@ -81,8 +83,10 @@ template <typename scalar_t> INLINE bool streams(const scalar_t* p, int64_t n) {
 // values [C] -> [width] in place: each of them `inner` times, and all of that again and again.
 template <typename T> void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
   if (inner > 1)
-    for (int64_t c = C - 1; c >= 0; --c)  // backwards: what is overwritten has been read
-      for (int64_t i = inner - 1; i >= 0; --i) values[c * inner + i] = values[c];
+    for (int64_t c = C - 1; c >= 0; --c) {  // backwards: what is overwritten has been read
+      T value = values[c];
+      for (int64_t i = 0; i < inner; ++i) values[c * inner + i] = value;
+    }
   for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 
@@ -154,52 +158,74 @@ struct Planes {
   }
 };
 
-// Where a mask is read its rows must be walked as they lie: planes, or pixels.
-INLINE bool by_columns(Layout layout, bool masked) { return masked ? layout.inner == 1 : layout.inner < MIN_PLANE; }
-
 // ---- Columns ----------------------------------------------------------------------------------------------------------------
 
-// Memory as rows of `width` columns that hold every channel `inner` times: each row is a sample, or a few where a sample is short.
+// Bits of a mask are read from a whole byte on, where packs lie in two of its rows: each sample must begin with one.
+INLINE bool whole_bytes(Layout layout) { return layout.C * layout.inner % 8 == 0; }
+
+INLINE bool by_columns(Layout layout, bool masked) {
+  if (layout.inner == 1) return true;
+  bool pays = layout.inner < MIN_MAP_PLANE || (layout.inner < MIN_SUM_PLANE && layout.outer >= MIN_SUM_ROWS);
+  return pays && (!masked || whole_bytes(layout));
+}
+
+// f(k, the sum of s1, the sum of s2 over the `inner` columns of slot k) for the slots [0, n), float64.
+template <typename T, typename F> INLINE void for_slots(int64_t n, int64_t inner, const T* s1, const T* s2, F f) {
+  if (inner == 1) {
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) f(k, double(s1[k]), double(s2[k]));
+    return;
+  }
+  for (int64_t k = 0; k < n; ++k, s1 += inner, s2 += inner) {
+    double v1 = 0, v2 = 0;
+    if (inner < PACK) {
+      for (int64_t i = 0; i < inner; ++i) v1 += double(s1[i]), v2 += double(s2[i]);
+    } else {
+      Pack<T> a1(0), a2(0);
+      for_packs(inner, [&](int64_t i, auto lanes, int) INLINED {
+        a1 += keep(load(s1 + i, lanes), lanes);
+        a2 += keep(load(s2 + i, lanes), lanes);
+      });
+      v1 = sum(a1), v2 = sum(a2);
+    }
+    f(k, v1, v2);
+  }
+}
+
+// Memory as rows of columns: each row is a sample, or a few where a sample is short. A slot of a row is one channel of one sample,
+// `inner` columns.
 struct Columns {
   Layout layout;
-  int64_t together;  // samples in a row
+  int64_t slots;  // of a row
   int64_t width, rows;
-  int64_t rest;  // columns of a last, shorter row
+  int64_t rest;  // slots of a last, shorter row
 
-  // With a mask a pack must lie in one sample.
   Columns(Layout l, bool masked) : layout(l) {
-    int64_t sample = l.C * l.inner;
-    together = masked && sample % PACK != 0 ? 1 : max(min(ceil_div(SUM_WIDTH, sample), l.outer), 1);
-    width = together * sample;
+    int64_t together = masked && !whole_bytes(l) ? 1 : max(min(ceil_div(SUM_WIDTH, l.C * l.inner), l.outer), 1);
+    slots = together * l.C;
+    width = slots * l.inner;
     rows = l.outer / together;
-    rest = l.outer % together * sample;
+    rest = l.outer % together * l.C;
   }
 
-  // Adds up two sums per channel. reduce(row, rows, j, n, sums) writes those of columns [j, j + n), n <= STRIP, float64:
-  // sums[0 .. n) and sums[width .. width + n).
+  // Adds up two sums per channel. reduce(row, rows, slot, n, sums) adds those of the slots [slot, slot + n), at most STRIP columns, to
+  // sums[0 .. n) and sums[slots .. slots + n), float64.
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t strip = (ceil_div(width, ceil_div(width, STRIP)) + PACK - 1) / PACK * PACK, strips = ceil_div(width, strip);
+    int64_t inner = layout.inner, longest = STRIP / inner, step = PACK;
+    while (step > longest) step /= 2;  // strips of whole lines, where that can be
+    int64_t strip = ceil_div(ceil_div(slots, ceil_div(slots, longest / step * step)), step) * step, strips = ceil_div(slots, strip);
     int64_t blocks = max(min(max(rows / CHUNK_ROWS, MIN_UNITS / strips), min(rows / MIN_ROWS, MAX_BLOCKS)), 1);
-    Buffer<double> sums((blocks + 1) * 2 * width);
+    Buffer<double> sums((blocks + 1) * 2 * slots);
     parallel_for(blocks * strips, GRAIN * blocks * strips / max(rows * width, 1), [&](int64_t begin, int64_t end) {
       for (int64_t id = begin; id < end; ++id) {
-        int64_t block = id / strips, j = id % strips * strip, row = block * rows / blocks, next = (block + 1) * rows / blocks;
-        reduce(row, next - row, j, min(strip, width - j), sums + block * 2 * width + j);
+        int64_t block = id / strips, slot = id % strips * strip, row = block * rows / blocks, next = (block + 1) * rows / blocks;
+        reduce(row, next - row, slot, min(strip, slots - slot), sums + block * 2 * slots + slot);
       }
     });
-    for (int64_t j = 0; j < rest; j += strip) reduce(rows, 1, j, min(strip, rest - j), sums + blocks * 2 * width + j);
+    for (int64_t slot = 0; slot < rest; slot += strip) reduce(rows, 1, slot, min(strip, rest - slot), sums + blocks * 2 * slots + slot);
     int64_t channels = layout.C;
     for (int64_t c = 0; c < 2 * channels; ++c) total[c] = 0;
-    int64_t period = channels * layout.inner;
-    for (int64_t row = 0; row < 2 * (blocks + 1); ++row)
-      for (int64_t j = 0; j < width; j += period) fold(sums + row * width + j, total + row % 2 * channels);
-  }
-
-  // total [C] += sums [C * inner]
-  INLINE void fold(const double* sums, double* total) const {
-    if (layout.inner == 1) return add(layout.C, sums, total);
-    for (int64_t c = 0; c < layout.C; ++c)
-      for (int64_t i = 0; i < layout.inner; ++i) total[c] += sums[c * layout.inner + i];
+    for (int64_t k = 0; k < 2 * (blocks + 1) * slots; k += channels) add(channels, sums + k, total + k / slots % 2 * channels);
   }
 };
 
