@@ -66,7 +66,7 @@ class Exchange(NamedTuple):
             RankMismatchError: the ranks do not mean the same exchange; on all of them.
             RuntimeError: some rank did not come within the group's timeout, or its process has ended. Names the layer.
         """
-        if torch.compiler.is_compiling() or self.comm is LOCAL:
+        if self.comm is LOCAL or torch.compiler.is_compiling():
             return self.comm.all_reduce_(tensor)
         mode = agreement.mode()
         try:

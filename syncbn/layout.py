@@ -56,7 +56,7 @@ def mask_bytes(x: Tensor) -> int:
     A row is a run of memory that one thread group owns: a plane (length inner), or a pixel's channels (length C) where
     inner is 1. Element f of memory, in row p, has bit f + 8 p (bit b is bit b % 8 of byte b // 8). The 8 idle bits behind
     each row keep two rows out of one byte, so that rows are written independently and bytes stay aligned with memory;
-    what they hold means nothing.
+    what they hold means nothing (the CPU's kernels and the reference write zeros).
     """
     rows, length = mask_rows(x)
     return (rows * (length + 8) + 7) // 8

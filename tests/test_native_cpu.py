@@ -29,6 +29,10 @@ SHAPES = [
     (40, 2, 13, 20),  # several planes in a chunk
     (2, 300, 5, 5),  # more channels than a group
     (5, 4, 2, 2),  # planes shorter than a vector
+    (19, 88, 7, 7),  # short planes summed as columns: strips of channels, the last one short
+    (8, 24, 9, 11),  # the same, with few planes to a strip
+    (50, 8, 5, 5),  # the same, with some samples in a row, and a last, shorter row
+    (9, 5, 5, 5),  # the same, but samples begin within bytes of the mask
     (6, 1, 3, 3),  # C = 1
     (16, 33),  # 2-D: C not a multiple of a vector
     (8, 300),  # 2-D: rows folded to more than a strip
@@ -167,7 +171,7 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
     if widest == isa or native.cpu_isa(CPU.path, isa) != isa:
         pytest.skip(f"{isa} is what the other tests run, or is not here")
     try:
-        for shape in [(3, 7, 5, 11), (2, 3, 7, 7), (5, 4, 2, 2), (1, 5), (9, 33), (300, 3)]:
+        for shape in [(3, 7, 5, 11), (2, 3, 7, 7), (9, 48, 7, 7), (5, 4, 2, 2), (1, 5), (9, 33), (300, 3)]:
             for layout in LAYOUTS:
                 test_stats(shape, dtype, layout)
                 test_normalize(shape, dtype, layout)
@@ -240,7 +244,7 @@ def relative_variance_error(x: Tensor) -> float:
 
 
 @every_layout
-@pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4000, 5), (64, 40, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4000, 5), (64, 40, 7, 7), (4, 40, 7, 7)], ids=str)
 def test_variance_survives_mean_and_outliers(shape, layout):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     assert relative_variance_error(laid(noise + 1e4, layout)) < 1e-6  # raw float32 sums of squares: 25
@@ -286,7 +290,7 @@ libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
-for shape in [(1, 1, 2), (2, 3), (1, 1, 8), (1, 1, 16), (2, 16), (1, 2, 24), (1, 1, 32), (3, 2, 17), (2, 33), (1, 2, 3, 3)]:
+for shape in [(1, 1, 2), (2, 3), (1, 1, 8), (1, 1, 16), (2, 16), (1, 2, 24), (1, 1, 32), (3, 2, 17), (8, 8, 17), (8, 1, 24), (2, 33), (1, 2, 3, 3)]:
     x = torch.randn(shape)
     n = layout.mask_bytes(x)
     mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)

@@ -177,7 +177,9 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           add_pack(e, lanes, at.p, at.place, a1, a2);
         };
         for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
-          alignas(64) acc_t s1[STRIP] = {}, s2[STRIP] = {};
+          alignas(64) acc_t s1[STRIP], s2[STRIP];
+          fill(s1, n * inner, acc_t(0));
+          fill(s2, n * inner, acc_t(0));
           add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }

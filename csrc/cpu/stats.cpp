@@ -9,7 +9,7 @@ namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
 constexpr int SHIFT_VALUES = 128;  // behind a shift, about
-constexpr int SHIFT_ROWS = 32;     // columns: of them, at most
+constexpr int SHIFT_ROWS = 16;     // columns: of them, at most
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -88,7 +88,10 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
     int64_t inner = layout.inner, width = columns.width, wide = n * inner, first = row * width + slot * inner;
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
       int64_t length = min(CHUNK_ROWS, end - row), head = min(min(SHIFT_ROWS, ceil_div(SHIFT_VALUES, inner)), length);
-      alignas(64) acc_t shift[STRIP] = {}, s1[STRIP] = {}, s2[STRIP] = {};
+      alignas(64) acc_t shift[STRIP], s1[STRIP], s2[STRIP];
+      fill(shift, wide, acc_t(0));
+      fill(s1, wide, acc_t(0));
+      fill(s2, wide, acc_t(0));
       double shifts[STRIP];
       add_rows<SHARED>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
                        [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });

@@ -14,7 +14,8 @@ namespace syncbn::cpu::SYNCBN_ISA {
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
 constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
-constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most 64 planes
+constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most ...
+constexpr int64_t MAX_PLANES = 64;                   // ... so many planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
 constexpr int64_t STREAM_BYTES = 2 << 20;            // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
 constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients of few channels are repeated to at least this
@@ -40,13 +41,18 @@ INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t samples(Layout layout) { return layout.outer * layout.inner; }
 INLINE int64_t numel(Layout layout) { return layout.outer * layout.C * layout.inner; }
 
-// Zeros. Aligned to a cache line: a vector that crosses two is not forwarded from its store to its next load.
+template <typename T> INLINE void fill(T* to, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
+// Aligned to a cache line: a vector that crosses two is not forwarded from its store to its next load.
 constexpr std::align_val_t LINE{64};
 template <typename T> class Buffer {
   T* data_;
 
  public:
-  explicit Buffer(int64_t size) : data_(new (LINE) T[size]()) {}
+  explicit Buffer(int64_t size) : data_(new (LINE) T[size]) {}
+  Buffer(int64_t size, T value) : Buffer(size) { fill(data_, size, value); }
   Buffer(const Buffer&) = delete;
   ~Buffer() { ::operator delete[](data_, LINE); }
   operator T*() { return data_; }
@@ -83,10 +89,7 @@ template <typename scalar_t> INLINE bool streams(const scalar_t* p, int64_t n) {
 // values [C] -> [width] in place: each of them `inner` times, and all of that again and again.
 template <typename T> void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
   if (inner > 1)
-    for (int64_t c = C - 1; c >= 0; --c) {  // backwards: what is overwritten has been read
-      T value = values[c];
-      for (int64_t i = 0; i < inner; ++i) values[c * inner + i] = value;
-    }
+    for (int64_t c = C - 1; c >= 0; --c) fill(values + c * inner, inner, T(values[c]));  // backwards: what is overwritten has been read
   for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 
@@ -118,14 +121,14 @@ struct Planes {
   explicit Planes(Layout l) : layout(l) {
     length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
     parts = ceil_div(l.inner, length);
-    planes = max(min(CHUNK / l.inner, 64), 1);
+    planes = max(min(CHUNK / l.inner, MAX_PLANES), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(samples(l), UNIT);
     group = max(min(CHUNK / 2 / l.inner, MAX_GROUP), 1);
   }
 
   // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in its first planes.
-  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t at_most = 64) const {
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t at_most = MAX_PLANES) const {
     if (parts > 1) {
       int64_t plane = chunk / parts * layout.C + c0, begin = chunk % parts * length;
       return f(c0, plane * layout.inner + begin, min(length, layout.inner - begin), plane);
@@ -137,7 +140,7 @@ struct Planes {
   // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
   template <typename F> void for_sums(double* total, F reduce) const {
     int64_t channels = layout.C;
-    Buffer<double> sums(channels * units * 2);
+    Buffer<double> sums(channels * units * 2, 0);
     parallel_for(ceil_div(channels, group) * units, GRAIN * units / max(samples(layout) * group, 1), [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
         int64_t c0 = k / units * group, c1 = min(c0 + group, channels), unit = k % units;
@@ -215,7 +218,7 @@ struct Columns {
     while (step > longest) step /= 2;  // strips of whole lines, where that can be
     int64_t strip = ceil_div(ceil_div(slots, ceil_div(slots, longest / step * step)), step) * step, strips = ceil_div(slots, strip);
     int64_t blocks = max(min(max(rows / CHUNK_ROWS, MIN_UNITS / strips), min(rows / MIN_ROWS, MAX_BLOCKS)), 1);
-    Buffer<double> sums((blocks + 1) * 2 * slots);
+    Buffer<double> sums((blocks + 1) * 2 * slots, 0);
     parallel_for(blocks * strips, GRAIN * blocks * strips / max(rows * width, 1), [&](int64_t begin, int64_t end) {
       for (int64_t id = begin; id < end; ++id) {
         int64_t block = id / strips, slot = id % strips * strip, row = block * rows / blocks, next = (block + 1) * rows / blocks;
