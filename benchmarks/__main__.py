@@ -1,7 +1,7 @@
 """Side by side with torch, in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile]
 
-Writes benchmarks/results/MACHINE.json and .png. One process with an initialized group of one rank: the synchronized layer pays for
-its collectives, torch's plain layer has none.
+Writes benchmarks/results/MACHINE.json and .png. One process with an initialized group of one rank: nothing is exchanged, except in
+the columns that say so, where NCCL adds up the numbers of one rank.
 """
 
 from __future__ import annotations
@@ -15,28 +15,34 @@ import torch.distributed as dist
 
 from syncbn import native
 
-from .cases import KINDS, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls
+from .cases import KINDS, LARGE, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls, rotations
 from .networks import NETWORKS
 from .report import Row, geometric_mean, save, table
-from .timing import copy_rate, host_microseconds, keep_memory, machine, medians, use_processor_time
+from .timing import copy_rate, host_microseconds, keep_memory, machine, medians, rotated, use_processor_time
+
+
+def shapes(device: str) -> list[tuple[int, ...]]:
+    return SHAPES if device == "cpu" else SHAPES + LARGE
 
 
 def ops_rows(device: str, repeats: int, limit: float) -> list[Row]:
     rows = []
-    for shape in SHAPES:
+    for shape in shapes(device):
         for kind in KINDS:
             inputs = Inputs(shape, kind, device)
             calls, moved = op_calls(inputs)
-            for name, ms in medians(calls, device, repeats).items():
+            several = rotated([calls, *(op_calls(Inputs(shape, kind, device))[0] for _ in range(1, rotations(inputs)))])
+            for name, ms in medians(several, device, repeats, kernels_alone=True).items():
                 rate = moved[name] * inputs.megabytes / ms
-                rows.append({"op": name, "shape": str(shape), "kind": kind, "ms": ms, "GB/s": rate, "of the copy rate": rate / limit})
+                row = {"op": name, "shape": str(shape), "kind": kind, "MB": inputs.megabytes, "ms": ms}
+                rows.append({**row, "GB/s": rate, "of the copy rate": rate / limit})
     return rows
 
 
 def layer_rows(device: str, repeats: int, compiled: bool) -> list[Row]:
     rows = []
     for after in ("", "relu", "add relu"):
-        for shape in SHAPES:
+        for shape in shapes(device):
             for kind in KINDS:
                 for direction, calls in layer_calls(Inputs(shape, kind, device), after, compiled).items():
                     ms = medians(calls, device, repeats)
@@ -56,6 +62,8 @@ def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) 
                     total[layer] = total.get(layer, 0) + count * ms
             row = {"network": name, "kind": kind, "layers": sum(NETWORKS[name]().values())}
             rows.append({**row, **{f"{k} ms": v for k, v in total.items()}, "torch / syncbn": total["torch"] / total["syncbn"]})
+            if device == "cuda":
+                rows[-1]["exchanging"] = total["torch SyncBatchNorm, exchanging"] / total["syncbn, exchanging"]
     return rows
 
 
@@ -83,8 +91,30 @@ def ops_speedups(ops: list[Row]) -> list[Row]:
     return rows
 
 
+def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
+    """The figures that the project sets itself on a GPU."""
+    large = [r for r in ops if r["MB"] >= 25 and "torch" not in r["op"]]
+    rows: list[Row] = [
+        {
+            "figure": f"{op}, maps over 25 MB, least part of the copy rate",
+            "value": min(r["of the copy rate"] for r in large if r["op"] == op),
+        }
+        for op in dict.fromkeys(r["op"] for r in large)
+    ]
+    rows = [{**row, "target": "0.8"} for row in rows]
+    case = (str(LARGE[0]), "contiguous bfloat16")
+    ms = {r["op"]: r["ms"] for r in ops if (r["shape"], r["kind"]) == case}
+    speedup = ms["torch batch_norm_stats"] / ms["stats"]
+    rows.append({"figure": f"stats, {case[0]} {case[1]}, times torch's batch_norm_stats", "value": speedup, "target": "5"})
+    for r in networks:
+        if r["network"] == next(iter(NETWORKS)):
+            figure = f"{r['network']}, {r['kind']}, exchanging, times torch's SyncBatchNorm"
+            rows.append({"figure": figure, "value": r["exchanging"], "target": "3"})
+    return rows
+
+
 def summary(layers: list[Row]) -> list[Row]:
-    """The figures that the project sets itself."""
+    """The figures that the project sets itself on a CPU."""
 
     def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
         wanted = (layer, direction)
@@ -125,19 +155,21 @@ def main() -> None:
     table("machine", [header])
 
     sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
-    sections["summary"] = summary(sections["layers"])
-    if args.device == "cpu":
+    if args.networks:
+        small = args.device == "cpu"
+        names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
+        sections["networks"] = network_rows(args.device, repeats, kinds, names)
+    sections["host and memory"] = other_rows(args.device)
+    if args.device == "cuda":
+        sections["summary"] = summary_cuda(sections["ops"], sections.get("networks", []))
+    else:
+        sections["summary"] = summary(sections["layers"])
         sections["ops, times torch"] = ops_speedups(sections["ops"])
         both = [row["both"] for row in sections["ops, times torch"]]
         sections["summary"] += [
             {"figure": "ops alone, geometric mean of 12", "times torch": geometric_mean(both), "target": ""},
             {"figure": "ops alone, worst of 12", "times torch": min(both), "target": ""},
         ]
-    sections["host and memory"] = other_rows(args.device)
-    if args.networks:
-        small = args.device == "cpu"
-        names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
-        sections["networks"] = network_rows(args.device, repeats, kinds, names)
     for name, rows in sections.items():
         table(name, rows)
     name = re.sub(r"\W+", "-", f"{header['machine']} {args.threads} threads" if args.device == "cpu" else header["machine"]).strip("-")

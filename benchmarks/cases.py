@@ -6,15 +6,19 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNormFunction
 
 import syncbn
-from syncbn import ops
+from syncbn import function, ops
+from syncbn.comm import ProcessGroupCommunicator
 
 from .timing import Calls
 
 SHAPES = [(8, 64, 112, 112), (2, 256, 56, 56), (8, 512, 14, 14), (16, 2048, 7, 7)]
+LARGE = [(32, 64, 112, 112), (32, 256, 56, 56)]  # for a GPU: maps that its cache does not hold
 KINDS = ["contiguous float32", "channels-last float32", "contiguous bfloat16", "channels-last bfloat16"]
 EPS = 1e-5
 
@@ -42,12 +46,33 @@ class Inputs:
         return self.x.numel() * self.x.element_size() / 1e6
 
 
+class Exchanging(syncbn.SyncBatchNorm):
+    """With the collectives of a group of several ranks, though it has one: what the layer costs but for the others' part."""
+
+    def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
+        running = (self.running_mean, self.running_var, self.num_batches_tracked)
+        comm = ProcessGroupCommunicator(dist.group.WORLD)
+        return function.train_batch_norm(
+            input, residual, self.weight, self.bias, *running, comm, self._options(), self._agreed()
+        )  # fmt: skip
+
+
+class TorchExchanging(nn.SyncBatchNorm):
+    """The same for torch's layer, which for one rank would be its plain batch norm."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        running, how = (self.running_mean, self.running_var), (self.eps, self.momentum, dist.group.WORLD, 1)
+        return TorchSyncBatchNormFunction.apply(input, self.weight, self.bias, *running, *how)
+
+
 def layers(channels: int, dims: int, device: str, compiled: bool, **options) -> dict[str, nn.Module]:
-    """Ours first, then torch's."""
+    """Ours first, then torch's. With one rank nothing is exchanged, unless the name says so."""
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](channels).to(device)
     found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
-        found["torch SyncBatchNorm"] = nn.SyncBatchNorm(channels).to(device)
+        found["syncbn, exchanging"] = Exchanging(channels, **options).to(device)
+        found["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
     if compiled:
         found["torch.compile"] = torch.compile(copy.deepcopy(plain))
     return found
@@ -55,7 +80,7 @@ def layers(channels: int, dims: int, device: str, compiled: bool, **options) -> 
 
 def forward(name: str, layer: nn.Module, inputs: Inputs, after: str) -> Tensor:
     """BN, BN + ReLU or BN + add + ReLU: ours in one layer, torch's as a network writes it, in place where that is allowed."""
-    if name == "syncbn":
+    if name.startswith("syncbn"):
         return layer(inputs.x, inputs.residual if "add" in after else None)
     y = layer(inputs.x)
     if "add" in after:
@@ -79,6 +104,11 @@ def layer_calls(inputs: Inputs, after: str = "", compiled: bool = False) -> dict
         calls["backward"][name] = backward
         calls["both"][name] = lambda run=run, wanted=wanted: torch.autograd.grad(run(), wanted, inputs.dy)
     return calls
+
+
+def rotations(inputs: Inputs) -> int:
+    """Of how many inputs the ops take turns: so many that no GPU's cache holds them. On the CPU the cache is part of the game."""
+    return 1 if inputs.device == "cpu" else int(256 // inputs.megabytes) + 1
 
 
 def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
@@ -106,14 +136,14 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
     else:
         m, invstd = torch.batch_norm_stats(x, EPS)
         count = torch.tensor([x.numel() // c], device=x.device)
-        gathered = (m[None], invstd[None], mean, var, 0.1, EPS, count.to(mean.dtype))
+        gathered, counts = (m[None], invstd[None], mean, var, 0.1, EPS, count.to(mean.dtype)), count.int()
         sum_dy, sum_dy_xmu, *_ = torch.batch_norm_backward_reduce(dy, x, m, invstd, weight, True, True, True)
         calls |= {
             "torch batch_norm_stats": lambda: torch.batch_norm_stats(x, EPS),
             "torch gather_stats_with_counts": lambda: torch.batch_norm_gather_stats_with_counts(x, *gathered),
             "torch batch_norm_elemt": lambda: torch.batch_norm_elemt(x, weight, bias, m, invstd, EPS),
             "torch backward_reduce": lambda: torch.batch_norm_backward_reduce(dy, x, m, invstd, weight, True, True, True),
-            "torch backward_elemt": lambda: torch.batch_norm_backward_elemt(dy, x, m, invstd, weight, sum_dy, sum_dy_xmu, count.int()),
+            "torch backward_elemt": lambda: torch.batch_norm_backward_elemt(dy, x, m, invstd, weight, sum_dy, sum_dy_xmu, counts),
         }
         moved |= {"torch batch_norm_stats": 1.0, "torch gather_stats_with_counts": 0.0, "torch batch_norm_elemt": 2.0}
         moved |= {"torch backward_reduce": 2.0, "torch backward_elemt": 3.0}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import ctypes
+import itertools
 import platform
 import statistics
 import time
@@ -33,10 +35,12 @@ def keep_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
-def clock(call: Callable[[], object], device: str, times: int) -> float:
-    """Milliseconds for each of `times` calls."""
+def clock(call: Callable[[], object], device: str, times: int, kernels_alone: bool = False) -> float:
+    """Milliseconds for each of `times` calls. On a GPU, those of the device; `kernels_alone`: without the waits for the host."""
+    if device == "cuda" and kernels_alone:
+        return clock_kernels(call, times)
     if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = events()
         start.record()
         for _ in range(times):
             call()
@@ -49,16 +53,49 @@ def clock(call: Callable[[], object], device: str, times: int) -> float:
     return (now() - begin) / times * 1e3
 
 
-def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0) -> dict[str, float]:
+def events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def clock_kernels(call: Callable[[], object], times: int) -> float:
+    """The same, where the device first sleeps until the host has launched all calls: small kernels take less than their launch."""
+    for cycles in (1 << 22, 1 << 24, 1 << 26):  # 2, 9, 40 ms
+        start, end = events()
+        torch.cuda._sleep(cycles)
+        start.record()
+        for _ in range(times):
+            call()
+        end.record()
+        launched_in_time = not start.query()
+        end.synchronize()
+        if launched_in_time:
+            return start.elapsed_time(end) / times
+    raise RuntimeError(f"the host needs more than 40 ms for {times} launches")
+
+
+def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0, kernels_alone: bool = False) -> dict[str, float]:
     """Median milliseconds of each call. A sample is as many calls as take `sample_ms`; samples of all calls alternate."""
     for call in calls.values():
         clock(call, device, 2)
-    times = {name: max(1, int(sample_ms / max(clock(call, device, 1), 1e-3))) for name, call in calls.items()}
+    # A GPU's queue of launches holds about a thousand, and a call may be several.
+    times = {name: min(max(1, int(sample_ms / max(clock(call, device, 1), 1e-3))), 200) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            samples[name].append(clock(call, device, times[name]))
+            samples[name].append(clock(call, device, times[name], kernels_alone))
     return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def rotated(calls: list[Calls]) -> Calls:
+    """Each call takes the next of several inputs, and writes to other memory than those before: a cache that does not hold them all
+    is of no use."""
+
+    def turn(name: str) -> Callable[[], object]:
+        several = itertools.cycle([each[name] for each in calls])
+        kept: collections.deque = collections.deque(maxlen=len(calls) - 1)
+        return lambda: kept.append(next(several)())
+
+    return {name: turn(name) for name in calls[0]}
 
 
 def host_microseconds(call: Callable[[], object], device: str) -> float:

@@ -2,6 +2,7 @@
 // kernels get plain data (args.h). A Device says what differs:
 //
 //   struct Device {
+//     static constexpr const char* name;
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // t is on this device, as x
 //     explicit Device(const Tensor& x);                                        // current as long as it lives
 //     void stats(const StatsArgs&);  and the three others
@@ -28,12 +29,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 // ---- Checks: each names the argument and shows what came ---------------------------------------------------------------------
 
+template <class Error, typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(message.str());
+}
+
 template <typename... Parts>
 [[noreturn]] void refuse(const Parts&... parts) {
-  std::ostringstream message;
-  message << "syncbn: ";
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
+  fail<std::invalid_argument>("syncbn: ", parts...);
 }
 
 // A macro, for the words of a message cost more than a small layer and are wanted only where the check fails.
@@ -178,7 +183,9 @@ struct Input {
     AtenTensorHandle made;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &made));
+    // The text of torch's own error does not get through. These words are what batch size finders look for.
+    if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &made) != AOTI_TORCH_SUCCESS)
+      fail<std::runtime_error>(Device::name, " out of memory. syncbn could not allocate a tensor ", show({sizes, size_t(dim)}));
     return Tensor(made);
   }
 };

@@ -57,7 +57,7 @@ def _load(device: str, why_not) -> Library:
         torch.ops.load_library(path)
     except OSError as error:
         return Library(device, path, False, f"{path.name} was built for another torch than {torch.__version__} ({error}): {REBUILD}")
-    return Library(device, path, True, _cpu_isa(path) if device == "cpu" else f"compiled for sm {_architectures(path)}")
+    return Library(device, path, True, _cpu_isa(path) if device == "cpu" else f"compiled for sm {_built_for(path, 'archs')}")
 
 
 def _turned_off() -> bool:
@@ -81,16 +81,21 @@ def _why_not_cuda(path: Path) -> str:
     if not capabilities and not torch.cuda.is_available():
         return "no GPU is visible"
     reason = _why_not_cpu(path).replace("a C++ compiler", "nvcc")
-    built = _architectures(path) if not reason else ""
+    built, version = (_built_for(path, "archs"), _built_for(path, "version")) if not reason else ("", "")
+    driver = _driver_version()
+    if driver and version and driver // 1000 < int(version) // 1000:
+        needs, has = (f"{number // 1000}.{number % 1000 // 10}" for number in (int(version), driver))
+        return f"{path.name} was built with CUDA {needs}, this driver is for {has}: update it, or {REBUILD} with an nvcc of that version"
     if capabilities and built and not any(_runs(built, capability) for capability in capabilities):
         gpu = "/".join(f"sm_{capability}" for capability in sorted(set(capabilities)))
         return f"{path.name} has code for sm {built}, this GPU is {gpu}: set TORCH_CUDA_ARCH_LIST and {REBUILD}"
     return reason
 
 
-def _architectures(path: Path) -> str:
-    """Such as "75 80 90 120+PTX"; setup.py leaves it in the file, which must be read before it is loaded."""
-    found = re.search(rb"syncbn-cuda-archs=([^;]*);", path.read_bytes())
+def _built_for(path: Path, what: str) -> str:
+    """The "archs" such as "75 80 90 120+PTX", or the "version" of CUDA such as "13000": csrc/build_info.cpp leaves them in the file,
+    which must be read before it is loaded."""
+    found = re.search(rf"syncbn-cuda-{what}=([^;]*);".encode(), path.read_bytes())
     return found.group(1).decode() if found else ""
 
 
@@ -108,14 +113,27 @@ def _runs(built: str, capability: int) -> bool:
 
 
 @functools.cache
-def _gpu_capabilities() -> tuple[int, ...]:
-    """Such as (90, 90), asked of the driver's management library: asking CUDA would initialize it, and forks could not use it."""
+def _nvml() -> ctypes.CDLL | None:
+    """The driver's management library: asking CUDA would initialize it, and forks could not use it."""
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
-        return ()
+        return None
+    return None if nvml.nvmlInit_v2() else nvml
+
+
+def _driver_version() -> int:
+    """Of the newest CUDA that the driver runs, such as 13000; 0 if it does not say."""
+    nvml, version = _nvml(), ctypes.c_int()
+    return 0 if nvml is None or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) else version.value
+
+
+@functools.cache
+def _gpu_capabilities() -> tuple[int, ...]:
+    """Such as (90, 90)."""
+    nvml = _nvml()
     count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-    if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
+    if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
         return ()
     found = []
     for index in range(count.value):

@@ -45,7 +45,7 @@ def stats(x: Tensor, rank_weighted: bool = False) -> Tensor:
     sums = torch.cat(_shifted_sums(_by_channel(x, acc_type(x.dtype))))
     if not rank_weighted:
         return torch.cat([sums, sums.new_full((1,), count)])
-    return torch.cat([sums / max(count, 1), sums.new_tensor([count, min(count, 1)])])
+    return torch.cat([sums / max(count, 1), sums.new_full((1,), count), sums.new_full((1,), min(count, 1))])  # no copy to the device
 
 
 def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,7 +29,7 @@ from syncbn.environment import place
 HERE = place()
 UNDER_MPI = HERE.launcher not in (None, "torchrun")
 _STDERR = os.dup(2)  # pytest captures the other one
-TIMEOUT = 60  # seconds: a rank that fails leaves the others waiting no longer than this
+TIMEOUT = int(os.environ.get("SYNCBN_TEST_TIMEOUT", 60))  # seconds: a rank that fails leaves the others waiting no longer than this
 
 
 @dataclass(frozen=True)

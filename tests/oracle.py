@@ -83,7 +83,7 @@ def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> fl
     if want.numel() == 0:
         return 0.0
     scale = want if scale is None else scale
-    return ((got.detach().double() - want).abs().max() / scale.abs().max().clamp(min=1e-300)).item()
+    return ((got.detach().double() - want).abs().max() / scale.double().abs().max().clamp(min=1e-300)).item()
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:

@@ -100,9 +100,22 @@ def test_no_op_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_an_output_that_finds_no_memory_says_what_batch_size_finders_look_for():
+    x = torch.zeros(8, 64, 256, 256, device="cuda")
+    stats = ops.stats(x, False)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
+    try:
+        with pytest.raises(RuntimeError, match=r"CUDA out of memory. syncbn could not allocate a tensor \[8, 64, 256, 256\]"):
+            ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, "none", SLOPE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_more_than_2_to_the_31_elements(channels_last):
     shape = (2, 8, 2**27 + 9)  # 2^31 + 144
+    torch.cuda.empty_cache()
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GB of GPU memory")
     zeros = lambda *sizes: torch.zeros(sizes, dtype=torch.bfloat16, device="cuda")  # noqa: E731

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -58,3 +61,16 @@ REFUSED = [
 def test_the_binding_refuses(call, message):
     with pytest.raises((ValueError, NotImplementedError, RuntimeError), match=message):
         call()
+
+
+def test_an_output_that_finds_no_memory_says_so():
+    code = """
+import resource, torch
+from syncbn import ops
+x, stats = torch.zeros(8, 64, 256, 256), torch.ones(129).double()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)
+ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 1e-5, True, "none", 0.0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "RuntimeError: CPU out of memory. syncbn could not allocate a tensor [8, 64, 256, 256]" in done.stderr, done.stderr

@@ -290,7 +290,8 @@ libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
 assert libc.mprotect(ctypes.c_void_p(start + page), ctypes.c_size_t(page), 0) == 0
-for shape in [(1, 1, 2), (2, 3), (1, 1, 8), (1, 1, 16), (2, 16), (1, 2, 24), (1, 1, 32), (3, 2, 17), (8, 8, 17), (8, 1, 24), (2, 33), (1, 2, 3, 3)]:
+planes = [(1, 1, 2), (1, 1, 8), (1, 1, 16), (1, 2, 24), (1, 1, 32), (3, 2, 17), (8, 8, 17), (8, 1, 24), (1, 2, 3, 3)]
+for shape in [*planes, (2, 3), (2, 16), (2, 33)]:
     x = torch.randn(shape)
     n = layout.mask_bytes(x)
     mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)

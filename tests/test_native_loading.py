@@ -46,6 +46,16 @@ def test_a_cuda_library_without_code_for_the_gpu_is_refused(monkeypatch, tmp_pat
     assert (f"this GPU is sm_{capability}: set TORCH_CUDA_ARCH_LIST" in reason) == refused, reason
 
 
+@pytest.mark.parametrize("driver,refused", [(12080, True), (13000, False), (13020, False), (0, False)])
+def test_a_cuda_library_newer_than_the_driver_is_refused(monkeypatch, tmp_path, driver, refused):
+    (tmp_path / "libsyncbn_cuda.so").write_bytes(b"\0 syncbn-cuda-archs=90;syncbn-cuda-version=13010; \0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(native, "_gpu_capabilities", lambda: (90,))
+    monkeypatch.setattr(native, "_driver_version", lambda: driver)
+    reason = native._why_not_cuda(tmp_path / "libsyncbn_cuda.so")
+    assert reason.startswith("libsyncbn_cuda.so was built with CUDA 13.1, this driver is for 12.8: update it") == refused, reason
+
+
 def test_the_library_exports_nothing_but_its_switch():
     assert ctypes.CDLL(str(CPU.path)).syncbn_cpu_isa
     assert not hasattr(ctypes.CDLL(str(CPU.path)), "_ZN6syncbn3cpu7kernelsEv")

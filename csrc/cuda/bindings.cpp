@@ -20,7 +20,9 @@ namespace syncbn::cuda {
 namespace {
 
 void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("syncbn: ") + what + " failed: " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // forgets it, or the next launch would report it again
+  throw std::runtime_error(std::string("syncbn: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
 // Memory for one launch on `stream`: counters that are 0, and space for partial sums.
@@ -35,9 +37,7 @@ class Workspace {
     if (status == cudaStreamCaptureStatusActive) {
       // A graph may be replayed on any stream, beside other work: each of its launches has memory from the graph's own pool, which
       // takes it back as soon as the launch is captured, and a node that zeroes the counters.
-      owner_ = torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(sm_count))}, ScalarType::Byte);
-      memory_ = owner_->data_ptr();
-      zero_counters(stream, sm_count);
+      borrow(x, stream, sm_count);
       return;
     }
     // Otherwise one for each device and stream, for ever: each launch leaves its counters at 0 for the next. Not torch's memory: that
@@ -50,7 +50,13 @@ class Workspace {
       memory_ = found->second;
       return;
     }
-    check_cuda(cudaMalloc(&memory_, workspace_bytes(sm_count)), "cudaMalloc");
+    const cudaError_t error = cudaMalloc(&memory_, workspace_bytes(sm_count));
+    if (error == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // forgets it
+      borrow(x, stream, sm_count);  // torch may hold what is free, and gives it back where it must
+      return;
+    }
+    check_cuda(error, "cudaMalloc");
     zero_counters(stream, sm_count);
     kept[key] = memory_;
   }
@@ -58,6 +64,12 @@ class Workspace {
   void* get() const { return memory_; }
 
  private:
+  // Torch's memory, for this launch alone.
+  void borrow(const Tensor& x, cudaStream_t stream, int sm_count) {
+    owner_ = torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(sm_count))}, ScalarType::Byte);
+    memory_ = owner_->data_ptr();
+    zero_counters(stream, sm_count);
+  }
   void zero_counters(cudaStream_t stream, int sm_count) {
     check_cuda(cudaMemsetAsync(memory_, 0, counter_bytes(sm_count), stream), "cudaMemsetAsync");
   }
@@ -82,6 +94,7 @@ class Cuda {
   }
 
  public:
+  static constexpr const char* name = "CUDA";
   static void check(const char* name, const Tensor& t, const Tensor& x) {
     SYNCBN_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on a CUDA device, that of x");
   }

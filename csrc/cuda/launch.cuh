@@ -24,16 +24,18 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 // How each op fills the machine. Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM, which is blocks per SM x 256
 // threads x unroll x 16 B for each tensor that is read. So many blocks bound a thread's registers, and must not make it spill:
 // 4 blocks leave 64 registers, 3 leave 80, 2 leave 128. Pixels keep the parameters of up to 8 channels in registers.
-template <int planes_blocks_, int planes_unroll_, int pixels_blocks_, int pixels_unroll_, bool reversed_>
+//
+// What reads the sums of an op goes backwards: what that op read last is still in L2.
+template <int planes_blocks_, int planes_unroll_, int pixels_blocks_, int pixels_unroll_, bool sums_>
 struct Plan {
   static constexpr int planes_blocks = planes_blocks_, planes_unroll = planes_unroll_;
   static constexpr int pixels_blocks = pixels_blocks_, pixels_unroll = pixels_unroll_;
-  static constexpr bool reversed = reversed_;
+  static constexpr bool sums = sums_, reversed = !sums_;
 };
-using StatsPlan = Plan<3, 4, 2, 4, false>;
-using NormalizePlan = Plan<4, 2, 2, 4, true>;
-using BackwardReducePlan = Plan<3, 2, 2, 2, false>;
-using BackwardInputPlan = Plan<4, 2, 2, 2, true>;
+using StatsPlan = Plan<3, 4, 2, 4, true>;
+using NormalizePlan = Plan<4, 2, 2, 4, false>;
+using BackwardReducePlan = Plan<3, 2, 2, 2, true>;
+using BackwardInputPlan = Plan<4, 2, 2, 2, false>;
 constexpr int MAX_BLOCKS_PER_SM = 4;
 
 struct Config {

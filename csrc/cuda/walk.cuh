@@ -142,7 +142,8 @@ template <class Plan, class Args, class KernelOf>
 cudaError_t launch(const Args& args, const Target& target, std::initializer_list<const void*> tensors, KernelOf&& kernel_of) {
   return dispatch(args.dtype, [&](auto value) {
     return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, [&](auto walk) {
-      const Config config = decltype(walk)::type::make_config(args.layout, target.sm_count);
+      Config config = decltype(walk)::type::make_config(args.layout, target.sm_count);
+      if (!Plan::sums) config.shared_bytes = 0;
       const auto kernel = kernel_of(value, walk);
       LAUNCH(kernel, config, target.stream, args, config, workspace(target));
       return cudaGetLastError();
