@@ -94,19 +94,22 @@ class SyncBatchNorm(_BatchNorm):
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(f"input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
-        running_mean, running_var = self.running_mean, self.running_var
+        weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
+        running_mean, running_var, tracked = (
+            _tensor(self, "running_mean"),
+            _tensor(self, "running_var"),
+            _tensor(self, "num_batches_tracked"),
+        )
         if not training and running_mean is not None and running_var is not None:
-            return eval_batch_norm(input, residual, self.weight, self.bias, running_mean, running_var, self._options())
+            return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, self._options())
         # Without running statistics eval mode uses this rank's batch, as torch does.
         comm = resolve(self.process_group) if training else LOCAL
         return train_batch_norm(
             input,
             residual,
-            self.weight,
-            self.bias,
-            running_mean if self.track_running_stats else None,
-            running_var if self.track_running_stats else None,
-            self.num_batches_tracked if self.track_running_stats else None,
+            weight,
+            bias,
+            *((running_mean, running_var, tracked) if self.track_running_stats else (None, None, None)),
             comm,
             self._options(),
             None if comm is LOCAL or torch.compiler.is_compiling() else self._agreed(),
@@ -200,6 +203,13 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
+
+
+def _tensor(module: torch.nn.Module, name: str) -> Tensor | None:
+    """`module.name`, straight from its parameters or buffers: as an attribute it is found behind an AttributeError, which is made and
+    dropped each time and takes as long as a small kernel. Parametrized or replicated, it is not among them."""
+    tensors = module._parameters if name in module._parameters else module._buffers
+    return tensors[name] if name in tensors else getattr(module, name)
 
 
 def groups_of(module: torch.nn.Module) -> list[Any]:
