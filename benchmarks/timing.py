@@ -74,7 +74,7 @@ def clock_kernels(call: Callable[[], object], times: int) -> float:
 
 
 def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0, kernels_alone: bool = False) -> dict[str, float]:
-    """Median milliseconds of each call. A sample is as many calls as take `sample_ms`; samples of all calls alternate."""
+    """Median milliseconds of each call. A sample is as many calls as take `sample_ms`, but at most 200; samples of all calls alternate."""
     for call in calls.values():
         clock(call, device, 2)
     # A GPU's queue of launches holds about a thousand, and a call may be several.

@@ -2,7 +2,8 @@
 // kernels get plain data (args.h). A Device says what differs:
 //
 //   struct Device {
-//     static constexpr const char* name;
+//     static constexpr const char* out_of_memory;                              // torch's words, which batch size finders look for
+//     static void check_usable();                                              // throws where the device has failed for good
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // t is on this device, as x
 //     explicit Device(const Tensor& x);                                        // current as long as it lives
 //     void stats(const StatsArgs&);  and the three others
@@ -101,6 +102,26 @@ inline Activation activation_of(const std::string& name) {
 
 inline bool has_sign(Activation activation) { return activation == Activation::relu || activation == Activation::leaky_relu; }
 
+// torch::stable::new_empty and empty_like would look for an operator of that name at each call, a third of a small op's time.
+template <class Device>
+Tensor empty(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  int32_t device_type, device_index;
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  // The text of torch's own error does not get through.
+  if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &made) != AOTI_TORCH_SUCCESS) {
+    Device::check_usable();
+    fail<std::runtime_error>(Device::out_of_memory, " syncbn could not allocate a tensor ", show({sizes, static_cast<size_t>(dim)}));
+  }
+  return Tensor(made);
+}
+template <class Device>
+Tensor empty(const Tensor& x, int64_t numel, int32_t dtype) {
+  const int64_t stride = 1;
+  return empty<Device>(x, 1, &numel, &stride, dtype);
+}
+
 // x, and what the other arguments must be to match it.
 template <class Device>
 struct Input {
@@ -163,11 +184,8 @@ struct Input {
     return {data, stats.numel() > numel, eps};
   }
 
-  Tensor new_empty(int64_t numel, int32_t dtype) const {
-    const int64_t stride = 1;
-    return empty(1, &numel, &stride, dtype);
-  }
-  Tensor new_like(const Tensor& t) const { return empty(t.dim(), t.sizes().data(), t.strides().data(), dtype_code(t)); }
+  Tensor new_empty(int64_t numel, int32_t dtype) const { return empty<Device>(x, numel, dtype); }
+  Tensor new_like(const Tensor& t) const { return empty<Device>(x, t.dim(), t.sizes().data(), t.strides().data(), dtype_code(t)); }
   Tensor new_like(const OptionalTensor& t) const { return t ? new_like(*t) : nothing(); }
   Tensor nothing() const { return new_empty(0, dtype_code(x)); }
 
@@ -176,17 +194,6 @@ struct Input {
     int32_t code;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
     return code;
-  }
-  // torch::stable::new_empty and empty_like would look for an operator of that name at each call, a third of a small op's time.
-  Tensor empty(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) const {
-    int32_t device_type, device_index;
-    AtenTensorHandle made;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
-    // The text of torch's own error does not get through. These words are what batch size finders look for.
-    if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &made) != AOTI_TORCH_SUCCESS)
-      fail<std::runtime_error>(Device::name, " out of memory. syncbn could not allocate a tensor ", show({sizes, size_t(dim)}));
-    return Tensor(made);
   }
 };
 

@@ -81,15 +81,16 @@ def _why_not_cuda(path: Path) -> str:
     if not capabilities and not torch.cuda.is_available():
         return "no GPU is visible"
     reason = _why_not_cpu(path).replace("a C++ compiler", "nvcc")
-    built, version = (_built_for(path, "archs"), _built_for(path, "version")) if not reason else ("", "")
-    driver = _driver_version()
+    if reason:
+        return reason
+    built, version, driver = _built_for(path, "archs"), _built_for(path, "version"), _driver_version()
     if driver and version and driver // 1000 < int(version) // 1000:
         needs, has = (f"{number // 1000}.{number % 1000 // 10}" for number in (int(version), driver))
         return f"{path.name} was built with CUDA {needs}, this driver is for {has}: update it, or {REBUILD} with an nvcc of that version"
     if capabilities and built and not any(_runs(built, capability) for capability in capabilities):
         gpu = "/".join(f"sm_{capability}" for capability in sorted(set(capabilities)))
         return f"{path.name} has code for sm {built}, this GPU is {gpu}: set TORCH_CUDA_ARCH_LIST and {REBUILD}"
-    return reason
+    return ""
 
 
 def _built_for(path: Path, what: str) -> str:
@@ -124,8 +125,8 @@ def _nvml() -> ctypes.CDLL | None:
 
 def _driver_version() -> int:
     """Of the newest CUDA that the driver runs, such as 13000; 0 if it does not say."""
-    nvml, version = _nvml(), ctypes.c_int()
-    return 0 if nvml is None or nvml.nvmlSystemGetCudaDriverVersion_v2(ctypes.byref(version)) else version.value
+    ask, version = getattr(_nvml(), "nvmlSystemGetCudaDriverVersion_v2", None), ctypes.c_int()
+    return 0 if ask is None or ask(ctypes.byref(version)) else version.value
 
 
 @functools.cache

@@ -33,12 +33,13 @@ SHAPES = [
     (8, 24, 9, 11),  # the same, with few planes to a strip
     (50, 8, 5, 5),  # the same, with some samples in a row, and a last, shorter row
     (9, 5, 5, 5),  # the same, but samples begin within bytes of the mask
+    (9, 24, 4, 4),  # the same, whole vectors
     (6, 1, 3, 3),  # C = 1
     (16, 33),  # 2-D: C not a multiple of a vector
     (8, 300),  # 2-D: rows folded to more than a strip
     (40, 1500),  # 2-D: more channels than a strip
     (1, 5),  # fewer numbers than a vector
-    (700, 3),  # rows folded, the last one short; several chunks of rows
+    (700, 3),  # rows folded, the last one short
     (2, 3, 4, 5, 6),  # 5-D
     (0, 4, 5, 5),  # an empty batch
     (3, 4, 0, 5),  # empty planes
@@ -162,6 +163,14 @@ def test_backward_input(shape, dtype, layout):
             close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
             close(dz, want_dz, 4, f"dz {activation} {add}")
             assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_many_rows(dtype, monkeypatch):
+    """Two blocks of rows for threads, each of more than a chunk."""
+    monkeypatch.setitem(globals(), "FUSIONS", [("none", False), ("relu", True)])
+    test_stats((1100, 2056), dtype, "contiguous")
+    test_backward_reduce((1100, 2056), dtype, "contiguous")
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
@@ -326,7 +335,7 @@ def test_nan_infinities_and_far_means_end_as_in_the_reference(op, case):
 
 
 @every_layout
-@pytest.mark.parametrize("shape", [(8, 3, 128, 64), (20000, 6), (16, 200, 7, 7)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 3, 128, 64), (20000, 6), (16, 200, 7, 7), (1100, 2056)], ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(shape, layout):
     def run():
         case = Case(shape, torch.float32, layout)

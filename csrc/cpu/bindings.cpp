@@ -11,8 +11,8 @@ void parallel_for(int64_t n, int64_t grain, RangeFunction f, void* context) {
 namespace {
 
 struct Cpu {
-  static constexpr const char* name = "CPU";
-
+  static constexpr const char* out_of_memory = "DefaultCPUAllocator: can't allocate memory.";
+  static void check_usable() {}
   static void check(const char* name, const Tensor& t, const Tensor&) { SYNCBN_CHECK(t.is_cpu(), name, " must be on the CPU, as x"); }
 
   explicit Cpu(const Tensor&) {}

@@ -171,7 +171,9 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           unfold(n, inner, n * inner, values[k]);
         }
         Coefficients<acc_t, K> near{values[0], STRIP};
-        auto column = [=](int64_t i, auto lanes) INLINED { return Column<acc_t, K, decltype(place_at(0))>{near.at(i, lanes), place_at(uint32_t(j + i))}; };
+        auto column = [=](int64_t i, auto lanes) INLINED {
+          return Column<acc_t, K, decltype(place_at(0))>{near.at(i, lanes), place_at(uint32_t(j + i))};
+        };
         auto add_at = [=](int64_t e, int64_t r, auto lanes, auto at, P& a1, P& a2) INLINED {
           at.place.row += r * mask_rows;
           add_pack(e, lanes, at.p, at.place, a1, a2);
@@ -185,10 +187,11 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
         }
       });
     };
-    if (masked && length % PACK != 0 && whole_bytes(layout))
-      sum_with([=](uint32_t j) INLINED { return Place{length, j / length, length - j % length}; });
-    else
-      sum_with([=](uint32_t j) INLINED { return Row{masked ? j / length : 0}; });
+    if constexpr (masked) {
+      if (length % PACK != 0 && whole_bytes(layout))
+        return sum_with([=](uint32_t j) INLINED { return Place{length, j / length, length - j % length}; });
+    }
+    sum_with([=](uint32_t j) INLINED { return Row{masked ? j / length : 0}; });
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);

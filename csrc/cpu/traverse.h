@@ -169,7 +169,8 @@ INLINE bool whole_bytes(Layout layout) { return layout.C * layout.inner % 8 == 0
 INLINE bool by_columns(Layout layout, bool masked) {
   if (layout.inner == 1) return true;
   bool pays = layout.inner < MIN_MAP_PLANE || (layout.inner < MIN_SUM_PLANE && layout.outer >= MIN_SUM_ROWS);
-  return pays && (!masked || whole_bytes(layout));
+  bool narrow = layout.C * layout.inner < int64_t{1} << 32;  // for places in the mask in 32 bits
+  return pays && (!masked || (whole_bytes(layout) && narrow));
 }
 
 // f(k, the sum of s1, the sum of s2 over the `inner` columns of slot k) for the slots [0, n), float64.

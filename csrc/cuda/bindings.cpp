@@ -25,6 +25,16 @@ void check_cuda(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("syncbn: ") + what + " failed: " + cudaGetErrorString(error));
 }
 
+struct Memory {
+  static constexpr const char* out_of_memory = "CUDA out of memory.";
+  // A device that an earlier kernel has broken gives no memory either.
+  static void check_usable() {
+    const cudaError_t error = cudaFree(nullptr);
+    if (error == cudaErrorStreamCaptureUnsupported) cudaGetLastError();
+    else check_cuda(error, "an earlier CUDA call");
+  }
+};
+
 // Memory for one launch on `stream`: counters that are 0, and space for partial sums.
 class Workspace {
   void* memory_;
@@ -66,7 +76,7 @@ class Workspace {
  private:
   // Torch's memory, for this launch alone.
   void borrow(const Tensor& x, cudaStream_t stream, int sm_count) {
-    owner_ = torch::stable::new_empty(x, {static_cast<int64_t>(workspace_bytes(sm_count))}, ScalarType::Byte);
+    owner_ = empty<Memory>(x, static_cast<int64_t>(workspace_bytes(sm_count)), aoti_torch_dtype_uint8());
     memory_ = owner_->data_ptr();
     zero_counters(stream, sm_count);
   }
@@ -75,7 +85,7 @@ class Workspace {
   }
 };
 
-class Cuda {
+class Cuda : public Memory {
   const Tensor& x_;
   const torch::stable::accelerator::DeviceGuard guard_;
 
@@ -94,7 +104,6 @@ class Cuda {
   }
 
  public:
-  static constexpr const char* name = "CUDA";
   static void check(const char* name, const Tensor& t, const Tensor& x) {
     SYNCBN_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on a CUDA device, that of x");
   }
