@@ -39,8 +39,8 @@ template <typename Lanes> INLINE uint32_t read_row_bits(const uint8_t* mask, int
 }
 INLINE uint32_t read_row_bits(const uint8_t* mask, int64_t f, int64_t row, Partial lanes) {
   const uint8_t* p = mask + f / 8 + row;
-  uint32_t bits = 0;
-  for (int k = 0; 8 * k < int(f % 8) + lanes.last; ++k) bits |= uint32_t(p[k]) << (8 * k);
+  uint32_t bits = p[0] | uint32_t(p[1]) << 8;  // idle bits, if not more of the row, follow
+  if (f % 8 + lanes.last > 16) bits |= uint32_t(p[2]) << 16;
   return bits >> (f % 8);
 }
 
@@ -72,7 +72,9 @@ RARE void write_bits(uint8_t* mask, int64_t f, Place place, uint32_t bits, Parti
     int64_t before = (f + first) % 8, length = before + last - first;
     uint8_t* p = mask + (f + first) / 8 + place.row;
     uint32_t part = (bits & ones(last)) >> first << before;
-    for (int64_t k = 0; 8 * k < length; ++k) p[k] = uint8_t(part >> (8 * k));
+    p[0] = uint8_t(part);
+    if (length > 8) p[1] = uint8_t(part >> 8);
+    if (length > 16) p[2] = uint8_t(part >> 16);
     if (last - first == place.left && length % 8 == 0) p[length / 8] = 0;
   }
 }
