@@ -147,10 +147,10 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   });
 }
 
-// What a pack of columns takes: numbers of its channels, and its place in the mask.
-template <typename acc_t, int K, typename Place> struct Column {
+// What a pack of columns takes: numbers of its channels, and its place in the mask, a Place or a Row.
+template <typename acc_t, int K, typename Where> struct Column {
   Packs<acc_t, K> p;
-  Place place;
+  Where place;
 };
 
 // Two sums for each channel, float64: f(first element, lanes, coefficients, place in the mask, s1, s2) adds a pack to s1 and s2.
