@@ -36,41 +36,26 @@ def keep_memory() -> None:
 
 
 def clock(call: Callable[[], object], device: str, times: int, kernels_alone: bool = False) -> float:
-    """Milliseconds for each of `times` calls. On a GPU, those of the device; `kernels_alone`: without the waits for the host."""
-    if device == "cuda" and kernels_alone:
-        return clock_kernels(call, times)
+    """Milliseconds for each of `times` calls. On a GPU, those of the device; `kernels_alone`: it first sleeps until the host has launched
+    all of them, for small kernels take less than their launch."""
     if device == "cuda":
-        start, end = events()
-        start.record()
-        for _ in range(times):
-            call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / times
+        for cycles in (1 << 22, 1 << 24, 1 << 26) if kernels_alone else (0,):  # 2, 9, 40 ms
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if cycles:
+                torch.cuda._sleep(cycles)
+            start.record()
+            for _ in range(times):
+                call()
+            end.record()
+            slept_long_enough = not start.query()
+            end.synchronize()
+            if slept_long_enough or not kernels_alone:
+                return start.elapsed_time(end) / times
+        raise RuntimeError(f"the host needs more than 40 ms for {times} launches")
     begin = now()
     for _ in range(times):
         call()
     return (now() - begin) / times * 1e3
-
-
-def events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-
-def clock_kernels(call: Callable[[], object], times: int) -> float:
-    """The same, where the device first sleeps until the host has launched all calls: small kernels take less than their launch."""
-    for cycles in (1 << 22, 1 << 24, 1 << 26):  # 2, 9, 40 ms
-        start, end = events()
-        torch.cuda._sleep(cycles)
-        start.record()
-        for _ in range(times):
-            call()
-        end.record()
-        launched_in_time = not start.query()
-        end.synchronize()
-        if launched_in_time:
-            return start.elapsed_time(end) / times
-    raise RuntimeError(f"the host needs more than 40 ms for {times} launches")
 
 
 def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0, kernels_alone: bool = False) -> dict[str, float]:

@@ -95,11 +95,7 @@ class SyncBatchNorm(_BatchNorm):
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(f"input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
         weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
-        running_mean, running_var, tracked = (
-            _tensor(self, "running_mean"),
-            _tensor(self, "running_var"),
-            _tensor(self, "num_batches_tracked"),
-        )
+        running_mean, running_var = _tensor(self, "running_mean"), _tensor(self, "running_var")
         if not training and running_mean is not None and running_var is not None:
             return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, self._options())
         # Without running statistics eval mode uses this rank's batch, as torch does.
@@ -109,7 +105,7 @@ class SyncBatchNorm(_BatchNorm):
             residual,
             weight,
             bias,
-            *((running_mean, running_var, tracked) if self.track_running_stats else (None, None, None)),
+            *((running_mean, running_var, _tensor(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
             comm,
             self._options(),
             None if comm is LOCAL or torch.compiler.is_compiling() else self._agreed(),
