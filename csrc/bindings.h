@@ -85,10 +85,10 @@ inline DType dtype_of(const char* name, const Tensor& t) {
 inline std::string take(StringHandle handle) {
   size_t length;
   const char* data;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
   std::string text(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
   return text;
 }
 
@@ -107,8 +107,8 @@ template <class Device>
 Tensor empty(const Tensor& x, int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
   int32_t device_type, device_index;
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(x.get(), &device_index));
   // The text of torch's own error does not get through.
   if (aoti_torch_empty_strided(dim, sizes, strides, dtype, device_type, device_index, &made) != AOTI_TORCH_SUCCESS) {
     Device::check_usable();
@@ -148,7 +148,7 @@ struct Input {
   const void* same(const char* name, const Tensor& t) const {
     Device::check(name, t, x);
     SYNCBN_CHECK(t.scalar_type() == x.scalar_type(), name, " must be ", show(x.scalar_type()), ", as x, got ", show(t.scalar_type()));
-    SYNCBN_CHECK(t.sizes() == x.sizes(), name, " must be ", show(x.sizes()), ", as x, got ", show(t.sizes()));
+    SYNCBN_CHECK(t.sizes().equals(x.sizes()), name, " must be ", show(x.sizes()), ", as x, got ", show(t.sizes()));
     SYNCBN_CHECK(t.numel() == 0 || (contiguous ? t.is_contiguous() : is_channels_last(t)), name,
                  " must lie in memory as x with strides ", show(x.strides()), ", got strides ", show(t.strides()));
     return t.const_data_ptr();
@@ -192,7 +192,7 @@ struct Input {
  private:
   static int32_t dtype_code(const Tensor& t) {
     int32_t code;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
     return code;
   }
 };

@@ -5,7 +5,7 @@
 namespace syncbn::cpu {
 
 void parallel_for(int64_t n, int64_t grain, RangeFunction f, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, f, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, grain, f, context));
 }
 
 namespace {

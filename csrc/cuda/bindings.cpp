@@ -97,7 +97,7 @@ class Cuda : public Memory {
     // This library has a CUDA runtime of its own: it is told, too.
     check_cuda(cudaSetDevice(device), "cudaSetDevice");
     check_cuda(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
     const Workspace workspace(x_, cuda_stream, sm_count);
     check_cuda(op(args, {sm_count, workspace.get(), cuda_stream}), kernel);
