@@ -45,7 +45,7 @@ backward_input = torch.ops.syncbn.backward_input.default
 
 @torch.library.register_fake("syncbn::stats", lib=_library)
 def _(x: Tensor, rank_weighted: bool) -> Tensor:
-    return x.new_empty(2 * x.shape[1] + 1 + rank_weighted, dtype=torch.float64)
+    return x.new_empty(2 * x.shape[1] + 1 + int(rank_weighted), dtype=torch.float64)
 
 
 @torch.library.register_fake("syncbn::normalize", lib=_library)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "SYNCBN_TEST_JOB"
+# Before a script and its arguments: two ranks. Standalone, for tests run side by side, and torch 2.11 would let all jobs meet at one port.
+UNDER_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
 @contextmanager

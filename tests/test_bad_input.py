@@ -6,13 +6,12 @@ After each error the ranks exchange once more, to show that none of them is out 
 from __future__ import annotations
 
 import re
-import sys
 import textwrap
 
 import pytest
 import torch
 from oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
-from processes import run
+from processes import UNDER_TORCHRUN, run
 
 import syncbn
 
@@ -185,7 +184,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
             raise
         """)
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", str(script)]
+    command = [*UNDER_TORCHRUN, str(script)]
     done = run(command, env=subprocess_env, timeout=60)
     assert done.returncode != 0
     assert "named: input must have 3 channels" in done.stdout

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import run
+from processes import UNDER_TORCHRUN, run
 
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
@@ -14,7 +14,7 @@ EXAMPLES = ROOT / "examples"
 
 
 def output(command, env, cwd):
-    done = run([sys.executable, *map(str, command)], env=env | {"PYTHONPATH": str(ROOT)}, cwd=cwd, timeout=110)
+    done = run([str(part) for part in command], env=env | {"PYTHONPATH": str(ROOT)}, cwd=cwd, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -28,7 +28,7 @@ def test_horovod_script_is_python():
 def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
     pytest.importorskip("sklearn")
     script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
-    out = output(["-m", "torch.distributed.run", "--nproc-per-node=2", script], subprocess_env, tmp_path)
+    out = output([*UNDER_TORCHRUN, script], subprocess_env, tmp_path)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
     assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
 
@@ -36,20 +36,12 @@ def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
 def test_moving_statistics(subprocess_env, tmp_path):
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node=2",
-        EXAMPLES / "moving_statistics.py",
-        "--steps=12",
-        "--out=plot.png",
-    ]
-    output(command, subprocess_env, tmp_path)
+    output([*UNDER_TORCHRUN, EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_fold(subprocess_env, tmp_path):
     for module in ("rich", "tqdm"):
         pytest.importorskip(module)
-    out = output([EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
+    out = output([sys.executable, EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
     assert "before" in out and "after" in out and "largest difference" in out

@@ -59,9 +59,9 @@ def resolve(process_group: Any = None) -> Communicator:
     if isinstance(process_group, RecordedCommunicator):  # inside syncbn.join
         return process_group
     if process_group is None:
-        process_group = dist.group.WORLD if dist.is_available() else None
-        if process_group is None:  # not initialized
+        if not (dist.is_available() and dist.is_initialized()):  # compiled by torch 2.11, WORLD never is None
             return LOCAL
+        process_group = dist.group.WORLD
     elif _is_mpi(process_group):
         from .mpi import MPICommunicator  # only here: mpi4py starts MPI when it is imported
 
