@@ -1,0 +1,36 @@
+"""Compiles the bindings with the headers of the oldest torch that setup.cfg admits: those of a newer one declare more than it has.
+
+The headers are taken from its smallest wheel, another system's. Without nvcc the CUDA binding is left out, with a line that says so.
+"""
+
+import configparser
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SMALLEST = ["--platform=macosx_14_0_arm64", "--python-version=3.12", "--only-binary=:all:", "--no-deps"]
+
+setup_cfg = configparser.ConfigParser()
+setup_cfg.read(ROOT / "setup.cfg")
+(required,) = setup_cfg["options"]["install_requires"].split()
+oldest = required.replace(">=", "==")
+major, minor = map(int, oldest.partition("==")[2].split("."))
+
+with tempfile.TemporaryDirectory() as folder:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", "download", *SMALLEST, "--dest", folder, oldest], check=True)
+    (wheel,) = Path(folder).glob("torch-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
+    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+    for device, compiler in (("cpu", "c++"), ("cuda", "nvcc")):
+        if not shutil.which(compiler):
+            print(f"{oldest}: {device} skipped, {compiler} is not on PATH")
+            continue
+        source = ROOT / "csrc" / device / "bindings.cpp"
+        flags = ["-std=c++17", target, "-DUSE_CUDA", "-isystem", f"{folder}/torch/include", "-c", "-o", f"{folder}/{device}.o"]
+        subprocess.run([compiler, *flags, str(source)], check=True)
+        print(f"{oldest}: {source.relative_to(ROOT)} compiles")
