@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
+from syncbn.comm import ProcessGroupCommunicator
 from syncbn.environment import place
 
 HERE = place()
@@ -49,7 +50,7 @@ class World:
         if self.size == 1:
             return [t]
         if UNDER_MPI:
-            return self.group.allgather(t.detach().cpu())
+            return [part.to(t.device) for part in self.group.allgather(t.detach().cpu())]
         tensors = [torch.empty_like(t) for _ in range(self.size)]
         dist.all_gather(tensors, t.detach().contiguous())
         return tensors
@@ -67,7 +68,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     if HERE.launcher == "torchrun":
-        syncbn.init_process_group("gloo", timeout=TIMEOUT)
+        syncbn.init_process_group(os.environ.get("SYNCBN_TEST_BACKEND", "gloo"), timeout=TIMEOUT)
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
@@ -95,11 +96,11 @@ def _fits(item: pytest.Item) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[Callable[[], None]]:
+def time_limit() -> Iterator[Callable[..., None]]:
     """Ends this rank, with the stacks of its threads, if a test takes too long. The launcher then ends the others. A call starts anew."""
 
-    def start() -> None:
-        faulthandler.dump_traceback_later(2 * TIMEOUT, exit=True, file=_STDERR)
+    def start(seconds: float = 2 * TIMEOUT) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
 
     start()
     yield start
@@ -121,6 +122,23 @@ def world() -> World:
         group = MPI.COMM_WORLD
         assert group.Get_size() == HERE.world_size, "mpi4py was built for another MPI than mpirun"
     return World(HERE.rank, HERE.world_size, group)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test's tensors are."""
+    return request.param
+
+
+@pytest.fixture(params=["alone", "NCCL"])
+def group_of_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """What a layer of one rank exchanges: nothing, or what it would in a larger group, over NCCL."""
+    if request.param == "NCCL":
+        dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+        monkeypatch.setattr(syncbn.modules, "resolve", lambda group: ProcessGroupCommunicator(dist.group.WORLD))
+    yield request.param
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def batch_norm_step(
     eps: float = 1e-5,
     unbiased: bool = True,
 ) -> Result:
-    x, residual, weight, bias = (None if t is None else t.detach().double().requires_grad_() for t in (x, residual, weight, bias))
+    x, residual, weight, bias = (None if t is None else t.detach().cpu().double().requires_grad_() for t in (x, residual, weight, bias))
     running_mean, running_var = torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double()
     z = F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
     if not unbiased:
@@ -53,7 +53,7 @@ def batch_norm_step(
     z = z if residual is None else z + residual
     z.retain_grad()
     y = activate(z, activation)
-    y.backward(dy.double())
+    y.backward(dy.cpu().double())
     var = x.detach().movedim(1, 0).flatten(1).var(1, unbiased=False)
     scale = (1.0 if weight is None else weight.detach()) / (var + eps).sqrt()
     by_channel = lambda t: t.detach().movedim(1, 0).flatten(1)  # noqa: E731
@@ -83,7 +83,7 @@ def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> fl
     if want.numel() == 0:
         return 0.0
     scale = want if scale is None else scale
-    return ((got.detach().double() - want).abs().max() / scale.double().abs().max().clamp(min=1e-300)).item()
+    return ((got.detach().to(want.device, torch.float64) - want).abs().max() / scale.double().abs().max().clamp(min=1e-300)).item()
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:

@@ -14,8 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MARK = "SYNCBN_TEST_JOB"
-# Before a script and its arguments: two ranks. Standalone, for tests run side by side, and torch 2.11 would let all jobs meet at one port.
-UNDER_TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def torchrun(ranks: int = 2) -> list[str]:
+    """What starts a script in as many ranks. Standalone, for jobs run side by side, and torch 2.11 would let all meet at one port."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
 @contextmanager

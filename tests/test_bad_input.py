@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 from oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
-from processes import UNDER_TORCHRUN, run
+from processes import run, torchrun
 
 import syncbn
 
@@ -184,7 +184,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
             raise
         """)
     )
-    command = [*UNDER_TORCHRUN, str(script)]
+    command = [*torchrun(), str(script)]
     done = run(command, env=subprocess_env, timeout=60)
     assert done.returncode != 0
     assert "named: input must have 3 channels" in done.stdout

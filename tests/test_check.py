@@ -6,12 +6,12 @@ import json
 import sys
 
 import pytest
-from processes import UNDER_TORCHRUN, run
+from processes import run, torchrun
 
 pytestmark = pytest.mark.world_size(1)
 LAUNCHERS = {
     "alone": [sys.executable],
-    "torchrun": UNDER_TORCHRUN,
+    "torchrun": torchrun(),
     "mpirun": ["mpirun", "-n", "2", sys.executable],
 }
 
@@ -35,7 +35,7 @@ def test_a_wrong_layer_fails(subprocess_env):
         "import sys, runpy, syncbn.modules as m; from syncbn.comm import LOCAL; m.resolve = lambda group: LOCAL;"
         "from syncbn.check import main; sys.exit(main([]))"
     )
-    command = [*UNDER_TORCHRUN, "--no-python", sys.executable, "-c", spoil]
+    command = [*torchrun(), "--no-python", sys.executable, "-c", spoil]
     done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 1
     assert "WRONG" in done.stdout

@@ -29,8 +29,8 @@ def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rows", [4, 0], ids="batch of {}".format)
-def test_captured_step_equals_the_eager_one(rows):
-    """Forward, backward and moving statistics, an empty batch included: nothing reads the device."""
+def test_captured_step_equals_the_eager_one(rows, group_of_one):
+    """Forward, backward and moving statistics, an empty batch included, and the collectives: nothing reads the device."""
     model = net()
     static = torch.zeros(rows, 3, 8, 8, device="cuda")
     side = torch.cuda.Stream()

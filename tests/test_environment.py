@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from processes import UNDER_TORCHRUN, run
+from processes import run, torchrun
 
 import syncbn
 from syncbn import environment
@@ -98,7 +98,7 @@ def test_init_process_group_under(launcher, tmp_path, subprocess_env):
     (tmp_path / "job.py").write_text(JOB)
     command = {
         "none": [sys.executable],
-        "torchrun": UNDER_TORCHRUN,
+        "torchrun": torchrun(),
         "mpirun": ["mpirun", "-n", "2", sys.executable],
     }[launcher]
     done = run([*command, str(tmp_path / "job.py"), str(tmp_path)], env=subprocess_env, timeout=100)
@@ -146,7 +146,7 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 def test_a_default_group_made_anew_starts_from_nothing(tmp_path, subprocess_env):
     """Its subgroups and those of join, too."""
     (tmp_path / "job.py").write_text(AGAIN)
-    command = [*UNDER_TORCHRUN, str(tmp_path / "job.py"), str(tmp_path)]
+    command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]
     done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import UNDER_TORCHRUN, run
+from processes import run, torchrun
 
 pytestmark = pytest.mark.world_size(1)
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def test_horovod_script_is_python():
 def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
     pytest.importorskip("sklearn")
     script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
-    out = output([*UNDER_TORCHRUN, script], subprocess_env, tmp_path)
+    out = output([*torchrun(), script], subprocess_env, tmp_path)
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
     assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
 
@@ -36,7 +36,7 @@ def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
 def test_moving_statistics(subprocess_env, tmp_path):
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
-    output([*UNDER_TORCHRUN, EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
+    output([*torchrun(), EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

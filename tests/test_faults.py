@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import UNDER_TORCHRUN, job, left_behind
+from processes import job, left_behind, torchrun
 
 pytestmark = pytest.mark.world_size(1)
 TIMEOUT = 6  # seconds, of the group
@@ -117,7 +117,7 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: 
     script = [str(folder / "job.py"), str(folder)]
     commands = {  # and variables of their own
         "none": [([sys.executable, *script], variables) for variables in two_ranks()],
-        "torchrun": [([*UNDER_TORCHRUN, *script], {})],
+        "torchrun": [([*torchrun(), *script], {})],
         "mpirun": [(["mpirun", "-n", "2", sys.executable, "-m", "mpi4py", *script], {})],
     }[launcher]
     deadline = time.monotonic() + LIMIT

@@ -42,22 +42,22 @@ def channels_last(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, residual=False, **options):
+def check(world, counts, device, shape, dtype, *, parameter_dtype=None, layout=None, residual=False, **options):
     """One training step on this rank's rows against the oracle on the whole batch."""
     c = shape[0]
     whole = (torch.randn(sum(counts), *shape, dtype=torch.float64) * 3 + 2).to(dtype)
     dy = torch.randn_like(whole)
     res = torch.randn_like(whole) if residual else None
-    layer = syncbn.SyncBatchNorm(c, process_group=world.group, dtype=parameter_dtype or dtype, **options)
+    layer = syncbn.SyncBatchNorm(c, process_group=world.group, dtype=parameter_dtype or dtype, **options).to(device)
     if layer.affine:
         with torch.no_grad():
             layer.weight.copy_(torch.randn(c))
             layer.bias.copy_(torch.randn(c))
-    x = world.mine(whole, counts)
+    x = world.mine(whole, counts).to(device)
     x = (layout(x) if layout else x).requires_grad_()
-    my_res = world.mine(res, counts).requires_grad_() if residual else None
+    my_res = world.mine(res, counts).to(device).requires_grad_() if residual else None
     y = layer(x, my_res)
-    y.backward(world.mine(dy, counts))
+    y.backward(world.mine(dy, counts).to(device))
     # Before the first comparison: a rank that finds an error leaves no other waiting.
     gradients = [world.all_gather(parameter.grad) for parameter in layer.parameters()]
     running_vars = world.all_gather(layer.running_var) if layer.track_running_stats else []
@@ -100,26 +100,26 @@ def check(world, counts, shape, dtype, *, parameter_dtype=None, layout=None, res
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_batch_norm_of_the_whole_batch(world, counts, shape, dtype):
-    check(world, counts, shape, dtype)
+def test_equals_batch_norm_of_the_whole_batch(world, counts, device, shape, dtype):
+    check(world, counts, device, shape, dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_input_with_float32_parameters(world, counts, dtype):
-    check(world, counts, (5, 4, 4), dtype, parameter_dtype=torch.float32)
+def test_16_bit_input_with_float32_parameters(world, counts, device, dtype):
+    check(world, counts, device, (5, 4, 4), dtype, parameter_dtype=torch.float32)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5, 7), (3, 2, 5, 3)], ids=str)
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_channels_last_stays_channels_last(world, counts, shape, residual):
-    check(world, counts, shape, torch.float64, layout=channels_last, residual=residual, activation="relu")
+def test_channels_last_stays_channels_last(world, counts, device, shape, residual):
+    check(world, counts, device, shape, torch.float64, layout=channels_last, residual=residual, activation="relu")
 
 
-def test_any_strides(world, counts):
+def test_any_strides(world, counts, device):
     """A slice of a larger tensor, neither contiguous nor channels-last."""
     whole = torch.randn(sum(counts), 3, 4, 10, dtype=torch.float64)
-    x = world.mine(whole, counts)[..., ::2]
-    y = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=torch.float64)(x)
+    x = world.mine(whole, counts).to(device)[..., ::2]
+    y = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=torch.float64).to(device)(x)
     want = batch_norm_step(whole[..., ::2], whole[..., ::2]).y
     assert_close(y, world.mine(want, counts), 1e-10, "y")
 
@@ -127,8 +127,8 @@ def test_any_strides(world, counts):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_fused_activation_and_residual(world, counts, dtype, activation, residual):
-    check(world, counts, (3, 5, 7), dtype, activation=activation, residual=residual)
+def test_fused_activation_and_residual(world, counts, device, dtype, activation, residual):
+    check(world, counts, device, (3, 5, 7), dtype, activation=activation, residual=residual)
 
 
 @pytest.mark.parametrize(
@@ -136,16 +136,16 @@ def test_fused_activation_and_residual(world, counts, dtype, activation, residua
     [{"affine": False}, {"track_running_stats": False}, {"unbiased": False}, {"eps": 0.1}, {"momentum": 0.3}],
     ids=str,
 )
-def test_options(world, counts, options):
-    check(world, counts, (5, 4, 4), torch.float64, **options)
+def test_options(world, counts, device, options):
+    check(world, counts, device, (5, 4, 4), torch.float64, **options)
 
 
-def test_momentum_none_is_the_cumulative_average(world, counts):
-    layer = syncbn.SyncBatchNorm(3, momentum=None, process_group=world.group, dtype=torch.float64)
+def test_momentum_none_is_the_cumulative_average(world, counts, device):
+    layer = syncbn.SyncBatchNorm(3, momentum=None, process_group=world.group, dtype=torch.float64).to(device)
     plain = nn.BatchNorm1d(3, momentum=None, dtype=torch.float64)
     for step in range(3):
         whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + step
-        layer(world.mine(whole, counts))
+        layer(world.mine(whole, counts).to(device))
         plain(whole)
     assert_close(layer.running_mean, plain.running_mean, 1e-12, "running_mean")
     assert_close(layer.running_var, plain.running_var, 1e-12, "running_var")
@@ -153,16 +153,16 @@ def test_momentum_none_is_the_cumulative_average(world, counts):
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_ranks_weigh_the_same_when_told_so(world, counts, activation):
+def test_ranks_weigh_the_same_when_told_so(world, counts, device, activation):
     """weighting="ranks": mean of the ranks' means and mean squares, as Horovod's TensorFlow layer; float64 autograd of that formula."""
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
     dy = torch.randn_like(whole)
     layer = syncbn.SyncBatchNorm(
         3, process_group=world.group, dtype=torch.float64, weighting="ranks", unbiased=False, activation=activation
-    )
-    x = world.mine(whole, counts).requires_grad_()
+    ).to(device)
+    x = world.mine(whole, counts).to(device).requires_grad_()
     y = layer(x)
-    y.backward(world.mine(dy, counts))
+    y.backward(world.mine(dy, counts).to(device))
 
     whole.requires_grad_()
     mean, var = rank_weighted_moments(whole, counts)
@@ -193,12 +193,12 @@ def test_unsynchronized_batch_norm_would_fail(world):
     assert relative_error(local, world.mine(batch_norm_step(whole, whole).y, counts)) > 0.05
 
 
-def test_results_repeat_bit_for_bit(world, counts):
+def test_results_repeat_bit_for_bit(world, counts, device):
     whole = torch.randn(sum(counts), 5, 9, 9)
     ys = []
     for _ in range(2):
-        layer = syncbn.SyncBatchNorm(5, process_group=world.group, activation="relu")
-        x = world.mine(whole, counts).requires_grad_()
+        layer = syncbn.SyncBatchNorm(5, process_group=world.group, activation="relu").to(device)
+        x = world.mine(whole, counts).to(device).requires_grad_()
         y = layer(x)
         y.sum().backward()
         ys.append((y, x.grad, layer.running_var))
