@@ -42,7 +42,7 @@ cases = given(
 )
 
 
-def test_any_layer_equals_batch_norm_of_the_whole_batch(world, time_limit):
+def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limit):
     def one(shape, counts, dtype, layout, residual, chosen):
         samples = sum(counts)
         for size in shape[1:]:
@@ -51,7 +51,7 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, time_limit):
         assume(samples >= 4)
         error = None
         try:
-            check(world, counts, shape, dtype, layout=layout, residual=residual, **chosen)
+            check(world, counts, device, shape, dtype, layout=layout, residual=residual, **chosen)
         except Exception as this_ranks:
             error = f"{type(this_ranks).__name__}: {this_ranks}"
         # All ranks fail, at the same line, where one does: the search for a smaller example keeps them in step.
