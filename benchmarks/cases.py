@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNormFunction
 
 import syncbn
-from syncbn import function, ops
+from syncbn import ops
 from syncbn.comm import ProcessGroupCommunicator
 
 from .timing import Calls
@@ -46,19 +46,8 @@ class Inputs:
         return self.x.numel() * self.x.element_size() / 1e6
 
 
-class Exchanging(syncbn.SyncBatchNorm):
-    """With the collectives of a group of several ranks, though it has one: what the layer costs but for the others' part."""
-
-    def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
-        running = (self.running_mean, self.running_var, self.num_batches_tracked)
-        comm = ProcessGroupCommunicator(dist.group.WORLD)
-        return function.train_batch_norm(
-            input, residual, self.weight, self.bias, *running, comm, self._options(), self._agreed()
-        )  # fmt: skip
-
-
 class TorchExchanging(nn.SyncBatchNorm):
-    """The same for torch's layer, which for one rank would be its plain batch norm."""
+    """With the collectives of a group of several ranks; for one, torch's layer is its plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
@@ -71,7 +60,9 @@ def layers(channels: int, dims: int, device: str, compiled: bool, **options) -> 
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](channels).to(device)
     found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
-        found["syncbn, exchanging"] = Exchanging(channels, **options).to(device)
+        # Told its communicator, a layer exchanges though the group has one rank: what it costs but for the others' part.
+        exchanging = ProcessGroupCommunicator(dist.group.WORLD)
+        found["syncbn, exchanging"] = syncbn.SyncBatchNorm(channels, process_group=exchanging, **options).to(device)
         found["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
     if compiled:
         found["torch.compile"] = torch.compile(copy.deepcopy(plain))

@@ -131,13 +131,13 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(params=["alone", "NCCL"])
-def group_of_one(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """What a layer of one rank exchanges: nothing, or what it would in a larger group, over NCCL."""
-    if request.param == "NCCL":
+def group_of_one(request: pytest.FixtureRequest) -> Iterator[ProcessGroupCommunicator | None]:
+    """A process_group with which a layer of one rank exchanges nothing, or what it would in a larger group."""
+    if request.param == "alone":
+        yield None
+    else:
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-        monkeypatch.setattr(syncbn.modules, "resolve", lambda group: ProcessGroupCommunicator(dist.group.WORLD))
-    yield request.param
-    if dist.is_initialized():
+        yield ProcessGroupCommunicator(dist.group.WORLD)
         dist.destroy_process_group()
 
 

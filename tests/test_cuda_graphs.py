@@ -14,10 +14,10 @@ import syncbn
 pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 
-def net() -> nn.Sequential:
+def net(group: object = None) -> nn.Sequential:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
-    return syncbn.convert_sync_batchnorm(model, fuse_activation=True).cuda()
+    return syncbn.convert_sync_batchnorm(model, group, fuse_activation=True).cuda()
 
 
 def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("rows", [4, 0], ids="batch of {}".format)
 def test_captured_step_equals_the_eager_one(rows, group_of_one):
     """Forward, backward and moving statistics, an empty batch included, and the collectives: nothing reads the device."""
-    model = net()
+    model = net(group_of_one)
     static = torch.zeros(rows, 3, 8, 8, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 def test_two_launches_each_way_and_no_wait(group_of_one):
     """Moving statistics, their count, the gradients of weight, bias and residual included."""
-    layer = syncbn.SyncBatchNorm(8, activation="relu").cuda()
+    layer = syncbn.SyncBatchNorm(8, activation="relu", process_group=group_of_one).cuda()
     x, residual, dy = torch.randn(3, 4, 8, 16, 16, device="cuda").unbind()
     wanted = [x.requires_grad_(), residual.requires_grad_(), *layer.parameters()]
     torch.autograd.grad(layer(x, residual), wanted, dy)  # the first step makes a workspace, and ranks compare what they exchange
@@ -32,7 +33,7 @@ def test_two_launches_each_way_and_no_wait(group_of_one):
     events = sorted(profile.events(), key=lambda event: event.time_range.start)
     on_gpu = [event.name for event in events if event.device_type == DeviceType.CUDA and not event.is_user_annotation]
     ours = [re.search(r"(\w+)_kernel", name)[1] for name in on_gpu if "syncbn" in name]
-    others = [name for name in on_gpu if "syncbn" not in name and not (group_of_one == "NCCL" and re.search("nccl|Memcpy DtoD", name))]
+    others = [name for name in on_gpu if "syncbn" not in name and not (group_of_one and re.search("nccl|Memcpy DtoD", name))]
     assert ours == ["stats", "normalize", "backward_reduce", "backward_input"] and others == []
     calls = {event.name for event in events if event.device_type == DeviceType.CPU}
     assert "cudaLaunchKernel" in " ".join(calls)  # else the profile shows no calls of CUDA's, and the next line nothing
@@ -43,7 +44,7 @@ def test_a_training_step_does_not_wait_for_the_device(group_of_one):
     """Torch's own guard, which sees what torch does on the layer's behalf."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4, momentum=None))
-    model = syncbn.convert_sync_batchnorm(model, fuse_activation=True).cuda()
+    model = syncbn.convert_sync_batchnorm(model, group_of_one, fuse_activation=True).cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x = torch.randn(4, 3, 8, 8, device="cuda")
 
@@ -66,7 +67,7 @@ def test_a_training_step_does_not_wait_for_the_device(group_of_one):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_group_of_one_is_plain_batch_norm(world, group_of_one, dtype):
-    check(world, (6,), "cuda", (5, 9, 9), dtype, residual=True, activation="relu")
+    check(dataclasses.replace(world, group=group_of_one), (6,), "cuda", (5, 9, 9), dtype, residual=True, activation="relu")
 
 
 # NCCL refuses two ranks on one GPU, unless it takes them for ranks on different hosts, or is new enough to be told. As bash sets them.

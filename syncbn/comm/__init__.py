@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .process_group import ProcessGroupCommunicator
-from .recorded import RecordedCommunicator
 
 
 class Communicator(Protocol):
@@ -56,7 +55,7 @@ def resolve(process_group: Any = None) -> Communicator:
     None is the default group where torch.distributed is initialized, else this process alone. Raises ValueError for anything
     that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
     """
-    if isinstance(process_group, RecordedCommunicator):  # inside syncbn.join
+    if isinstance(process_group, ProcessGroupCommunicator):  # as syncbn.join gives its layers
         return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):  # compiled by torch 2.11, WORLD never is None
