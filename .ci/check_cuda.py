@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
-# Each reads as many tensors; those that write one store it in vectors, too.
-WRITES = {"stats": False, "normalize": True, "backward_reduce": False, "backward_input": True}
-VECTORS = {"float": 4, "__nv_bfloat16": 8}  # elements in 16 bytes
-UNROLL = 2  # independent loads per thread, at least
+# Tensors that each op reads and writes, a residual and its gradient included: of each, a step has as many vectors as Plan unrolls.
+TENSORS = {"stats": (1, 0), "normalize": (2, 1), "backward_reduce": (3, 0), "backward_input": (3, 2)}
+VECTORS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}  # elements in 16 bytes
+NAME = re.compile(r"(\w+_kernel)<(\w+), syncbn::cuda::(\w+)<(\d+), syncbn::cuda::Plan<\d+, (\d+), \d+, (\d+),")
 
 
 def run(*command: object) -> str:
@@ -46,9 +46,12 @@ def disassembler() -> list[str]:
 
 
 def short(name: str) -> str:
-    """normalize_kernel<float, Planes<4>> instead of all its template arguments."""
-    found = re.search(r"(\w+_kernel)<(?:\(anonymous namespace\)::)?([\w]+), syncbn::cuda::(\w+)<(\d+)", name)
-    return f"{found[1]}<{found[2]}, {found[3]}<{found[4]}>>" if found else name
+    """normalize_kernel<float, Planes<4>, 2> instead of all its template arguments; the last one is what the walk unrolls."""
+    found = NAME.search(name)
+    if not found:
+        return name
+    kernel, scalar, walk, vector, *unroll = found.groups()
+    return f"{kernel}<{scalar}, {walk}<{vector}>, {unroll[walk == 'Pixels']}>"
 
 
 def spills(log: str) -> list[tuple[str, int, int]]:
@@ -75,17 +78,16 @@ def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
     problems = []
     for scalar, vector in VECTORS.items():
         for layout in ("Planes", "Pixels"):
-            name = f"{op}_kernel<{scalar}, {layout}<{vector}>>"
-            count = kernels.get(name)
-            if count is None:
-                problems.append(f"{name} is not in the machine code")
+            start = f"{op}_kernel<{scalar}, {layout}<{vector}>, "
+            name = next((name for name in kernels if name.startswith(start)), None)
+            if name is None:
+                problems.append(f"{start}...> is not in the machine code")
                 continue
-            loads = sum(n for code, n in count.items() if code.startswith("LDG") and ".128" in code)
-            stores = sum(n for code, n in count.items() if code.startswith("STG") and ".128" in code)
-            if loads < UNROLL:
-                problems.append(f"{name} has {loads} loads of 128 bits, wanted {UNROLL}")
-            if WRITES[op] and not stores:
-                problems.append(f"{name} has no store of 128 bits")
+            unroll = int(name.removeprefix(start).removesuffix(">"))
+            for code, what, tensors in zip(("LDG", "STG"), ("loads", "stores"), TENSORS[op], strict=True):
+                count = sum(n for full, n in kernels[name].items() if full.startswith(code) and ".128" in full)
+                if count < tensors * unroll:
+                    problems.append(f"{name} has {count} {what} of 128 bits, wanted {tensors * unroll}: {unroll} for each tensor")
     return problems
 
 
