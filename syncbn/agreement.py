@@ -4,8 +4,8 @@
     always    every time: to find where a run diverges later on
     off       never
 
-Set by SYNCBN_CHECK. One all-reduce of [world_size, 32] int64, of the same size whatever the ranks are about to do: each rank puts
-its record into its own row. Nothing is compared while tracing or capturing a graph.
+Set by SYNCBN_CHECK. One all-reduce of 256 bytes for each rank and one more, of the same size whatever the ranks are about to do: each
+puts its record into its own row. Nothing is compared while tracing or capturing a graph.
 """
 
 from __future__ import annotations
@@ -47,9 +47,10 @@ def compare(comm: Communicator, record: str, aside: str, device: torch.device) -
     """
     position = _positions[comm.group] = _positions.get(comm.group, 0) + 1
     record = f"{record}, exchange {position} of this group"
-    table = torch.zeros(comm.world_size, (BYTES + ASIDE) // 8, dtype=torch.int64)
-    table[comm.rank] = torch.cat([_encode(record, BYTES), _encode(aside, ASIDE)])
-    rows = comm.all_reduce_(table.to(device)).cpu().split([BYTES // 8, ASIDE // 8], dim=1)
+    # An odd number of bytes: where a rank adds something else meanwhile, float64 numbers, it is never of this size, and gloo notices.
+    table = torch.zeros(comm.world_size * (BYTES + ASIDE) + 1, dtype=torch.uint8)
+    table[:-1].view(comm.world_size, -1)[comm.rank] = torch.cat([_encode(record, BYTES), _encode(aside, ASIDE)])
+    rows = comm.all_reduce_(table.to(device)).cpu()[:-1].view(comm.world_size, -1).split([BYTES, ASIDE], dim=1)
     records, asides = ([_decode(row) for row in column] for column in rows)
     if len(set(records)) == 1:
         return
@@ -64,7 +65,7 @@ def _encode(text: str, size: int) -> Tensor:
     data = text.encode()
     if len(data) > size:  # the end says more than the middle: names differ in their last parts
         data = data[: size // 4] + b"..." + data[-(size - size // 4 - 3) :]
-    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.int64)
+    return torch.frombuffer(bytearray(data.ljust(size, b"\0")), dtype=torch.uint8)
 
 
 def _decode(row: Tensor) -> str:

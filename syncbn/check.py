@@ -102,11 +102,19 @@ def error(dtype: torch.dtype, device: torch.device) -> float:
     y.backward(dy.split(counts)[rank].to(device))
 
     exact = whole.double().requires_grad_()
-    want = F.batch_norm(exact, None, None, training=True, eps=layer.eps)
+    running_mean, running_var = torch.zeros(CHANNELS).double(), torch.ones(CHANNELS).double()
+    want = F.batch_norm(exact, running_mean, running_var, training=True, eps=layer.eps)
     want.backward(dy.double())
     assert x.grad is not None and exact.grad is not None
-    pairs = ((y.detach(), want.detach()), (x.grad, exact.grad))
-    errors = torch.stack([(got.cpu().double() - all_.split(counts)[rank]).abs().max() / all_.abs().max() for got, all_ in pairs])
+    assert layer.running_mean is not None and layer.running_var is not None
+    mine = lambda all_: all_.split(counts)[rank]  # noqa: E731
+    triples = (  # what came, what it should be, and what its size is measured by
+        (y.detach(), mine(want.detach()), want.detach()),
+        (x.grad, mine(exact.grad), exact.grad),
+        (layer.running_mean, running_mean, running_mean),
+        (layer.running_var, running_var, running_var),
+    )
+    errors = torch.stack([(got.cpu().double() - right).abs().max() / whole.abs().max() for got, right, whole in triples])
     figure = errors.nan_to_num(nan=torch.inf).max().to(device)  # a maximum may overlook NaN
     dist.all_reduce(figure, dist.ReduceOp.MAX)
     return figure.item()

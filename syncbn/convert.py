@@ -11,13 +11,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from .comm import resolve
 from .fuse import Fusible, find_fusible, fuse, unfuse
-from .modules import LazySyncBatchNorm, SyncBatchNorm
+from .modules import LazySyncBatchNorm, SyncBatchNorm, call_of
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -39,14 +40,15 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     """Turns every batch norm in `module` into a `SyncBatchNorm`, in place, and returns `module`.
 
     `BatchNorm1d/2d/3d`, `torch.nn.SyncBatchNorm`, lazy batch norms, and subclasses that keep torch's forward are converted. A
-    subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost. timm's
-    BatchNormAct2d is converted together with its dropout and activation.
+    subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost. So is one that
+    torch.jit has scripted. timm's BatchNormAct2d is converted together with its dropout and activation.
 
     Args:
         module: a model, or a batch norm itself.
         process_group: of the converted layers, as in `SyncBatchNorm`. None keeps the group of a layer that has one.
         fuse_activation: also make one layer of a batch norm and the ReLU, LeakyReLU or SiLU module behind it, where `torch.fx` can
-            trace `module` and shows that nothing else sees the value in between. The activation then passes its input on.
+            trace `module` and shows that nothing else sees the value in between. The activation then passes its input on. An
+            activation that is called more than once, or behind an addition, and `F.relu` stay.
 
     Raises:
         ValueError: `process_group` is of an unknown type.
@@ -56,7 +58,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     """
     resolve(process_group)  # an unknown type is an error before anything has changed
     fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
-    left_alone = set()
+    left_alone = {m.original_name for m in module.modules() if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name}
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             child.process_group = child.process_group if process_group is None else process_group
@@ -67,7 +69,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
             left_alone.add(type(child).__name__)
     if left_alone:
         names = ", ".join(sorted(left_alone))
-        warnings.warn(f"not converted, because they have a forward or options of their own: {names}", stacklevel=2)
+        warnings.warn(f"not converted, because they have a forward or options of their own, or are scripted: {names}", stacklevel=2)
     for pair in fusible:
         fuse(pair)
     return module
@@ -86,7 +88,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
-            if child.activation is not None or not child.unbiased:
+            if child.activation is not None or not child.unbiased or child.weighting != "samples":
                 left_alone.append(name or type(child).__name__)
             else:
                 _revert(child)
@@ -102,7 +104,7 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 
 def _own_names(child: _BatchNorm) -> set[str]:
     """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
-    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed", "fusible"}
+    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "fusible"}
     own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
     if not _tail(type(child)):
         own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
@@ -122,7 +124,7 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
 def _revert(child: SyncBatchNorm) -> None:
     attributes = vars(child)
     original, replaced = attributes.pop(_ORIGIN, (BatchNorm, {}))
-    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "agreed"):
+    for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name"):
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # its first input has come since
@@ -162,6 +164,8 @@ def _synchronized(original: type) -> type[SyncBatchNorm]:
     if tail:
 
         def forward(self: SyncBatchNorm, input: Tensor) -> Tensor:
+            if isinstance(input, fx.Proxy):
+                return call_of(self, input)
             y = SyncBatchNorm.forward(self, input)
             for name in tail:
                 y = getattr(self, name)(y)

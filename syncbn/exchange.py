@@ -5,12 +5,13 @@ SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting f
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
 from contextlib import nullcontext
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -18,12 +19,9 @@ from torch import Tensor
 from . import agreement
 from .comm import LOCAL, Communicator
 
-log = logging.getLogger("syncbn")
-
 
 class Agreed:
-    """In which groups, and for which directions, the ranks have found that they mean this layer. Belongs to one layer: a copy of the
-    layer has agreed to nothing."""
+    """In which groups, and for which directions, the ranks have found that they mean the same layer."""
 
     def __init__(self) -> None:
         self.groups: dict[str, WeakSet] = {}
@@ -32,8 +30,17 @@ class Agreed:
         """The groups in which the ranks have compared their exchanges of this kind."""
         return self.groups.setdefault(kind, WeakSet())
 
-    def __reduce__(self) -> tuple[type[Agreed], tuple[()]]:
-        return Agreed, ()  # for copies and pickles
+
+# Beside the layers, not in them: a copy has agreed to nothing, and a layer that one rank reverts and converts again, to export it, has.
+_agreed: WeakKeyDictionary[torch.nn.Module, Agreed] = WeakKeyDictionary()
+
+
+def agreed_by(layer: torch.nn.Module) -> Agreed:
+    """The `Agreed` of this layer."""
+    found = _agreed.get(layer)
+    if found is None:
+        found = _agreed[layer] = Agreed()
+    return found
 
 
 class Exchange(NamedTuple):
@@ -72,7 +79,7 @@ class Exchange(NamedTuple):
         try:
             self._agree(tensor, kind, mode)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
-                if os.environ.get("SYNCBN_DEBUG") == "1":
+                if _debugs():
                     return self._logged(tensor, kind)
                 return self.comm.all_reduce_(tensor)
         except (agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
@@ -90,6 +97,8 @@ class Exchange(NamedTuple):
         if mode == "always" or (self.agreed is not None and self.group not in self.agreed.on(kind)):
             what = f"{kind} of {self.layer}, {tensor.numel()} numbers, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
             agreement.compare(self.comm, what, "" if self.shape is None else f"input {list(self.shape)}", tensor.device)
+            if _debugs():
+                _log().info("rank %d  %s  %s  compared", self.rank, self.layer, kind)
             if self.agreed is not None:
                 self.agreed.on(kind).add(self.group)
 
@@ -98,7 +107,7 @@ class Exchange(NamedTuple):
         total = self.comm.all_reduce_(tensor)
         milliseconds = (_now(tensor) - start) * 1e3
         dtype = str(tensor.dtype).removeprefix("torch.")
-        log.info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, tensor.numel(), dtype, milliseconds)
+        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, tensor.numel(), dtype, milliseconds)
         return total
 
 
@@ -112,7 +121,15 @@ def _now(tensor: Tensor) -> float:
     return time.perf_counter()
 
 
-if os.environ.get("SYNCBN_DEBUG") == "1":  # seen without any setup of logging, too
+def _debugs() -> bool:
+    return os.environ.get("SYNCBN_DEBUG") == "1"
+
+
+@functools.cache
+def _log() -> logging.Logger:
+    """Shown without any setup of logging, too."""
+    log = logging.getLogger("syncbn")
     log.setLevel(logging.INFO)
     if not logging.getLogger().handlers:
         log.addHandler(logging.StreamHandler())
+    return log

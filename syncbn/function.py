@@ -75,7 +75,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if stats is None:
             stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
         checkpoint.record(options.name, stats)
-        _check_count(stats, x, exchange.comm)
+        _check_count(options.name, stats, x, exchange.comm)
         if torch.compiler.is_compiling():
             # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
             update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
@@ -123,8 +123,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
 
 
-# A leaf that requires a gradient, so that a layer without parameters enters its backward collective on a rank whose input
-# needs no gradient, too.
+# A leaf that requires a gradient, so that a layer without parameters, or with frozen ones, enters its backward collective on a rank
+# whose input needs no gradient, too.
 _ANCHOR = torch.empty(0, requires_grad=True)
 
 
@@ -143,12 +143,13 @@ def train_batch_norm(
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
     `agreed` is the layer's, where there is one."""
-    _check(input, residual, weight, bias, running_mean, running_var)
+    _check(options.name, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     _check_transforms(input)
     # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
-    anchor = _ANCHOR if weight is None and bias is None and comm.world_size > 1 else None
+    learns = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+    anchor = _ANCHOR if comm.world_size > 1 and not learns else None
     shape = None if torch.compiler.is_compiling() else input.shape
     exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, agreed, shape)
     return SyncBatchNormFunction.apply(
@@ -166,7 +167,7 @@ def eval_batch_norm(
     options: Options,
 ) -> Tensor:
     """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
-    _check(input, residual, weight, bias, running_mean, running_var)
+    _check(options.name, input, residual, weight, bias, running_mean, running_var, None)
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
         # torch wants the four of one type: the input's, or float32 for 16 bits.
         dtype = acc_type(input.dtype)
@@ -208,6 +209,7 @@ def sync_batch_norm(
         running_mean, running_var: [C], updated in place while training: running += momentum * (new - running). Both None or both given.
         weight, bias: [C], of the input's type, float32 or float64; None for 1 and 0.
         training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
+        momentum: a number; the cumulative average, None, needs a layer, which counts its batches.
         process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
             DeviceMesh, or an mpi4py communicator.
         residual: [N, C, *] of the input's shape and type, added before the activation.
@@ -231,6 +233,10 @@ def sync_batch_norm(
     (torch.Size([8, 4, 2, 2]), True, True)
     """
     options = Options(momentum, eps, activation, negative_slope, weighting, unbiased).checked()
+    if momentum is None:
+        raise ValueError(
+            "sync_batch_norm: momentum must be a number: for the cumulative average use SyncBatchNorm, which counts its batches"
+        )
     if training:
         comm = resolve(process_group)
         return train_batch_norm(input, residual, weight, bias, running_mean, running_var, None, comm, options)
@@ -243,35 +249,39 @@ def sync_batch_norm(
 
 
 def _check(
+    name: str,
     input: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
 ) -> None:
     shape, dtype, device = input.shape, input.dtype, input.device
     vector = shape[1:2]
     if len(shape) < 2 or shape[1] == 0:
-        raise ValueError(f"input must have at least 2 dimensions [N, C, *] and C > 0, got {list(shape)}")
+        raise ValueError(f"{name}: input must have at least 2 dimensions [N, C, *] and C > 0, got {list(shape)}")
     if dtype not in FLOATING:
-        raise TypeError(f"input must be float32, float16, bfloat16 or float64, got {dtype}")
-    for name, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
+        raise TypeError(f"{name}: input must be float32, float16, bfloat16 or float64, got {dtype}")
+    for what, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
         if t is None:
             continue
         if t.shape != vector:
-            raise ValueError(f"{name} must be [{shape[1]}] to match input {list(shape)}, got {list(t.shape)}")
+            raise ValueError(f"{name}: {what} must be [{shape[1]}] to match input {list(shape)}, got {list(t.shape)}")
         if t.device != device:
-            raise ValueError(f"{name} must be on {device} as the input is, got {t.device}")
+            raise ValueError(f"{name}: {what} must be on {device} as the input is, got {t.device}")
         if t.dtype not in FLOATING:
-            raise ValueError(f"{name} must be floating point, got {t.dtype}")
-        if t.dtype not in (dtype, torch.float32, torch.float64) and name in ("weight", "bias"):
-            raise ValueError(f"{name} must be float32, float64 or {dtype} as the input is, got {t.dtype}")
+            raise ValueError(f"{name}: {what} must be floating point, got {t.dtype}")
+        if t.dtype not in (dtype, torch.float32, torch.float64) and what in ("weight", "bias"):
+            raise ValueError(f"{name}: {what} must be float32, float64 or of the input's type, {dtype}, got {t.dtype}")
     if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must be given both or neither")
+        raise ValueError(f"{name}: running_mean and running_var must be given both or neither")
+    if (t := num_batches_tracked) is not None and (t.dtype, t.device) != (torch.int64, device):
+        raise ValueError(f"{name}: num_batches_tracked must be int64 on {device} as the input is, got {t.dtype} on {t.device}")
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (shape, dtype, device):
         raise ValueError(
-            f"residual must be {list(shape)} {dtype} on {device} as the input is,"
+            f"{name}: residual must be {list(shape)} {dtype} on {device} as the input is,"
             f" got {list(residual.shape)} {residual.dtype} on {residual.device}"
         )
 
@@ -288,7 +298,7 @@ def _check_transforms(input: Tensor) -> None:
         )
 
 
-def _check_count(stats: Tensor, x: Tensor, comm: Communicator) -> None:
+def _check_count(name: str, stats: Tensor, x: Tensor, comm: Communicator) -> None:
     """Raises where each channel has one value over all ranks: its variance is undefined.
 
     Reads the device only where this rank has at most one value, so that no training step of real size waits for the device.
@@ -298,4 +308,6 @@ def _check_count(stats: Tensor, x: Tensor, comm: Communicator) -> None:
     if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     if (local if comm is LOCAL else stats[2 * x.shape[1]].item()) == 1:
-        raise ValueError(f"expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank")
+        raise ValueError(
+            f"{name}: expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank"
+        )

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from .function import Options
 from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
-from .modules import SyncBatchNorm
+from .modules import SyncBatchNorm, call_of
 
 Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras' are
 
@@ -125,6 +125,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     epsilon = property(lambda self: self.eps)
 
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
+        if isinstance(inputs, torch.fx.Proxy):
+            return call_of(self, inputs, *(() if training is None else (training,)))
         x = self.channels_second(inputs)
         if x.shape[1] != self.num_features:
             raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")
@@ -187,7 +189,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         return super()._options()._replace(momentum=1 - self.momentum)
 
     def extra_repr(self) -> str:
-        names = ("axis", "momentum", "epsilon", "center", "scale", "weighting", "num_features")
+        names = ["axis", "momentum", "epsilon", "center", "scale", "weighting", "num_features"]
+        names += [name for name in ("name", "activation", "negative_slope") if getattr(self, name) != getattr(SyncBatchNorm, name, None)]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @classmethod

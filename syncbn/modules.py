@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from .comm import LOCAL, resolve
-from .exchange import Agreed
+from .exchange import agreed_by
 from .function import Options, eval_batch_norm, train_batch_norm
 from .keras_weights import copy_tensors, named_tensors, to_keras
 
@@ -85,15 +85,18 @@ class SyncBatchNorm(_BatchNorm):
         self.negative_slope = negative_slope
         self.weighting = weighting
         self.unbiased = unbiased
-        self._options().checked()
+        self._options()
         resolve(process_group)  # an unknown type is an error here, not at the first step
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, torch.fx.Proxy):
+            return call_of(self, input, *(() if residual is None else (residual,)))
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
         if input.dim() >= 2 and input.shape[1] != self.num_features:
-            raise ValueError(f"input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
+            name = self.layer_name or type(self).__name__
+            raise ValueError(f"{name}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
         weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
         running_mean, running_var = _tensor(self, "running_mean"), _tensor(self, "running_var")
         if not training and running_mean is not None and running_var is not None:
@@ -108,15 +111,17 @@ class SyncBatchNorm(_BatchNorm):
             *((running_mean, running_var, _tensor(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
             comm,
             self._options(),
-            None if comm is LOCAL or torch.compiler.is_compiling() else self._agreed(),
+            None if comm is LOCAL or torch.compiler.is_compiling() else agreed_by(self),
         )
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
+    def convert_sync_batchnorm(
+        cls, module: torch.nn.Module, process_group: Any = None, *, fuse_activation: bool = False
+    ) -> torch.nn.Module:
         """`syncbn.convert_sync_batchnorm`, where torch's users look for it."""
         from .convert import convert_sync_batchnorm
 
-        return convert_sync_batchnorm(module, process_group)
+        return convert_sync_batchnorm(module, process_group, fuse_activation=fuse_activation)
 
     @classmethod
     def from_keras(
@@ -166,11 +171,6 @@ class SyncBatchNorm(_BatchNorm):
         """
         return to_keras(self)
 
-    def _agreed(self) -> Agreed:
-        if "agreed" not in vars(self):
-            vars(self)["agreed"] = Agreed()
-        return vars(self)["agreed"]
-
     def _options(self) -> Options:
         return Options(
             self.momentum,
@@ -180,14 +180,14 @@ class SyncBatchNorm(_BatchNorm):
             self.weighting,
             self.unbiased,
             self.layer_name or type(self).__name__,
-        )
+        ).checked()
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions from 2 on: the function checks it."""
 
     def extra_repr(self) -> str:
         extra = super().extra_repr()
-        for name in ("activation", "weighting", "unbiased"):
+        for name in ("activation", "negative_slope", "weighting", "unbiased"):
             if getattr(self, name) != getattr(SyncBatchNorm, name):
                 extra += f", {name}={getattr(self, name)!r}"
         return extra
@@ -206,6 +206,12 @@ def _tensor(module: torch.nn.Module, name: str) -> Tensor | None:
     dropped each time and takes as long as a small kernel. Parametrized or replicated, it is not among them."""
     tensors = module._parameters if name in module._parameters else module._buffers
     return tensors[name] if name in tensors else getattr(module, name)
+
+
+def call_of(module: torch.nn.Module, *inputs: Any) -> Any:
+    """What torch.fx writes down for a layer of torch's own: a call of the module, whatever it does inside."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 
 
 def groups_of(module: torch.nn.Module) -> list[Any]:

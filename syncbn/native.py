@@ -70,7 +70,7 @@ def _why_not_cpu(path: Path) -> str:
     if not path.exists():
         return f"{path.name} was not built; with a C++ compiler at hand, {REBUILD}"
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
-        return f"{path.name} needs torch 2.11 or newer, this is {torch.__version__}"
+        return f"{path.name} needs torch 2.11 or newer, this is {torch.__version__}: update torch"
     return ""
 
 

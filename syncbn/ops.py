@@ -43,6 +43,13 @@ backward_reduce = torch.ops.syncbn.backward_reduce.default
 backward_input = torch.ops.syncbn.backward_input.default
 
 
+def _on_one_device(*tensors: Tensor | None) -> None:
+    """A tensor on "meta" among others would bring them here: what is then returned was never computed."""
+    devices = {str(t.device) for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"syncbn: all tensors must be on one device, got {', '.join(sorted(devices))}")
+
+
 @torch.library.register_fake("syncbn::stats", lib=_library)
 def _(x: Tensor, rank_weighted: bool) -> Tensor:
     return x.new_empty(2 * x.shape[1] + 1 + int(rank_weighted), dtype=torch.float64)
@@ -50,12 +57,14 @@ def _(x: Tensor, rank_weighted: bool) -> Tensor:
 
 @torch.library.register_fake("syncbn::normalize", lib=_library)
 def _(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, _):
+    _on_one_device(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked)
     keep_mask = residual is not None and activation in ("relu", "leaky_relu")
     return torch.empty_like(x), x.new_empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8)
 
 
 @torch.library.register_fake("syncbn::backward_reduce", lib=_library)
 def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope):
+    _on_one_device(dy, x, stats, weight, bias, residual, mask)
     return (
         x.new_empty(2 * x.shape[1], dtype=torch.float64),
         x.new_empty(0) if weight is None else torch.empty_like(weight),
@@ -65,4 +74,5 @@ def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slop
 
 @torch.library.register_fake("syncbn::backward_input", lib=_library)
 def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope):
+    _on_one_device(dy, x, stats, sums, weight, bias, residual, mask)
     return torch.empty_like(x), torch.empty_like(x) if reference.writes_dz(activation, residual, mask) else x.new_empty(0)

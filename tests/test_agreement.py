@@ -7,13 +7,14 @@ import gc
 import itertools
 import logging
 import re
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn as nn
 
 import syncbn
-from syncbn import RankMismatchError, SyncBatchNorm, agreement
+from syncbn import RankMismatchError, SyncBatchNorm, agreement, exchange
 
 several = pytest.mark.world_size(2, 3, 4)
 
@@ -129,7 +130,7 @@ def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
         free(layer.process_group)
         layer.process_group = None
         gc.collect()
-        assert not any(layer._agreed().groups.values()) and len(agreement._positions) == before
+        assert not any(exchange.agreed_by(layer).groups.values()) and len(agreement._positions) == before
 
 
 def anew(world) -> object:
@@ -149,6 +150,43 @@ def raises(error: type[Exception]):
         raise error
 
     return fail
+
+
+@several
+def test_a_rank_that_has_reverted_and_converted_its_model_is_in_step(world):
+    """As one rank does to export what it trains."""
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
+    for _ in range(2):
+        model(batch().requires_grad_()).sum().backward()
+        if world.rank == 0:
+            torch.jit.script(syncbn.revert_sync_batchnorm(model))
+            syncbn.convert_sync_batchnorm(model, world.group)
+
+
+@dataclass(eq=False)
+class Alone:
+    """A communicator whose other ranks say nothing."""
+
+    world_size: int
+    rank: int = 0
+
+    @property
+    def group(self) -> Alone:
+        return self
+
+    def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.sent = tensor
+        return tensor
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("ranks", [2, 3, 64])
+def test_a_record_has_the_size_of_no_sum(ranks):
+    """Else it could be added to the sums of a layer with just so many channels, in silence, where ranks part."""
+    comm = Alone(ranks)
+    with pytest.raises(RankMismatchError):
+        agreement.compare(comm, "forward of a", "", torch.device("cpu"))
+    assert comm.sent.nbytes % torch.float64.itemsize
 
 
 @several
@@ -204,10 +242,12 @@ def test_long_names_keep_both_ends():
 @several
 def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog):
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
+    logging.getLogger("syncbn").setLevel(logging.WARNING)  # the variable is enough, whenever it is set
+    exchange._log.cache_clear()
     monkeypatch.setenv("SYNCBN_DEBUG", "1")
-    with caplog.at_level(logging.INFO, "syncbn"):
-        model(batch().requires_grad_()).sum().backward()
-    forward, backward = caplog.messages
+    model(batch().requires_grad_()).sum().backward()
+    compared, forward, compared_again, backward = caplog.messages
+    assert [compared, compared_again] == [f"rank {world.rank}  0  {kind}  compared" for kind in ("forward", "backward")]
     assert forward.startswith(f"rank {world.rank}  0  forward  7 x float64") and forward.endswith(" ms")
     assert backward.startswith(f"rank {world.rank}  0  backward  6 x float64")
 

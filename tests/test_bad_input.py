@@ -12,6 +12,7 @@ import pytest
 import torch
 from oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
 from processes import run, torchrun
+from torch import nn
 
 import syncbn
 
@@ -50,6 +51,7 @@ CALLS = {  # what is wrong: (arguments of sync_batch_norm, exception, words that
     "unknown activation": (dict(activation="gelu"), ValueError, ["activation", "'relu'", "'leaky_relu'", "'silu'", "'gelu'"]),
     "unknown weighting": (dict(weighting="equal"), ValueError, ["weighting", "'samples'", "'ranks'", "'equal'"]),
     "unknown process_group": (dict(process_group="world"), ValueError, ["process_group", "DeviceMesh", "mpi4py", "str"]),
+    "momentum of a cumulative average": (dict(momentum=None), ValueError, ["momentum", "SyncBatchNorm"]),
     "eval without statistics": (dict(training=False), ValueError, ["running_mean", "running_var"]),
 }
 
@@ -71,6 +73,35 @@ def test_wrong_number_of_channels(world):
         layer(X)
     with pytest.raises(ValueError, match="2 dimensions"):
         layer(torch.zeros(4))
+    in_step(world)
+
+
+def test_an_error_names_the_converted_layer(world):
+    model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"stem": nn.Sequential(nn.BatchNorm1d(3))}), world.group)
+    layer = model["stem"][0]
+    for x in (torch.zeros(2, 5, 4), X.long(), X.to("meta")):
+        with pytest.raises((ValueError, TypeError), match=r"^stem\.0: "):
+            layer(x)
+    in_step(world)
+
+
+@pytest.mark.parametrize("changed", [torch.tensor(0, dtype=torch.int32), torch.tensor(0, device="meta")], ids=["int32", "meta"])
+def test_a_bad_count_of_batches_is_named_before_any_collective(world, changed):
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group)
+    layer.num_batches_tracked = changed
+    with pytest.raises(ValueError, match="num_batches_tracked must be int64 on cpu"):
+        layer(X)
+    in_step(world)
+
+
+@pytest.mark.parametrize("option", [{"activation": "gelu"}, {"weighting": "equal"}], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_a_bad_option_of_a_converted_layer_is_an_error_before_any_collective(world, option, training):
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3), world.group).train(training)
+    for name, value in option.items():
+        setattr(layer, name, value)
+    with pytest.raises(ValueError, match=f"{name} must be .*one of .* got '{value}'"):
+        layer(X)
     in_step(world)
 
 
@@ -187,7 +218,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
     command = [*torchrun(), str(script)]
     done = run(command, env=subprocess_env, timeout=60)
     assert done.returncode != 0
-    assert "named: input must have 3 channels" in done.stdout
+    assert "named: encoder.bn: input must have 3 channels" in done.stdout
     waited = re.search(rf"after ([\d.]+) s: encoder\.bn: rank {1 - failing} of 2 waited .* forward exchange", done.stdout)
     assert waited, done.stdout
     assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, done.stdout

@@ -138,6 +138,11 @@ def test_a_subclass_with_its_own_forward_is_left_alone_with_one_warning():
         assert type(convert_sync_batchnorm(patched)) is nn.BatchNorm2d
 
 
+def test_a_scripted_batch_norm_is_left_alone_with_a_warning():
+    with pytest.warns(UserWarning, match="BatchNorm2d"):
+        convert_sync_batchnorm(nn.Sequential(torch.jit.script(nn.BatchNorm2d(4))))
+
+
 def test_a_plain_subclass_keeps_its_methods():
     module = convert_sync_batchnorm(PlainSubclass(4))
     assert isinstance(module, SyncBatchNorm) and isinstance(module, PlainSubclass) and module.describe() == "mine"
@@ -178,13 +183,15 @@ def test_a_built_layer_reverts_to_plain_batch_norm_or_is_named():
     for shape in ((3, 4), (3, 4, 5), (3, 4, 5, 6)):
         x = torch.randn(shape)
         assert torch.equal(plain(x), F.batch_norm(x, None, None, plain.weight, plain.bias, True))
-    model = nn.ModuleDict({"norm": SyncBatchNorm(4, activation="relu")})
-    with pytest.warns(UserWarning, match="norm"):
-        assert isinstance(revert_sync_batchnorm(model)["norm"], SyncBatchNorm)
+    for options in ({"activation": "relu"}, {"unbiased": False}, {"weighting": "ranks"}):
+        model = nn.ModuleDict({"norm": SyncBatchNorm(4, **options)})
+        with pytest.warns(UserWarning, match="norm"):
+            assert isinstance(revert_sync_batchnorm(model)["norm"], SyncBatchNorm)
 
 
 def test_the_classmethod_is_the_function():
-    assert isinstance(SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(3)), SyncBatchNorm)
+    model = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), fuse_activation=True)
+    assert isinstance(model[0], SyncBatchNorm) and model[0].activation == "relu"
 
 
 def test_pickle_and_deepcopy_of_a_converted_model():

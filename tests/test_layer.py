@@ -236,8 +236,12 @@ def collectives():
 def test_one_collective_each_way(world):
     """2C + 1 and 2C float64 numbers, whatever the number of ranks, an empty batch, frozen input or parameters."""
     c = 5
-    for options, x_needs_grad in (({}, True), ({}, world.rank == 0), ({"affine": False}, world.rank == 0)):
-        layer = syncbn.SyncBatchNorm(c, **options)
+    needs_grad = (True, world.rank == 0)
+    for options, x_needs_grad, frozen in (
+        *((o, n, False) for o in ({}, {"affine": False}) for n in needs_grad),
+        ({}, world.rank == 0, True),
+    ):
+        layer = syncbn.SyncBatchNorm(c, **options).requires_grad_(not frozen)
         x = torch.randn(2 * world.rank, c, 3).requires_grad_(x_needs_grad)
         with collectives() as seen:
             y = layer(x)

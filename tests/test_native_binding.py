@@ -45,6 +45,15 @@ REFUSED = [
         lambda: normalize(residual=CHANNELS_LAST),
         r"residual must lie in memory as x with strides \[12, 4, 1\], got strides",
     ),
+    *(
+        (lambda name=name, t=t: normalize(**{name: t.to("meta")}), "all tensors must be on one device, got cpu, meta")
+        for name, t in {"stats": STATS, "weight": W, "bias": W, "residual": X, "mean": W, "var": W, "tracked": torch.tensor(0)}.items()
+    ),
+    (lambda: reduce(dy=X.to("meta")), "all tensors must be on one device, got cpu, meta"),
+    (
+        lambda: ops.backward_input(X, X, STATS, STATS[:6].to("meta"), W, W, None, None, EPS, "none", 0.0),
+        "all tensors must be on one device, got cpu, meta",
+    ),
     (lambda: normalize(activation="gelu"), "activation must be none, relu, leaky_relu or silu, got 'gelu'"),
     (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
     (lambda: reduce(residual=X), "mask must be given with a residual and relu"),

@@ -115,6 +115,17 @@ def test_export_of_an_eval_model(world, x, residual):
 
 
 @pytest.mark.world_size(1)
+@pytest.mark.parametrize("layer", [syncbn.SyncBatchNorm(4), syncbn.SyncBatchNormalization(axis=1, num_features=4)], ids=["torch", "keras"])
+def test_a_layer_is_one_call_in_a_traced_graph(layer):
+    """As torch's own: feature extractors and other tools of torch.fx."""
+    plain = nn.Sequential(nn.Linear(3, 4), layer, nn.ReLU())
+    traced = torch.fx.symbolic_trace(plain)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(5, 3)
+    assert torch.equal(traced(x), plain(x))
+
+
+@pytest.mark.world_size(1)
 def test_onnx_export_of_a_reverted_model(model, x):
     onnx = pytest.importorskip("onnx", reason="ONNX export needs onnx and onnxscript")
     pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
