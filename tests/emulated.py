@@ -21,7 +21,13 @@ from syncbn.layout import mask_bytes, outer_c_inner
 HERE = Path(__file__).parent
 KERNELS = HERE.parent / "csrc" / "cuda"
 EMULATION = HERE / "emulation"
-OPS = ("stats", "normalize", "backward_reduce", "backward_input")
+# Each op, and its tensors of x's shape.
+OPS = {
+    "stats": ("x",),
+    "normalize": ("x", "residual", "y"),
+    "backward_reduce": ("dy", "x", "residual"),
+    "backward_input": ("dy", "x", "residual", "dx", "dz"),
+}
 COMPILER = shutil.which("g++")
 MARGIN = 64  # bytes; keeps the alignment of what lies between
 
@@ -33,7 +39,7 @@ ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 def compile_kernel(source: Path, target: Path, optimize: str = "-O1") -> None:
     """One csrc/cuda/*.cu, with the headers beside it, by g++."""
-    _compile([optimize, "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
+    _compile([optimize, "-fsanitize=alignment", "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
 
 
 def build(folder: Path) -> Path:
@@ -108,10 +114,10 @@ class Guarded:
     def __init__(self) -> None:
         self.kept: list[tuple[Tensor, Tensor, int]] = []
 
-    def new(self, like: Tensor, offset: int = 0) -> Tensor:
-        """NaN of like's shape, strides and type, `offset` elements off the alignment."""
+    def new(self, like: Tensor, misaligned: bool = False) -> Tensor:
+        """NaN of like's shape, strides and type, perhaps one element off the alignment."""
         size = max(like.numel(), 1) * like.element_size()
-        start = MARGIN + offset * like.element_size()
+        start = MARGIN + misaligned * like.element_size()
         raw = torch.full((size + 4 * MARGIN,), 0xFF, dtype=torch.uint8)
         start += -raw.data_ptr() % MARGIN
         storage = raw[start : start + size].view(torch.uint8)
@@ -119,8 +125,8 @@ class Guarded:
         flat = torch.frombuffer(memoryview(storage.numpy()), dtype=like.dtype)
         return flat.as_strided(like.shape, like.stride())
 
-    def copy(self, t: Tensor | None, offset: int = 0) -> Tensor | None:
-        return None if t is None else self.new(t, offset).copy_(t)
+    def copy(self, t: Tensor | None, misaligned: bool = False) -> Tensor | None:
+        return None if t is None else self.new(t, misaligned).copy_(t)
 
     def check(self) -> None:
         for raw, storage, start in self.kept:
@@ -141,12 +147,12 @@ def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
 
 @dataclass(frozen=True)
 class Emulated:
-    """The four ops; `sm_count` decides the grid, `seed` the order of blocks and threads, `offset` the misalignment in elements."""
+    """The four ops; `sm_count` decides the grid, `seed` the order of blocks and threads; `misaligned` are names in OPS."""
 
     library: ctypes.CDLL
     sm_count: int = 2
     seed: int = 0
-    offset: int = 0
+    misaligned: tuple[str, ...] = ()
 
     @staticmethod
     def load(path: Path) -> Emulated:
@@ -162,9 +168,15 @@ class Emulated:
             raise RuntimeError(error.decode())
         guarded.check()
 
+    def _copies(self, guarded: Guarded, **tensors: Tensor | None) -> list[Tensor | None]:
+        return [guarded.copy(t, name in self.misaligned) for name, t in tensors.items()]
+
+    def _new(self, guarded: Guarded, like: Tensor, name: str) -> Tensor:
+        return guarded.new(like, name in self.misaligned)
+
     def stats(self, x: Tensor, rank_weighted: bool) -> Tensor:
         g = Guarded()
-        x = g.copy(x, self.offset)
+        (x,) = self._copies(g, x=x)
         out = g.new(torch.empty(2 * x.shape[1] + 1 + rank_weighted, dtype=torch.float64))
         self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, stats=pointer(out))
         return out
@@ -173,12 +185,12 @@ class Emulated:
         self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope
     ):
         g = Guarded()
-        x, residual = g.copy(x, self.offset), g.copy(residual, self.offset)
+        x, residual = self._copies(g, x=x, residual=residual)
         stats, weight, bias = g.copy(stats), g.copy(weight), g.copy(bias)
         updated = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
         inside = {name: g.copy(t) for name, t in updated.items()}
         keep_mask = residual is not None and activation in ("relu", "leaky_relu")
-        y = g.new(x, self.offset)
+        y = self._new(g, x, "y")
         mask = g.new(torch.empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8))
         self._run(
             "normalize", g, x, x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
@@ -194,7 +206,7 @@ class Emulated:
 
     def backward_reduce(self, dy, x, stats, weight, bias, residual, mask, eps, activation, slope):
         g = Guarded()
-        dy, x, residual = (g.copy(t, self.offset) for t in (dy, x, residual))
+        dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
         stats, weight, bias, mask = (g.copy(t) for t in (stats, weight, bias, mask))
         sums = g.new(torch.empty(2 * x.shape[1], dtype=torch.float64))
         dweight, dbias = (None if t is None else g.new(t) for t in (weight, bias))
@@ -207,10 +219,10 @@ class Emulated:
 
     def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope):
         g = Guarded()
-        dy, x, residual = (g.copy(t, self.offset) for t in (dy, x, residual))
+        dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
         stats, sums, weight, bias, mask = (g.copy(t) for t in (stats, sums, weight, bias, mask))
         writes_dz = reference.writes_dz(activation, residual, mask)
-        dx, dz = g.new(x, self.offset), g.new(x, self.offset) if writes_dz else x.new_empty(0)
+        dx, dz = self._new(g, x, "dx"), self._new(g, x, "dz") if writes_dz else x.new_empty(0)
         self._run(
             "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
             weight=vector(weight), bias=vector(bias), residual=pointer(residual), mask=pointer(mask),

@@ -45,6 +45,16 @@ def deleted_barriers() -> list[Mutant]:
     return found
 
 
+def overlooked_tensors() -> list[Mutant]:
+    """Each tensor whose alignment decides about vectors, left out."""
+    braces = lambda names: "{" + ", ".join(f"args.{name}" for name in names) + "}"  # noqa: E731
+    return [
+        Mutant(f"{op}.cu", braces(names), braces([other for other in names if other != name]), op)
+        for op, names in emulated.OPS.items()
+        for name in names
+    ]
+
+
 CHANGED = [
     # Indices and bounds
     Mutant("walk.cuh", "block % config.groups", "block / config.splits", "normalize"),
@@ -71,6 +81,14 @@ CHANGED = [
     Mutant("normalize.cu", "table[walk.column() + j](to_acc", "table[walk.column()](to_acc", "normalize"),
     Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_reduce"),
     Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_input"),
+    # Alignment
+    Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "stats"),
+    Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "normalize"),
+    Mutant("walk.cuh", "% 16 == 0", "% 4 == 0", "backward_reduce"),
+    Mutant("walk.cuh", " && layout.C % 8 == 0", "", "stats"),
+    Mutant("walk.cuh", " && layout.C % 8 == 0", "", "backward_input"),
+    Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane", "stats"),
+    Mutant("launch.cuh", "ceil_div(ceil_div(layout.inner, pieces), 8) * 8", "ceil_div(layout.inner, pieces)", "stats"),
     # Statistics
     Mutant("stats.cu", "- shift[j % N]", "", "stats"),
     Mutant("stats.cu", "2 * sum + all * K", "sum + all * K", "stats"),
@@ -107,6 +125,7 @@ CASES = [
     Case((70, 8, 3, 3), dtype=torch.bfloat16, activation="silu"),
     Case((1, 2, 40, 61), activation="leaky_relu", residual=True, momentum=None),
     Case((1, 2, 40, 61), activation="leaky_relu", unbiased=False),
+    Case((1, 3, 606)),
     Case((3, 70, 4), channels_last=True, activation="relu", residual=True, momentum=None),
     Case((33, 24, 2, 2), channels_last=True, activation="leaky_relu", residual=True, rank_weighted=True),
     Case((500, 16), activation="relu", dtype=torch.bfloat16, rank_weighted=True),
@@ -119,9 +138,9 @@ CASES = [
 def survives(path: str, op: str) -> None:
     """Exits with 0 if no comparison fails."""
     kernels = emulated.Emulated.load(path)
-    for seed in range(6):
+    for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):
         for case in CASES:
-            CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3]), case)
+            CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
 
 
 def is_noticed(library, op: str) -> bool:  # noqa: F811
@@ -139,7 +158,7 @@ def test_the_kernels_as_they_are_survive(library, op):  # noqa: F811
     assert not is_noticed(library, op)
 
 
-@pytest.mark.parametrize("mutant", [*deleted_barriers(), *CHANGED], ids=str)
+@pytest.mark.parametrize("mutant", [*deleted_barriers(), *overlooked_tensors(), *CHANGED], ids=str)
 def test_mutant_is_noticed(library, tmp_path, mutant):  # noqa: F811
     sources = shutil.copytree(emulated.KERNELS.parent, tmp_path / "csrc") / "cuda"
     parts = (sources / mutant.file).read_text().split(mutant.old)

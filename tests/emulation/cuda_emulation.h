@@ -103,7 +103,7 @@ inline unsigned __float_as_uint(float value) {
   return bits;
 }
 
-struct uint4 {
+struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 

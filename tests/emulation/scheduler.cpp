@@ -94,6 +94,14 @@ void wake(Fiber& fiber, bool late = false) {
   std::push_heap(ready.begin(), ready.end(), lower);
 }
 
+// What g++ says of an access: the start of its struct.
+struct Access {
+  const char* file;
+  uint32_t line, column;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+
 [[noreturn]] void fail(const std::string& message) {
   if (failure.empty()) failure = message;
   _longjmp(scheduler, 1);
@@ -257,3 +265,10 @@ void yield() {
 }
 
 }  // namespace emulation
+
+// g++ calls this before an access that is not as aligned as its type (-fsanitize=alignment), instead of the sanitizer's own library:
+// on a GPU such an access ends the kernel.
+extern "C" void __ubsan_handle_type_mismatch_v1(const emulation::Access* access, uintptr_t address) {
+  emulation::fail("misaligned: address % " + std::to_string(1 << access->log_alignment) + " is " +
+                  std::to_string(address % (1 << access->log_alignment)) + " at " + access->file + ":" + std::to_string(access->line));
+}
