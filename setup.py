@@ -159,7 +159,7 @@ class BuildLibraries(build_ext):
             old.unlink(missing_ok=True)  # what is not built now is not there: an older one would be taken for it
         if os.environ.get(SWITCHES[ext.name]) == "0":
             return
-        temp = Path(self.build_temp).resolve() / target.stem
+        temp = Path("build/objects").resolve() / target.stem  # for an editable install and a wheel alike
         temp.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -1,7 +1,8 @@
-"""Builds the wheel, installs it where the source tree is out of sight, and runs a layer with its compiled kernels. Then builds the
-source distribution, and looks whether it has what a build and the tests need."""
+"""Builds the wheel, with the CUDA library where nvcc is, installs it where the source tree is out of sight, and runs a layer with its
+compiled kernels. Then builds the source distribution, and looks whether it has what a build and the tests need."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,23 +13,25 @@ ROOT = Path(__file__).parent.parent
 CHECK = """
 import torch, syncbn
 from syncbn import native
-cpu = native.status()[0]
+cpu, cuda = native.status()
 assert cpu.loaded, cpu.reason
 assert {folder!r} in syncbn.__file__, syncbn.__file__
 x = torch.randn(2, 3, 4)
+assert {nvcc} == cuda.path.exists(), cuda.path
 assert torch.allclose(syncbn.SyncBatchNorm(3)(x), torch.nn.BatchNorm1d(3)(x), atol=1e-6)
-print("wheel:", syncbn.__file__, cpu.reason)
+print("wheel:", syncbn.__file__, cpu.reason, "with" if cuda.path.exists() else "without", "the CUDA library")
 """
 
 with tempfile.TemporaryDirectory() as folder:
     pip = [sys.executable, "-m", "pip", "--quiet"]
-    env = os.environ | {"SYNCBN_BUILD_CPU": "1", "SYNCBN_BUILD_CUDA": "0"}
+    nvcc = "1" if shutil.which("nvcc") else "0"
+    env = os.environ | {"SYNCBN_BUILD_CPU": "1", "SYNCBN_BUILD_CUDA": nvcc, "TORCH_CUDA_ARCH_LIST": "9.0"}
     subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, str(ROOT)], env=env, check=True)
     (wheel,) = Path(folder).glob("*.whl")
     assert "-py3-none-" in wheel.name, wheel.name
     subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
     env = os.environ | {"PYTHONPATH": f"{folder}/site"}
-    subprocess.run([sys.executable, "-c", CHECK.format(folder=folder)], cwd=folder, env=env, check=True)
+    subprocess.run([sys.executable, "-c", CHECK.format(folder=folder, nvcc=nvcc == "1")], cwd=folder, env=env, check=True)
 
     subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder], cwd=ROOT, check=True)
     (sdist,) = Path(folder).glob("*.tar.gz")
