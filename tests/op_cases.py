@@ -65,11 +65,12 @@ class Case:
     mean: float = 0.7  # of x, whose standard deviation is about 1
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
+    group: str = "others"  # whose statistics: also of "others", this rank "alone", "nobody" (all 0), or with a "negative" variance
 
     def __str__(self) -> str:
         names = [str(self.shape).replace(" ", ""), "last" if self.channels_last else "first", str(self.dtype).removeprefix("torch.")]
         extra = [name for name in ("residual", "nan", "inf") if getattr(self, name)] + ([f"mean{self.mean:g}"] if self.mean > 1 else [])
-        return "-".join([*names, self.activation, *extra])
+        return "-".join([*names, self.activation, *extra, *([] if self.group == "others" else [self.group])])
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
         """Of a result of this dtype. Σx²/n - mean² has mean² roundings of float64 too many or too few, as a compiler fuses them or not:
@@ -100,6 +101,18 @@ def table() -> list[Case]:
 
 
 EXTREMES = [
+    # Nothing is counted or moved, and nothing becomes NaN
+    Case((0, 3, 4), activation="relu", residual=True, group="nobody"),
+    Case((0, 11), activation="silu", momentum=None, rank_weighted=True, group="nobody"),
+    Case((2, 3, 0), True, torch.bfloat16, rank_weighted=True, group="nobody"),
+    Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="nobody"),  # nor where x denies it
+    Case((9, 70), True, torch.float64, momentum=None, rank_weighted=True, group="nobody"),
+    Case((1, 5), group="alone"),  # one sample has no unbiased variance
+    Case((2, 5), momentum=None, group="alone"),
+    Case((4, 3, 1), momentum=None, rank_weighted=True, group="alone"),
+    Case((4, 3, 20, 25), dtype=torch.bfloat16, group="negative"),  # as Σx² / n - mean² is by rounding where all x are the same
+    Case((40, 256), dtype=torch.float64, rank_weighted=True, group="negative"),
+    Case((70, 8, 3, 3), dtype=torch.float64, momentum=0.0, nan=True),  # what has no weight does not come in
     Case((4, 3, 20, 25), mean=1e3, activation="relu"),  # sums of squares in float32 would leave no digit of the variance
     Case((300, 16), True, mean=1e3, residual=True, activation="relu"),
     Case((300, 9), mean=3e4),
@@ -149,9 +162,15 @@ def make(case: Case, device: str = "cpu") -> Data:
         x[(0,) * x.dim()] = torch.nan
     weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
-    # The group has another rank, with 3 samples of its own: statistics are not those of x, and never empty.
+    # The group has another rank, with 3 samples of its own: statistics are not those of x, and not empty.
     other = torch.randn((3, c), generator=random, dtype=torch.float64) + case.mean
-    stats = reference.stats(x.double(), case.rank_weighted) + reference.stats(other, case.rank_weighted)
+    stats = reference.stats(x.double(), case.rank_weighted)
+    if case.group in ("others", "negative"):
+        stats += reference.stats(other, case.rank_weighted)
+    if case.group == "nobody":
+        stats.zero_()
+    if case.group == "negative":
+        stats[c : 2 * c] = stats[:c].square() / stats[-1] - 0.01 * stats[-1]
     y, mask = reference.normalize(
         x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.activation, SLOPE
     )
