@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import statistics
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from syncbn import native
 
-from .cases import KINDS, LARGE, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls, rotations
+from .cases import KINDS, LARGE, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls, peak_megabytes, rotations
 from .networks import NETWORKS
 from .report import Row, geometric_mean, save, table
 from .timing import copy_rate, host_microseconds, keep_memory, machine, medians, rotated, use_processor_time
@@ -68,13 +69,15 @@ def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) 
 
 
 def other_rows(device: str) -> list[Row]:
-    """Host time of a layer too small to matter, and what a layer keeps for its backward pass."""
+    """Host time of a layer too small to matter, what a layer keeps for its backward pass, and takes at most."""
     rows: list[Row] = []
     for direction, calls in layer_calls(Inputs((2, 64, 2, 2), KINDS[0], device)).items():
         rows.append({"what": f"host µs, {direction}", **{name: host_microseconds(call, device) for name, call in calls.items()}})
     for after in ("", "relu", "add relu"):
         inputs = Inputs(SHAPES[0], KINDS[0], device)
         rows.append({"what": f"kept MB, BN {after}, x is {inputs.megabytes:.1f}", **kept_megabytes(inputs, after)})
+        if device == "cuda":
+            rows.append({"what": f"peak MB, BN {after}, x is {inputs.megabytes:.1f}", **peak_megabytes(inputs, after)})
     return rows
 
 
@@ -113,8 +116,8 @@ def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
     return rows
 
 
-def summary(layers: list[Row]) -> list[Row]:
-    """The figures that the project sets itself on a CPU."""
+def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]:
+    """The figures that the project sets itself on a CPU, and two to see where they come from."""
 
     def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
         wanted = (layer, direction)
@@ -126,7 +129,37 @@ def summary(layers: list[Row]) -> list[Row]:
         {"figure": "forward + backward, geometric mean of 12", "times torch": geometric_mean(plain), "target": "1.5"},
         {"figure": "forward + backward, worst of 12", "times torch": min(plain), "target": "0.95"},
         {"figure": "BN + add + ReLU, geometric mean of 12", "times torch": geometric_mean(fused), "target": "2"},
+        *({"figure": f"{r['network']}, {r['kind']}", "times torch": r["torch / syncbn"], "target": ""} for r in networks),
+        {"figure": "ops alone, geometric mean of 12", "times torch": geometric_mean([r["both"] for r in ops]), "target": ""},
+        {"figure": "ops alone, worst of 12", "times torch": min(r["both"] for r in ops), "target": ""},
     ]
+
+
+def over_runs(summaries: list[list[Row]]) -> list[Row]:
+    """Of each figure the median over all runs, the least and the greatest."""
+    rows = []
+    for same in zip(*summaries, strict=True):
+        column = "value" if "value" in same[0] else "times torch"
+        values = [row[column] for row in same]
+        rows.append({**same[0], column: statistics.median(values), "least": min(values), "greatest": max(values)})
+    return rows
+
+
+def measure(args: argparse.Namespace, repeats: int, limit: float) -> dict[str, list[Row]]:
+    """All sections of one run."""
+    sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
+    sections["networks"] = []
+    if args.networks:
+        small = args.device == "cpu"
+        names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
+        sections["networks"] = network_rows(args.device, repeats, kinds, names)
+    sections["host and memory"] = other_rows(args.device)
+    if args.device == "cuda":
+        sections["summary"] = summary_cuda(sections["ops"], sections["networks"])
+    else:
+        sections["ops, times torch"] = ops_speedups(sections["ops"])
+        sections["summary"] = summary(sections["layers"], sections["networks"], sections["ops, times torch"])
+    return sections
 
 
 def main() -> None:
@@ -136,6 +169,7 @@ def main() -> None:
     parser.add_argument("--networks", action="store_true", help="the layers of whole networks as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile'd batch norm as well")
     parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, for a busy machine and one thread")
+    parser.add_argument("--runs", type=int, default=1, help="of everything: the summary has the median, the rest is the last run's")
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -149,29 +183,22 @@ def main() -> None:
     repeats = 3 if args.quick else 15
     limit = copy_rate(args.device, repeats)
     kernels = next(library for library in native.status() if library.device == args.device)
-    header: Row = {"machine": machine(args.device), "torch": torch.__version__, "threads": args.threads, "copy GB/s": limit}
+    header: Row = {
+        "machine": machine(args.device),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "copy GB/s": limit,
+        "runs": args.runs,
+    }
     header["time"] = "of the processor" if args.processor_time else "of the clock"
     header["kernels"] = kernels.reason if kernels.loaded else f"reference: {kernels.reason}"
     table("machine", [header])
 
-    sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
-    if args.networks:
-        small = args.device == "cpu"
-        names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
-        sections["networks"] = network_rows(args.device, repeats, kinds, names)
-    sections["host and memory"] = other_rows(args.device)
-    if args.device == "cuda":
-        sections["summary"] = summary_cuda(sections["ops"], sections.get("networks", []))
-    else:
-        sections["summary"] = summary(sections["layers"])
-        sections["ops, times torch"] = ops_speedups(sections["ops"])
-        both = [row["both"] for row in sections["ops, times torch"]]
-        sections["summary"] += [
-            {"figure": "ops alone, geometric mean of 12", "times torch": geometric_mean(both), "target": ""},
-            {"figure": "ops alone, worst of 12", "times torch": min(both), "target": ""},
-        ]
+    runs = [measure(args, repeats, limit) for _ in range(args.runs)]
+    sections = {**runs[-1], "summary": over_runs([run["summary"] for run in runs])}
     for name, rows in sections.items():
-        table(name, rows)
+        if rows:
+            table(name, rows)
     name = re.sub(r"\W+", "-", f"{header['machine']} {args.threads} threads" if args.device == "cpu" else header["machine"]).strip("-")
     save(args.out / name, header, sections)
     print(f"written: {args.out / name}.json and .png")

@@ -109,13 +109,22 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
     tracked = torch.zeros((), dtype=torch.long, device=x.device)
     stats = ops.stats(x, False)
     sums = ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0)[0]
+    residual = inputs.residual.detach()
+    running = (mean, var, tracked)
+    mask = ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, "relu", 0.0)[1]
+    fused = (weight, bias, None, mask, EPS, "relu", 0.0)
     calls: Calls = {
         "stats": lambda: ops.stats(x, False),
-        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, mean, var, tracked, 0.1, EPS, True, "none", 0.0),
+        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, *running, 0.1, EPS, True, "none", 0.0),
         "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0),
         "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, None, None, EPS, "none", 0.0),
+        "normalize + add + relu": lambda: ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, "relu", 0.0),
+        "backward_reduce + add + relu": lambda: ops.backward_reduce(dy, x, stats, *fused),
+        "backward_input + add + relu": lambda: ops.backward_input(dy, x, stats, sums, *fused),
     }
     moved = {"stats": 1.0, "normalize": 2.0, "backward_reduce": 2.0, "backward_input": 3.0}
+    bits = 1 / (8 * x.element_size())
+    moved |= {"normalize + add + relu": 3.0 + bits, "backward_reduce + add + relu": 2.0 + bits, "backward_input + add + relu": 4.0 + bits}
     if not x.is_cuda:
         _, m, invstd = torch.native_batch_norm(x, weight, bias, mean, var, True, 0.1, EPS)
         backward = torch.ops.aten.native_batch_norm_backward
@@ -139,6 +148,19 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
         moved |= {"torch batch_norm_stats": 1.0, "torch gather_stats_with_counts": 0.0, "torch batch_norm_elemt": 2.0}
         moved |= {"torch backward_reduce": 2.0, "torch backward_elemt": 3.0}
     return calls, moved
+
+
+def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
+    """What a step of each layer takes at most beside its inputs, on a GPU, in MB."""
+    options = {"activation": "relu"} if "relu" in after else {}
+    peak = {}
+    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, False, **options).items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        forward(name, layer, inputs, after).backward(inputs.dy)
+        peak[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        inputs.x.grad = inputs.residual.grad = None
+    return peak
 
 
 def kept_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
