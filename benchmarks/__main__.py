@@ -72,7 +72,7 @@ def other_rows(device: str) -> list[Row]:
     """Host time of a layer too small to matter, what a layer keeps for its backward pass, and takes at most."""
     rows: list[Row] = []
     for direction, calls in layer_calls(Inputs((2, 64, 2, 2), KINDS[0], device)).items():
-        rows.append({"what": f"host µs, {direction}", **{name: host_microseconds(call, device) for name, call in calls.items()}})
+        rows.append({"what": f"host µs, {direction}", **host_microseconds(calls, device)})
     for after in ("", "relu", "add relu"):
         inputs = Inputs(SHAPES[0], KINDS[0], device)
         rows.append({"what": f"kept MB, BN {after}, x is {inputs.megabytes:.1f}", **kept_megabytes(inputs, after)})

@@ -83,17 +83,18 @@ def rotated(calls: list[Calls]) -> Calls:
     return {name: turn(name) for name in calls[0]}
 
 
-def host_microseconds(call: Callable[[], object], device: str) -> float:
-    """What a call costs on the host: on a GPU, the time until it returns."""
-    best = float("inf")
+def host_microseconds(calls: Calls, device: str) -> dict[str, float]:
+    """Median of what each call costs on the host: on a GPU, the time until it returns."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(20):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(50):
-            call()
-        best = min(best, (time.perf_counter() - begin) / 50 * 1e6)
-    return best
+        for name, call in calls.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            begin = now()
+            for _ in range(50):
+                call()
+            samples[name].append((now() - begin) / 50 * 1e6)
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def copy_rate(device: str, repeats: int) -> float:
