@@ -43,9 +43,10 @@ def compile_kernel(source: Path, target: Path, optimize: str = "-O1") -> None:
 
 
 def build(folder: Path) -> Path:
-    """The library of all four ops, from the kernels as they are."""
+    """The library of all four ops, from the kernels as they are; and of the kernel with faults."""
     for op in OPS:
         compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o")
+    compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
     for name in ("library", "scheduler"):
         # Fibers jump between stacks, which fortified longjmp takes for an error.
         flags = ["-O2", "-U_FORTIFY_SOURCE", "-I", str(EMULATION / "include"), "-I", str(KERNELS)]
@@ -56,7 +57,7 @@ def build(folder: Path) -> Path:
 def link(folder: Path, replaced: dict[str, Path]) -> Path:
     """The library of the objects in `folder`, some of them replaced."""
     # The replaced ones first: of an inline function that several objects define, the first is taken.
-    names = sorted((*OPS, "library", "scheduler"), key=lambda name: name not in replaced)
+    names = sorted((*OPS, "faulty", "library", "scheduler"), key=lambda name: name not in replaced)
     objects = [replaced.get(name, folder / f"{name}.o") for name in names]
     target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
     _run([COMPILER, "-shared", "-o", str(target), *map(str, objects)])
@@ -157,8 +158,8 @@ class Emulated:
     @staticmethod
     def load(path: Path) -> Emulated:
         library = ctypes.CDLL(str(path))
-        for op in OPS:
-            getattr(library, f"emulate_{op}").restype = ctypes.c_char_p
+        for name in (*OPS, "fault"):
+            getattr(library, f"emulate_{name}").restype = ctypes.c_char_p
         return Emulated(library)
 
     def _run(self, op: str, guarded: Guarded, like: Tensor, **arguments) -> None:
@@ -173,6 +174,14 @@ class Emulated:
 
     def _new(self, guarded: Guarded, like: Tensor, name: str) -> Tensor:
         return guarded.new(like, name in self.misaligned)
+
+    def fault(self, number: int) -> None:
+        """The kernel with the faults of faulty.cu."""
+        g = Guarded()
+        error = self.library.emulate_fault(number, ctypes.c_void_p(g.new(torch.empty(4)).data_ptr()))
+        if error:
+            raise RuntimeError(error.decode())
+        g.check()
 
     def stats(self, x: Tensor, rank_weighted: bool) -> Tensor:
         g = Guarded()

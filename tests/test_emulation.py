@@ -84,3 +84,23 @@ def test_one_outlier_in_front_does_not_spoil_the_shift(kernels):
     got, want = kernels.stats(x, False), reference.stats(x.double())
     (_, var, _), (_, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
     assert float(((var - want_var) / want_var).abs().max()) < 1e-6  # a shift by the first value is off by 1e-3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (1, r"divergent: in block \d 40 threads wait at the barrier \S+faulty.cu:\d+, 0 in a warp operation, 24 have left"),
+        (2, r"divergent: threads meet at \S+faulty.cu:(\d+) and at \S+faulty.cu:(?!\1)"),
+        (3, r"divergent: in block \d 56 threads wait at the barrier \S+faulty.cu:\d+, 8 in a warp operation, 0 have left"),
+        (4, r"only full masks are emulated: \S+faulty.cu:\d+"),
+        (5, r"shared memory written out of bounds: \S+faulty.cu:\d+"),
+        (6, "shared memory written out of bounds: dynamic shared memory"),
+        (7, r"misaligned: address % 16 is 4 at \S+cuda_emulation.h"),
+        (8, "^written out of bounds"),
+        (9, "^written out of bounds"),
+    ],
+)
+def test_a_fault_is_found_and_the_next_launch_is_clean(kernels, fault, message):
+    with pytest.raises((RuntimeError, AssertionError), match=message):
+        kernels.fault(fault)
+    kernels.fault(0)
