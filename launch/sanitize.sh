@@ -2,14 +2,15 @@
 # The CUDA kernels under compute-sanitizer: memory errors, races in shared memory, barriers that not all threads reach. Needs a GPU;
 # takes minutes.
 #
-#   launch/sanitize.sh                       all ops, every twentieth case or so
+#   launch/sanitize.sh                       every op in both layouts with every activation, with and without residual
 #   CASES='stats and 70' launch/sanitize.sh  what pytest -k picks
 #   TOOLS=memcheck launch/sanitize.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TOOLS=${TOOLS:-memcheck racecheck synccheck}
-CASES=${CASES:-equals_the_reference and (70 or 256 or 61) and relu-residual or alignment or repetition}
+# Of the table, planes in pieces that blocks share, channels in vectors that blocks share, and channels one by one.
+CASES=${CASES:-equals_the_reference and (97 and -first- or (256 or 9 and 70) and -last-) or alignment or repetition}
 SANITIZER=${SANITIZER:-compute-sanitizer}
 PYTHON=${PYTHON:-python}
 
