@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from op_cases import CHECKS, EPS, SLOPE, Case, check_stats, make, table
@@ -16,8 +18,7 @@ SOME = [Case((40, 256), dtype=torch.bfloat16, activation="relu", residual=True),
 @pytest.fixture(autouse=True)
 def native_kernels():
     cuda = next(library for library in native.status() if library.device == "cuda")
-    if not cuda.loaded:
-        pytest.skip(cuda.reason)
+    assert cuda.loaded, cuda.reason
 
 
 def step(case: Case):
@@ -39,12 +40,19 @@ def test_kernel_equals_the_reference(op, case):
     CHECKS[op](ops, case, "cuda")
 
 
-@pytest.mark.parametrize("case", SOME, ids=str)
-def test_a_view_off_the_alignment_gives_the_same(case):
-    x = make(case, "cuda").x
-    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:].view(x.shape).copy_(x)
-    got, want = ops.stats(shifted, False), reference.stats(x.double())
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-4)  # float32 sums of a few thousand values about 1
+@pytest.mark.parametrize("case", [*SOME, Case((33, 24, 2, 2), True, activation="silu", residual=True)], ids=str)
+@pytest.mark.parametrize("op", CHECKS)
+def test_views_off_the_alignment_give_the_same(op, case):
+    def shifted(t):
+        if not isinstance(t, torch.Tensor) or t.shape != case.shape:
+            return t
+        return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].as_strided(t.shape, t.stride()).copy_(t)
+
+    class Shifted:
+        def __getattr__(self, name):
+            return lambda *arguments: getattr(ops, name)(*map(shifted, arguments))
+
+    CHECKS[op](Shifted(), case, "cuda")
 
 
 @pytest.mark.parametrize("case", SOME, ids=str)
@@ -116,17 +124,52 @@ def test_an_output_that_finds_no_memory_says_what_batch_size_finders_look_for():
 def test_more_than_2_to_the_31_elements(channels_last):
     shape = (2, 8, 2**27 + 9)  # 2^31 + 144
     torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
-        pytest.skip("needs 12 GB of GPU memory")
-    zeros = lambda *sizes: torch.zeros(sizes, dtype=torch.bfloat16, device="cuda")  # noqa: E731
-    x = zeros(shape[0], shape[2], shape[1]).movedim(-1, 1) if channels_last else zeros(*shape)
-    x[-1, -1, -1] = 3.0  # the very last element
+    free = torch.cuda.mem_get_info()[0] >> 30
+    if free < 20:  # x, dy, dx and dz of 4 GB each, the mask, and what counts their elements
+        pytest.skip(f"needs 20 GB of GPU memory, {free} are free")
+
+    def full(value):
+        t = torch.full((shape[0], shape[2], shape[1]) if channels_last else shape, value, dtype=torch.bfloat16, device="cuda")
+        return t.movedim(-1, 1) if channels_last else t
+
+    def only_at_the_end(t):
+        assert t.count_nonzero() == 2
+        return t[-1, -1, -64::63].tolist()
+
+    x = full(0.0)
+    x[-1, -1, -64::63] = 3.0  # the very last element, and one of a vector
     stats = ops.stats(x, False)
-    assert stats[7] == 3 and stats[15] == 9 and stats[:7].count_nonzero() == 0 and stats[16] == 2 * shape[2]
-    # mean 0 and var 1 for all channels
+    assert stats[7] == 6 and stats[15] == 18 and stats[:7].count_nonzero() == 0 and stats[16] == 2 * shape[2]
+    # mean 0 and var 1 for all channels, count 1
     stats = torch.tensor([0.0] * 8 + [1.0] * 8 + [1.0], dtype=torch.float64, device="cuda")
-    y, _ = ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 0.0, True, "none", SLOPE)
-    assert y[-1, -1, -1] == 3 and y.count_nonzero() == 1
+    y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, 0.0, True, "relu", SLOPE)
+    assert only_at_the_end(y) == [6, 6]
+    del y
+    dy, how = full(1.0), (None, None, None, mask, 0.0, "relu", SLOPE)
+    sums, *_ = ops.backward_reduce(dy, x, stats, *how)
+    assert sums.tolist() == [0] * 7 + [2] + [0] * 7 + [6]
+    dx, dz = ops.backward_input(dy, x, stats, sums / 64, *how)
+    assert only_at_the_end(dz) == [1, 1]
+    # Where x and dz are 0, all that is left is sum_dy / n of the last channel.
+    assert dx[-1, -1, -64::63].tolist() == [1 - 2 / 64 - 3 * 6 / 64] * 2 and dx[:, :-1].count_nonzero() == 0
+    assert (dx[:, -1] == -2 / 64).sum() == 2 * shape[2] - 2
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("op", ["normalize", "backward_reduce", "backward_input"])
+def test_an_argument_on_another_device_is_named(op, activation):
+    class Elsewhere:
+        def __getattr__(self, name):
+            def call(*arguments):
+                for i, argument in enumerate(inspect.signature(getattr(reference, name)).parameters):
+                    if isinstance(arguments[i], torch.Tensor):
+                        with pytest.raises((ValueError, RuntimeError), match=rf"\b{argument} must be on a CUDA device"):
+                            getattr(ops, name)(*arguments[:i], arguments[i].cpu(), *arguments[i + 1 :])
+                return getattr(ops, name)(*arguments)
+
+            return call
+
+    CHECKS[op](Elsewhere(), Case((4, 6, 5, 5), activation=activation, residual=True), "cuda")
 
 
 def test_an_argument_that_no_kernel_takes_is_named():
