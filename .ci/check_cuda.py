@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
@@ -97,19 +98,21 @@ def main(architectures: list[str]) -> None:
         print("check_cuda: skipped, nvcc is not on PATH")
         return
     tool, problems = disassembler(), []
-    with tempfile.TemporaryDirectory() as folder:
+
+    def look(architecture: str, source: Path) -> tuple[int, list[str]]:
+        """The most registers of a kernel, and what is wrong."""
+        cubin = Path(folder) / f"{source.stem}.{architecture}.cubin"
+        kernels = spills(demangled(run(nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", source, "-o", cubin)))
+        found = [] if kernels else [f"{source.name} has no kernel that ptxas tells of"]
+        found += [f"{name} spills {size} bytes" for name, _, size in kernels if size]
+        found += narrow(instructions(run(*tool, cubin)), source.stem)
+        return max((registers for _, registers, _ in kernels), default=0), [f"{architecture}: {problem}" for problem in found]
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         for architecture in architectures:
-            most = 0
-            for source in KERNELS:
-                cubin = Path(folder) / f"{source.stem}.{architecture}.cubin"
-                log = run(nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", source, "-o", cubin)
-                kernels = spills(demangled(log))
-                if not kernels:
-                    problems.append(f"{architecture}: {source.name} has no kernel that ptxas tells of")
-                problems += [f"{architecture}: {name} spills {size} bytes" for name, _, size in kernels if size]
-                problems += [f"{architecture}: {problem}" for problem in narrow(instructions(run(*tool, cubin)), source.stem)]
-                most = max([most, *(registers for _, registers, _ in kernels)])
-            print(f"check_cuda: {architecture}: {len(KERNELS)} files, at most {most} registers")
+            results = list(pool.map(lambda source, architecture=architecture: look(architecture, source), KERNELS))
+            problems += [problem for _, found in results for problem in found]
+            print(f"check_cuda: {architecture}: {len(KERNELS)} files, at most {max(most for most, _ in results)} registers")
     if problems:
         sys.exit("check_cuda:\n  " + "\n  ".join(problems))
 
