@@ -55,9 +55,10 @@ class TorchExchanging(nn.SyncBatchNorm):
         return TorchSyncBatchNormFunction.apply(input, self.weight, self.bias, *running, *how)
 
 
-def layers(channels: int, dims: int, device: str, compiled: bool, **options) -> dict[str, nn.Module]:
+def layers(inputs: Inputs, after: str, compiled: bool = False) -> dict[str, nn.Module]:
     """Ours first, then torch's. With one rank nothing is exchanged, unless the name says so."""
-    plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[dims](channels).to(device)
+    channels, device, options = inputs.shape[1], inputs.device, {"activation": "relu" if "relu" in after else None}
+    plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(inputs.shape)](channels).to(device)
     found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
         # Told its communicator, a layer exchanges though the group has one rank: what it costs but for the others' part.
@@ -81,9 +82,8 @@ def forward(name: str, layer: nn.Module, inputs: Inputs, after: str) -> Tensor:
 
 def layer_calls(inputs: Inputs, after: str = "", compiled: bool = False) -> dict[str, Calls]:
     """{"forward": ..., "backward": ..., "both": ...}, each a call for each layer."""
-    options = {"activation": "relu"} if "relu" in after else {}
     calls: dict[str, Calls] = {"forward": {}, "backward": {}, "both": {}}
-    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, compiled, **options).items():
+    for name, layer in layers(inputs, after, compiled).items():
         wanted = [inputs.x, *layer.parameters(), *([inputs.residual] if "add" in after else [])]
         run = lambda name=name, layer=layer: forward(name, layer, inputs, after)  # noqa: E731
         y = run()
@@ -152,9 +152,8 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
 
 def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
     """What a step of each layer takes at most beside its inputs, on a GPU, in MB."""
-    options = {"activation": "relu"} if "relu" in after else {}
     peak = {}
-    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, False, **options).items():
+    for name, layer in layers(inputs, after).items():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         forward(name, layer, inputs, after).backward(inputs.dy)
@@ -165,9 +164,8 @@ def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
 
 def kept_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
     """What each layer keeps for its backward pass, in MB; a tensor that is the layer's own input counts as well."""
-    options = {"activation": "relu"} if "relu" in after else {}
     kept = {}
-    for name, layer in layers(inputs.shape[1], len(inputs.shape), inputs.device, False, **options).items():
+    for name, layer in layers(inputs, after).items():
         storages: dict[int, int] = {}
 
         def pack(t: Tensor, storages=storages) -> Tensor:

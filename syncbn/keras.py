@@ -126,7 +126,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
 
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
         if isinstance(inputs, torch.fx.Proxy):
-            return call_of(self, inputs, *(() if training is None else (training,)))
+            return call_of(self, inputs, training)
         x = self.channels_second(inputs)
         if x.shape[1] != self.num_features:
             raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")

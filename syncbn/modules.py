@@ -90,7 +90,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
-            return call_of(self, input, *(() if residual is None else (residual,)))
+            return call_of(self, input, residual)
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
@@ -209,9 +209,9 @@ def _tensor(module: torch.nn.Module, name: str) -> Tensor | None:
 
 
 def call_of(module: torch.nn.Module, *inputs: Any) -> Any:
-    """What torch.fx writes down for a layer of torch's own: a call of the module, whatever it does inside."""
-    tracer = inputs[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+    """What torch.fx writes down for a layer of torch's own: a call of the module, whatever it does inside. None is not given."""
+    tracer, given = inputs[0].tracer, tuple(value for value in inputs if value is not None)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
 
 
 def groups_of(module: torch.nn.Module) -> list[Any]:

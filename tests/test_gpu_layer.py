@@ -74,7 +74,7 @@ def test_a_group_of_one_is_plain_batch_norm(world, group_of_one, dtype):
 WAYS = {
     "gloo": "SYNCBN_TEST_BACKEND=gloo",
     "NCCL over sockets": "SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1",
-    "NCCL on a shared GPU": ("SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2"),
+    "NCCL on a shared GPU": "SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2",
 }
 
 
