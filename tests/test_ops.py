@@ -145,7 +145,7 @@ def outliers(x: torch.Tensor, value: float) -> torch.Tensor:
     return x
 
 
-NORMAL = torch.randn(2, 3, 40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+NORMAL = torch.randn(2, 5, 40000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 ADVERSARIAL = {  # name: (values, bound on var's relative error)
     "mean/std 1": (NORMAL + 1, 1e-7),
     "mean/std 1e2": (NORMAL + 1e2, 1e-7),
@@ -155,7 +155,7 @@ ADVERSARIAL = {  # name: (values, bound on var's relative error)
     "var far below eps": (NORMAL * 1e-4 + 3, 1e-6),
     "first value 0 in N(1000, 1)": (outliers(NORMAL + 1000, 0.0), 1e-6),
     "first value 1e4 in N(0, 1)": (outliers(NORMAL, 1e4), 1e-6),
-    "leading zeros": (torch.cat([torch.zeros(2, 3, 300).double(), NORMAL + 1000], -1), 2e-6),
+    "leading zeros": (torch.cat([torch.zeros(2, 5, 300).double(), NORMAL + 1000], -1), 2e-6),
     "sparse": (NORMAL.clamp(min=2) - 2, 1e-6),
 }
 

@@ -182,7 +182,11 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           alignas(64) acc_t s1[STRIP], s2[STRIP];
           fill(s1, n * inner, acc_t(0));
           fill(s2, n * inner, acc_t(0));
-          add_rows<CHAINS<acc_t>>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
+          auto add = [&](auto streams) {
+            add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
+          };
+          // With each stream comes one of the mask; wide rows gain more by the sums that they share.
+          masked && width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }
       });
@@ -195,17 +199,20 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);
-    planes.for_sums(sums, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
+    planes.for_sums(sums, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+      constexpr int S = streams.value;
       auto add_pack = f;
       Coefficients<acc_t, K> values = table;
-      P s1[MAX_GROUP], s2[MAX_GROUP];
-      for (int64_t c = c0; c < c1; ++c) s1[c - c0] = s2[c - c0] = P(0);
+      int64_t apart = planes.apart, inner = layout.inner;
+      P s1[MAX_GROUP][S], s2[MAX_GROUP][S];
+      for (int64_t c = 0; c < c1 - c0; ++c) fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
       planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t row) INLINED {
-        add_run(n, s1[c - c0], s2[c - c0], [=, p = values.splat(c)](int64_t i, auto lanes, P& a1, P& a2) INLINED {
-          add_pack(first + i, lanes, p, Row{row}, a1, a2);
+        add_runs<S>(n, s1[c - c0], s2[c - c0], [=](int64_t i, auto lanes, int k, P& a1, P& a2) INLINED {
+          add_pack(first + k * apart * inner + i, lanes, values.splat(c + k * apart), Row{row + k * apart}, a1, a2);
         });
       });
-      for (int64_t c = c0; c < c1; ++c) add(c, sum(s1[c - c0]), sum(s2[c - c0]));
+      for (int64_t c = c0; c < c1; ++c)
+        for (int k = 0; k < S; ++k) add(c + k * apart, sum(s1[c - c0][k]), sum(s2[c - c0][k]));
     });
   }
 }

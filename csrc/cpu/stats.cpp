@@ -46,40 +46,46 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   Planes planes(layout);
-  planes.for_sums(total, [&](int64_t c0, int64_t c1, int64_t chunk, auto add) {
-    P shift[MAX_GROUP], s1[MAX_GROUP], s2[MAX_GROUP];
-    int64_t packs = 0, count[MAX_GROUP] = {};
-    for (int64_t c = c0; c < c1; ++c) shift[c - c0] = s1[c - c0] = s2[c - c0] = P(0);
+  planes.for_sums(total, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+    constexpr int S = streams.value;
+    P shift[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
+    int64_t apart = planes.apart, stride = apart * layout.inner, packs = 0, count = 0;
+    for (int64_t c = 0; c < c1 - c0; ++c) fill(shift[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
     auto add_head = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
       int64_t whole = min(n / PACK, SHIFT_VALUES / PACK);
-      for (int64_t i = 0; i < whole; ++i) shift[c - c0] += load(x + f + i * PACK);
+      for (int64_t i = 0; i < whole; ++i)
+        for (int k = 0; k < S; ++k) shift[c - c0][k] += load(x + f + k * stride + i * PACK);
       if (c == c0) packs += whole;
     };
     planes.for_pieces(c0, c1, chunk, add_head, ceil_div(SHIFT_VALUES, layout.inner));
-    for (int64_t c = c0; c < c1; ++c) {
-      // A chunk shorter than a pack, the end of a long plane, has the channel's.
-      shift[c - c0] = P(acc_t(packs ? sum(shift[c - c0]) / (packs * PACK) : origins[c]));
-    }
+    for (int64_t c = c0; c < c1; ++c)
+      for (int k = 0; k < S; ++k) {
+        P& to = shift[c - c0][k];
+        // A chunk shorter than a pack, the end of a long plane, has the channel's.
+        to = P(acc_t(packs ? sum(to) / (packs * PACK) : origins[c + k * apart]));
+      }
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
-      count[c - c0] += n;
-      add_run(n, s1[c - c0], s2[c - c0], [&, from = x + f, k = shift[c - c0]](int64_t i, auto lanes, P& a1, P& a2) INLINED {
-        P d = keep(load(from + i, lanes) - k, lanes);
+      if (c == c0) count += n;
+      P near[S];
+      for (int k = 0; k < S; ++k) near[k] = shift[c - c0][k];
+      add_runs<S>(n, s1[c - c0], s2[c - c0], [=](int64_t i, auto lanes, int k, P& a1, P& a2) INLINED {
+        P d = keep(load(x + f + k * stride + i, lanes) - near[k], lanes);
         a1 += d;
         a2 += d * d;
       });
     });
-    for (int64_t c = c0; c < c1; ++c) {
-      double sum_x = 0, sumsq_x = 0;
-      unshift(double(count[c - c0]), double(shift[c - c0].v[0][0]) - origins[c], sum(s1[c - c0]), sum(s2[c - c0]), sum_x, sumsq_x);
-      add(c, sum_x, sumsq_x);
-    }
+    for (int64_t c = c0; c < c1; ++c)
+      for (int k = 0; k < S; ++k) {
+        double origin = origins[c + k * apart], sum_x = 0, sumsq_x = 0;
+        unshift(double(count), double(shift[c - c0][k].v[0][0]) - origin, sum(s1[c - c0][k]), sum(s2[c - c0][k]), sum_x, sumsq_x);
+        add(c + k * apart, sum_x, sumsq_x);
+      }
   });
 }
 
 template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  constexpr int SHARED = 2 * CHAINS<acc_t>;
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
@@ -93,13 +99,13 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
-      add_rows<SHARED>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+      add_rows<2 * STREAMS>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
                        [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       double values = double(head * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
-      add_rows<SHARED>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+      add_rows<2 * STREAMS>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
                        [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
                          P d = keep(load(x + e, lanes) - k, lanes);
                          a1 += d;

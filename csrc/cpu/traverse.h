@@ -13,8 +13,11 @@ namespace syncbn::cpu::SYNCBN_ISA {
 // Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
-constexpr int64_t BLOCK = 64 * PACK * CHAINS<float>; // planes: values that are added up in acc_t at once, 64 in each lane
-constexpr int64_t CHUNK = 4 * BLOCK;                 // planes: values that share a shift, of at most ...
+// Places of memory that a sum reads side by side: a core keeps more lines under way from several pages than from one.
+constexpr int STREAMS = 4;
+
+constexpr int64_t BLOCK = 64 * PACK;                 // planes: values that one chain adds up in acc_t, 64 in each lane
+constexpr int64_t CHUNK = 1024 * PACK;               // planes: values that share a shift, of at most ...
 constexpr int64_t MAX_PLANES = 64;                   // ... so many planes
 constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
 constexpr int64_t STREAM_BYTES = 2 << 20;            // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
@@ -22,18 +25,22 @@ constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients of fe
 constexpr int64_t STEP = 4096;                       // maps: values that threads share out
 constexpr int64_t RUN = 16 * STEP;                   // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 128;                   // planes: channels summed together, their sums in L1
+constexpr int64_t MAX_GROUP = 32;                    // planes: channels of a stream summed together, where planes are short: their sums in L1
 constexpr int64_t MIN_MAP_PLANE = PACK;              // maps: shorter planes are walked as columns
 constexpr int64_t MIN_SUM_PLANE = 100;               // sums: shorter planes are walked as columns, if there are ...
 constexpr int64_t MIN_SUM_ROWS = 8;                  // ... so many: the columns of a plane are added up in the end
-constexpr int64_t SUM_WIDTH = 2048;                  // columns: rows of few channels are folded to at least this, a stream each to a prefetcher
-constexpr int64_t STRIP = 1024;                      // columns: accumulators of a strip stay in L1
+constexpr int64_t SUM_WIDTH = 512;                   // columns: rows of few channels are folded to at least this
+constexpr int64_t STRIP = 2048;                      // columns: accumulators of a strip stay in L1
 constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
 constexpr int64_t MIN_ROWS = 128;                    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;                    // columns: parts of the work for threads to share out, where rows suffice
 constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums per column
 
 static_assert(STEP % 64 == 0, "threads share neither a line of memory nor a byte of the mask");
+
+template <int N> struct Number {
+  static constexpr int value = N;
+};
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -109,14 +116,15 @@ template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, F f) {
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
 
 // Planes, or the parts of long ones. Sums take the samples of a channel as chunks of about CHUNK values; where planes are short, some
-// channels together, so that memory is read in runs and not in snippets.
+// channels together, so that memory is read in runs and not in snippets. STREAMS channels are summed side by side, `apart` from each
+// other; those that are left over, one by one.
 struct Planes {
   Layout layout;
   int64_t parts;   // of a plane
   int64_t length;  // of a part
   int64_t planes;  // in a chunk
   int64_t chunks, units;  // of a channel
-  int64_t group;   // channels
+  int64_t apart;
 
   explicit Planes(Layout l) : layout(l) {
     length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
@@ -124,31 +132,39 @@ struct Planes {
     planes = max(min(CHUNK / l.inner, MAX_PLANES), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(samples(l), UNIT);
-    group = max(min(CHUNK / 2 / l.inner, MAX_GROUP), 1);
+    apart = l.C / STREAMS;
   }
 
   // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in its first planes.
   template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t at_most = MAX_PLANES) const {
-    if (parts > 1) {
-      int64_t plane = chunk / parts * layout.C + c0, begin = chunk % parts * length;
-      return f(c0, plane * layout.inner + begin, min(length, layout.inner - begin), plane);
-    }
-    for (int64_t o = chunk * planes, end = min(o + min(planes, at_most), layout.outer); o < end; ++o)
-      for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner, layout.inner, o * layout.C + c);
+    int64_t o = chunk * planes, end = min(o + min(planes, at_most), layout.outer), begin = 0, n = layout.inner;
+    if (parts > 1) o = chunk / parts, end = o + 1, begin = chunk % parts * length, n = min(length, n - begin);
+    for (; o < end; ++o)
+      for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner + begin, n, o * layout.C + c);
   }
 
-  // Adds up two sums per channel, float64: reduce(c0, c1, chunk, add) calls add(c, s1, s2) for each of the channels.
+  // Adds up two sums per channel, float64: reduce(streams, c0, c1, chunk, add) calls add(c, s1, s2) for each channel of [c0, c1), at
+  // most MAX_GROUP, and for those that are k * apart from it, k < streams.
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t channels = layout.C;
+    int64_t channels = layout.C, slots = apart + channels % STREAMS;
     Buffer<double> sums(channels * units * 2, 0);
-    parallel_for(ceil_div(channels, group) * units, GRAIN * units / max(samples(layout) * group, 1), [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        int64_t c0 = k / units * group, c1 = min(c0 + group, channels), unit = k % units;
-        for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk)
-          reduce(c0, c1, chunk, [&](int64_t c, double s1, double s2) {
-            sums[(c * units + unit) * 2] += s1;
-            sums[(c * units + unit) * 2 + 1] += s2;
-          });
+    parallel_for(units * slots, GRAIN * units * slots / max(numel(layout), 1), [&](int64_t begin, int64_t end) {
+      for (int64_t next; begin < end; begin = next) {
+        int64_t unit = begin / slots, first = begin % slots, last = min(first + end - begin, slots);
+        next = begin + last - first;
+        auto add = [&](int64_t c, double s1, double s2) {
+          sums[(c * units + unit) * 2] += s1;
+          sums[(c * units + unit) * 2 + 1] += s2;
+        };
+        auto reduce_groups = [&](auto streams, int64_t first, int64_t last, int64_t chunk) {
+          for (int64_t c = first; c < last; c += MAX_GROUP) reduce(streams, c, min(c + MAX_GROUP, last), chunk, add);
+        };
+        // As memory lies: all channels of a chunk before the next chunk.
+        for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk) {
+          reduce_groups(Number<STREAMS>{}, first, min(last, apart), chunk);
+          int64_t before = channels - slots;
+          reduce_groups(Number<1>{}, before + max(first, apart), before + last, chunk);
+        }
       }
     });
     for (int64_t c = 0; c < channels; ++c) {
@@ -233,50 +249,58 @@ struct Columns {
   }
 };
 
-// Adds n values of one channel to s1 and s2: add(i, lanes, a1, a2) on packs. In several chains where there are many, which hide the
-// latency of an addition; with few, the next channel's additions do.
-template <typename acc_t, typename Add> INLINE void add_run(int64_t n, Pack<acc_t>& s1, Pack<acc_t>& s2, Add add) {
-  constexpr int N = CHAINS<acc_t>;
-  if (n < 2 * N * PACK) {
-    Pack<acc_t> a1(0), a2(0);
-    for_packs(n, [&](int64_t i, auto lanes, int) INLINED { add(i, lanes, a1, a2); });
-    s1 += a1;
-    s2 += a2;
-    return;
-  }
-  for (int64_t b = 0; b < n; b += BLOCK) {
-    Pack<acc_t> a1[N], a2[N];
+template <int N, typename T> INLINE Pack<T> sum_of(const Pack<T>* chains) {
+  Pack<T> total = chains[0];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) a1[k] = a2[k] = Pack<acc_t>(0);
-    for_packs<N>(min(BLOCK, n - b), [&](int64_t i, auto lanes, int k) INLINED { add(b + i, lanes, a1[k], a2[k]); });
-#pragma GCC unroll 4
-    for (int k = 1; k < N; ++k) a1[0] += a1[k], a2[0] += a2[k];
-    s1 += a1[0];
-    s2 += a2[0];
+  for (int k = 1; k < N; ++k) total += chains[k];
+  return total;
+}
+
+// Adds runs of n values to s1 and s2, each [STREAMS]: add(i, lanes, stream, a1, a2) on packs. One stream alone is added in several
+// chains where it is long, which hide the latency of an addition; else the next channel's additions do. A long run is added up as a
+// tree, for accuracy: 64 packs, four of those, and all of these.
+template <int STREAMS, typename acc_t, typename Add> INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
+  using P = Pack<acc_t>;
+  constexpr int EACH = STREAMS > 1 ? 1 : CHAINS<acc_t>;
+  auto add_block = [=](auto chains, int64_t first, int64_t n, P* s1, P* s2) INLINED {
+    constexpr int N = chains.value;
+    P a1[STREAMS * N], a2[STREAMS * N];
+    fill(a1, STREAMS * N, P(0)), fill(a2, STREAMS * N, P(0));
+    for_packs<N>(n, [&](int64_t i, auto lanes, int chain) INLINED {
+#pragma GCC unroll 8
+      for (int k = 0; k < STREAMS; ++k) add(first + i, lanes, k, a1[k * N + chain], a2[k * N + chain]);
+    });
+#pragma GCC unroll 8
+    for (int k = 0; k < STREAMS; ++k) s1[k] += sum_of<N>(a1 + k * N), s2[k] += sum_of<N>(a2 + k * N);
+  };
+  if (n < 2 * EACH * PACK) return add_block(Number<1>{}, 0, n, s1, s2);
+  for (int64_t first = 0, last; first < n; first = last) {
+    last = min(first + 4 * EACH * BLOCK, n);
+    P t1[STREAMS], t2[STREAMS];
+    fill(t1, STREAMS, P(0)), fill(t2, STREAMS, P(0));
+    for (int64_t b = first; b < last; b += EACH * BLOCK) add_block(Number<EACH>{}, b, min(EACH * BLOCK, last - b), t1, t2);
+#pragma GCC unroll 8
+    for (int k = 0; k < STREAMS; ++k) s1[k] += t1[k], s2[k] += t2[k];
   }
 }
 
 // Adds rows of n columns into s1, s2 [n]: add(element, row, lanes, params(i, lanes), a1, a2) on packs, where `width` elements lie between
-// rows. SHARED rows at a time share the loads of sums and params, and are as many streams of memory.
-template <int SHARED, typename acc_t, typename Params, typename Add>
+// rows. The rows are walked as so many streams side by side, each a part of them, which share the loads of sums and params.
+template <int STREAMS, typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t first, int64_t width, int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  for (int64_t end = row + rows; row < end; row += SHARED, first += SHARED * width) {
-    int64_t count = min(SHARED, end - row);
+  auto add_streams = [=](auto streams, int64_t first, int64_t row, int64_t apart) INLINED {
     for_packs(n, [=](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
-      int64_t e = first + i;
-      if (count == SHARED) {
 #pragma GCC unroll 8
-        for (int k = 0; k < SHARED; ++k, e += width) add(e, row + k, lanes, p, a1, a2);
-      } else {
-#pragma GCC unroll 1
-        for (int64_t k = 0; k < count; ++k, e += width) add(e, row + k, lanes, p, a1, a2);
-      }
+      for (int64_t k = 0; k < streams.value; ++k) add(first + k * apart * width + i, row + k * apart, lanes, p, a1, a2);
       store(s1 + i, load(s1 + i, lanes) + a1, lanes);
       store(s2 + i, load(s2 + i, lanes) + a2, lanes);
     });
-  }
+  };
+  int64_t part = rows / STREAMS, r = 0;
+  for (; r < part; ++r) add_streams(Number<STREAMS>{}, first + r * width, row + r, part);
+  for (r *= STREAMS; r < rows; ++r) add_streams(Number<1>{}, first + r * width, row + r, 0);
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA
