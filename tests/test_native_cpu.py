@@ -24,10 +24,10 @@ SHAPES = [
     (2, 3, 7, 7),  # planes of 3 vectors and a tail
     (1, 1, 1, 16),  # one vector exactly
     (2, 2, 97, 97),  # odd planes, one to a chunk
-    (1, 2, 1, 33001),  # a plane in several chunks, which start inside bytes of the mask
+    (1, 6, 1, 33001),  # planes in several chunks, which start inside bytes of the mask
     (3, 1, 1, 33001),  # more values of a channel than a partial sum covers
-    (40, 2, 13, 20),  # several planes in a chunk
-    (2, 300, 5, 5),  # more channels than a group
+    (40, 9, 13, 20),  # several planes in a chunk, and a channel left over by those that go side by side
+    (2, 301, 5, 5),  # more channels than a group
     (5, 4, 2, 2),  # planes shorter than a vector
     (19, 88, 7, 7),  # short planes summed as columns: strips of channels, the last one short
     (8, 24, 9, 11),  # the same, with few planes to a strip
@@ -36,8 +36,9 @@ SHAPES = [
     (9, 24, 4, 4),  # the same, whole vectors
     (6, 1, 3, 3),  # C = 1
     (16, 33),  # 2-D: C not a multiple of a vector
-    (8, 300),  # 2-D: rows folded to more than a strip
-    (40, 1500),  # 2-D: more channels than a strip
+    (8, 300),  # 2-D: rows folded
+    (40, 2500),  # 2-D: more channels than a strip
+    (11, 2048),  # 2-D: wide rows side by side, and some alone
     (1, 5),  # fewer numbers than a vector
     (700, 3),  # rows folded, the last one short
     (2, 3, 4, 5, 6),  # 5-D

@@ -91,6 +91,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   int64_t C = layout.C, inner = layout.inner, all = numel(layout);
   bool columns = inner < MIN_MAP_PLANE;
   int64_t width = columns ? C * inner * ceil_div(MAP_WIDTH, C * inner) : C, row = inner > 1 ? inner : C;
+  bool wide = inner == 1 && C % LONGEST == 0 && C * int64_t(sizeof(acc_t)) >= WIDE_BYTES;
   PerChannel<acc_t, K> table(C, columns ? inner : 1, columns ? width + LONGEST : C, coefficients);
   Output<scalar_t, OUTPUTS> output(outputs, all);
 
@@ -99,6 +100,12 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
     auto map = f;
     auto to = output;
     Coefficients<acc_t, K> values = table;
+    auto map_line = [=](int64_t e, auto values_at, auto place_at) INLINED {
+      Out packs[PACKS];
+#pragma GCC unroll 4
+      for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
+      to.write(e, packs);
+    };
     // Packs from e on that begin before `until` and end by `stop`; returns where the next one begins.
     auto map_until = [=](int64_t e, int64_t until, int64_t stop, auto values_at, auto place_at) INLINED {
       auto one = [=](int64_t e) INLINED {
@@ -107,12 +114,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
       };
       int64_t last = min(until - 1, stop - PACK), last_line = min(until - 1, stop - LONGEST);
       for (; e % LONGEST != 0 && e <= last; e += PACK) one(e);
-      for (; e <= last_line; e += LONGEST) {
-        Out packs[PACKS];
-#pragma GCC unroll 4
-        for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
-        to.write(e, packs);
-      }
+      for (; e <= last_line; e += LONGEST) map_line(e, values_at, place_at);
       for (; e <= last; e += PACK) one(e);
       return e;
     };
@@ -124,6 +126,13 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
         return here;
       };
       for (int64_t start = e - e % width; e < end; start += width) {
+        // Rows whose coefficients do not stay in L1 go side by side: what is loaded for one is there for the others.
+        for (; wide && e == start && end - e >= WIDE_ROWS * C; e = start += WIDE_ROWS * C, place.row += WIDE_ROWS)
+          for (int64_t c = 0; c < C; c += LONGEST)
+            for (int64_t r = 0; r < WIDE_ROWS; ++r) {
+              auto values_at = [=](int64_t i) INLINED { return values.at(i - start - r * C, Whole{}); };
+              map_line(start + r * C + c, values_at, [=](int64_t i) INLINED { return Place{C, place.row + r, C - (i - start - r * C)}; });
+            }
         auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };  // the table goes on behind its width
         e = map_until(e, start + width, end, values_at, next_place);
         Partial rest{int(end - e)};
