@@ -19,18 +19,20 @@ setup_cfg.read(ROOT / "setup.cfg")
 (required,) = setup_cfg["options"]["install_requires"].split()
 oldest = required.replace(">=", "==")
 major, minor = map(int, oldest.partition("==")[2].split("."))
+target = f"0x{major:02x}{minor:02x}000000000000"
+if f'TARGET = "{target}"' not in (ROOT / "setup.py").read_text():
+    sys.exit(f"setup.py must build for the torch that setup.cfg requires, {oldest}: TARGET = {target!r}")
 
 with tempfile.TemporaryDirectory() as folder:
     subprocess.run([sys.executable, "-m", "pip", "--quiet", "download", *SMALLEST, "--dest", folder, oldest], check=True)
     (wheel,) = Path(folder).glob("torch-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
-    target = f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
     for device, compiler in (("cpu", "c++"), ("cuda", "nvcc")):
         if not shutil.which(compiler):
             print(f"{oldest}: {device} skipped, {compiler} is not on PATH")
             continue
         source = ROOT / "csrc" / device / "bindings.cpp"
-        flags = ["-std=c++17", target, "-DUSE_CUDA", "-isystem", f"{folder}/torch/include", "-c", "-o", f"{folder}/{device}.o"]
-        subprocess.run([compiler, *flags, str(source)], check=True)
+        flags = ["-std=c++17", f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", f"{folder}/torch/include"]
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", f"{folder}/{device}.o"], check=True)
         print(f"{oldest}: {source.relative_to(ROOT)} compiles")

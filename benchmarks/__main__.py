@@ -125,13 +125,13 @@ def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]
 
     plain, fused = speedups("BN", "both", KINDS[:3]), speedups("BN + add + relu", "both", KINDS[:3])
     return [
-        {"figure": f"forward, {SHAPES[0]} {KINDS[0]}", "times torch": speedups("BN", "forward", KINDS[:1])[0], "target": "4"},
-        {"figure": "forward + backward, geometric mean of 12", "times torch": geometric_mean(plain), "target": "1.5"},
-        {"figure": "forward + backward, worst of 12", "times torch": min(plain), "target": "0.95"},
-        {"figure": "BN + add + ReLU, geometric mean of 12", "times torch": geometric_mean(fused), "target": "2"},
-        *({"figure": f"{r['network']}, {r['kind']}", "times torch": r["torch / syncbn"], "target": ""} for r in networks),
-        {"figure": "ops alone, geometric mean of 12", "times torch": geometric_mean([r["both"] for r in ops]), "target": ""},
-        {"figure": "ops alone, worst of 12", "times torch": min(r["both"] for r in ops), "target": ""},
+        {"figure": f"forward, {SHAPES[0]} {KINDS[0]}, times torch", "value": speedups("BN", "forward", KINDS[:1])[0], "target": "4"},
+        {"figure": "forward + backward, geometric mean of 12, times torch", "value": geometric_mean(plain), "target": "1.5"},
+        {"figure": "forward + backward, worst of 12, times torch", "value": min(plain), "target": "0.95"},
+        {"figure": "BN + add + ReLU, geometric mean of 12, times torch", "value": geometric_mean(fused), "target": "2"},
+        *({"figure": f"{r['network']}, {r['kind']}, times torch", "value": r["torch / syncbn"], "target": ""} for r in networks),
+        {"figure": "ops alone, geometric mean of 12, times torch", "value": geometric_mean([r["both"] for r in ops]), "target": ""},
+        {"figure": "ops alone, worst of 12, times torch", "value": min(r["both"] for r in ops), "target": ""},
     ]
 
 
@@ -139,9 +139,8 @@ def over_runs(summaries: list[list[Row]]) -> list[Row]:
     """Of each figure the median over all runs, the least and the greatest."""
     rows = []
     for same in zip(*summaries, strict=True):
-        column = "value" if "value" in same[0] else "times torch"
-        values = [row[column] for row in same]
-        rows.append({**same[0], column: statistics.median(values), "least": min(values), "greatest": max(values)})
+        values = [row["value"] for row in same]
+        rows.append({**same[0], "value": statistics.median(values), "least": min(values), "greatest": max(values)})
     return rows
 
 

@@ -94,13 +94,15 @@ class SyncBatchNorm(_BatchNorm):
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
+        options = self._options()
         if input.dim() >= 2 and input.shape[1] != self.num_features:
-            name = self.layer_name or type(self).__name__
-            raise ValueError(f"{name}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}")
+            raise ValueError(
+                f"{options.name}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}"
+            )
         weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
         running_mean, running_var = _tensor(self, "running_mean"), _tensor(self, "running_var")
         if not training and running_mean is not None and running_var is not None:
-            return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, self._options())
+            return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
         # Without running statistics eval mode uses this rank's batch, as torch does.
         comm = resolve(self.process_group) if training else LOCAL
         return train_batch_norm(
@@ -110,7 +112,7 @@ class SyncBatchNorm(_BatchNorm):
             bias,
             *((running_mean, running_var, _tensor(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
             comm,
-            self._options(),
+            options,
             None if comm is LOCAL or torch.compiler.is_compiling() else agreed_by(self),
         )
 
