@@ -191,11 +191,11 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           alignas(64) acc_t s1[STRIP], s2[STRIP];
           fill(s1, n * inner, acc_t(0));
           fill(s2, n * inner, acc_t(0));
-          auto add = [&](auto streams) {
-            add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
+          auto add = [&](auto abreast) {
+            add_rows<abreast.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           };
-          // With each stream comes one of the mask; wide rows gain more by the sums that they share.
-          masked && width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
+          // Each part of the rows comes with one of the mask; wide rows gain more by the sums that they share.
+          masked && width < STRIP ? add(Number<ABREAST / 2>{}) : add(Number<ABREAST>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }
       });
@@ -208,8 +208,8 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);
-    planes.for_sums(sums, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
-      constexpr int S = streams.value;
+    planes.for_sums(sums, [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+      constexpr int S = abreast.value;
       auto add_pack = f;
       Coefficients<acc_t, K> values = table;
       int64_t apart = planes.apart, inner = layout.inner;

@@ -46,8 +46,8 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   Planes planes(layout);
-  planes.for_sums(total, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
-    constexpr int S = streams.value;
+  planes.for_sums(total, [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+    constexpr int S = abreast.value;
     P shift[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
     int64_t apart = planes.apart, stride = apart * layout.inner, packs = 0, count = 0;
     for (int64_t c = 0; c < c1 - c0; ++c) fill(shift[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
@@ -99,13 +99,13 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
-      add_rows<2 * STREAMS>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+      add_rows<2 * ABREAST>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
                        [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       double values = double(head * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
-      add_rows<2 * STREAMS>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+      add_rows<2 * ABREAST>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
                        [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
                          P d = keep(load(x + e, lanes) - k, lanes);
                          a1 += d;

@@ -13,13 +13,13 @@ namespace syncbn::cpu::SYNCBN_ISA {
 // Packs that are added up independently of each other: 4 registers for each sum hide the latency of an fma.
 template <typename T> constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
-// Places of memory that a sum reads side by side: a core keeps more lines under way from several pages than from one.
-constexpr int STREAMS = 4;
+// Places of memory that a sum reads abreast: a core keeps more lines under way from several pages than from one.
+constexpr int ABREAST = 4;
 
 constexpr int64_t BLOCK = 64 * PACK;                 // planes: values that one chain adds up in acc_t, 64 in each lane
 constexpr int64_t CHUNK = 1024 * PACK;               // planes: values that share a shift, of at most ...
 constexpr int64_t MAX_PLANES = 64;                   // ... so many planes
-constexpr int64_t UNIT = 65536;                      // planes: values that one partial sum covers
+constexpr int64_t UNIT = 65536 / ABREAST;            // planes: values that one partial sum covers
 constexpr int64_t STREAM_BYTES = 2 << 20;            // maps: outputs from this size on go past the cache; see benchmarks/NOTES.md
 constexpr int64_t MAP_WIDTH = 128;                   // maps: coefficients of few channels are repeated to at least this
 constexpr int64_t WIDE_BYTES = 8192;                 // maps: a coefficient of a row of this size is loaded for ...
@@ -27,17 +27,18 @@ constexpr int64_t WIDE_ROWS = 4;                     // ... so many rows at a ti
 constexpr int64_t STEP = 4096;                       // maps: values that threads share out
 constexpr int64_t RUN = 64 * STEP;                   // maps: values that are taken forwards
 constexpr int64_t GRAIN = 32768;                     // values below which a thread is not worth waking; torch's own number
-constexpr int64_t MAX_GROUP = 32;                    // planes: channels of a stream summed together, where planes are short: their sums in L1
+constexpr int64_t MAX_GROUP = 32;                    // planes: channels summed together, that runs of short planes be long; their sums stay in L1
 constexpr int64_t MIN_MAP_PLANE = PACK;              // maps: shorter planes are walked as columns
 constexpr int64_t MIN_SUM_PLANE = 100;               // sums: shorter planes are walked as columns, if there are ...
 constexpr int64_t MIN_SUM_ROWS = 8;                  // ... so many: the columns of a plane are added up in the end
 constexpr int64_t SUM_WIDTH = 512;                   // columns: rows of few channels are folded to at least this
-constexpr int64_t STRIP = 2048;                      // columns: accumulators of a strip stay in L1
+constexpr int64_t STRIP = 2048;                      // columns: of a strip; more than L1 holds beside the coefficients, but rows are read in longer runs
 constexpr int64_t CHUNK_ROWS = 512;                  // columns: rows that share a shift and are summed in acc_t
 constexpr int64_t MIN_ROWS = 128;                    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;                    // columns: parts of the work for threads to share out, where rows suffice
 constexpr int64_t MAX_BLOCKS = 64;                   // columns: partial sums per column
 
+static_assert(STRIP / MIN_SUM_PLANE >= PACK, "a strip has a pack of channels");
 static_assert(STEP % 64 == 0, "threads share neither a line of memory nor a byte of the mask");
 
 template <int N> struct Number {
@@ -118,15 +119,15 @@ template <int TURNS = 1, typename F> INLINE void for_packs(int64_t n, F f) {
 // ---- Planes -----------------------------------------------------------------------------------------------------------------
 
 // Planes, or the parts of long ones. Sums take the samples of a channel as chunks of about CHUNK values; where planes are short, some
-// channels together, so that memory is read in runs and not in snippets. STREAMS channels are summed side by side, `apart` from each
-// other; those that are left over, one by one.
+// channels together, so that memory is read in runs and not in snippets. ABREAST channels go abreast, a quarter of all from each other;
+// those that are left over, one by one.
 struct Planes {
   Layout layout;
   int64_t parts;   // of a plane
   int64_t length;  // of a part
   int64_t planes;  // in a chunk
   int64_t chunks, units;  // of a channel
-  int64_t apart;
+  int64_t apart;   // channels from one of those abreast to the next
 
   explicit Planes(Layout l) : layout(l) {
     length = (ceil_div(l.inner, ceil_div(l.inner, CHUNK)) + 63) / 64 * 64;
@@ -134,7 +135,7 @@ struct Planes {
     planes = max(min(CHUNK / l.inner, MAX_PLANES), 1);
     chunks = parts > 1 ? l.outer * parts : ceil_div(l.outer, planes);
     units = ceil_div(samples(l), UNIT);
-    apart = l.C / STREAMS;
+    apart = l.C / ABREAST;
   }
 
   // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in its first planes.
@@ -145,26 +146,26 @@ struct Planes {
       for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner + begin, n, o * layout.C + c);
   }
 
-  // Adds up two sums per channel, float64: reduce(streams, c0, c1, chunk, add) calls add(c, s1, s2) for each channel of [c0, c1), at
-  // most MAX_GROUP, and for those that are k * apart from it, k < streams.
+  // Adds up two sums per channel, float64: reduce(abreast, c0, c1, chunk, add) calls add(c, s1, s2) for each channel of [c0, c1), at
+  // most MAX_GROUP, and for those that are k * apart from it, k < abreast.
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t channels = layout.C, slots = apart + channels % STREAMS;
+    int64_t channels = layout.C, turns = apart + channels % ABREAST;  // ABREAST channels each, then one each
     Buffer<double> sums(channels * units * 2, 0);
-    parallel_for(units * slots, GRAIN * units * slots / max(numel(layout), 1), [&](int64_t begin, int64_t end) {
+    parallel_for(units * turns, GRAIN * units * turns / max(numel(layout), 1), [&](int64_t begin, int64_t end) {
       for (int64_t next; begin < end; begin = next) {
-        int64_t unit = begin / slots, first = begin % slots, last = min(first + end - begin, slots);
+        int64_t unit = begin / turns, first = begin % turns, last = min(first + end - begin, turns);
         next = begin + last - first;
         auto add = [&](int64_t c, double s1, double s2) {
           sums[(c * units + unit) * 2] += s1;
           sums[(c * units + unit) * 2 + 1] += s2;
         };
-        auto reduce_groups = [&](auto streams, int64_t first, int64_t last, int64_t chunk) {
-          for (int64_t c = first; c < last; c += MAX_GROUP) reduce(streams, c, min(c + MAX_GROUP, last), chunk, add);
+        auto reduce_groups = [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk) {
+          for (; c0 < c1; c0 += MAX_GROUP) reduce(abreast, c0, min(c0 + MAX_GROUP, c1), chunk, add);
         };
-        // As memory lies: all channels of a chunk before the next chunk.
+        // All channels of a chunk before the next chunk: whole planes, as memory lies.
         for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk) {
-          reduce_groups(Number<STREAMS>{}, first, min(last, apart), chunk);
-          int64_t before = channels - slots;
+          reduce_groups(Number<ABREAST>{}, first, min(last, apart), chunk);
+          int64_t before = (ABREAST - 1) * apart;  // turn k, of one channel, has channel before + k
           reduce_groups(Number<1>{}, before + max(first, apart), before + last, chunk);
         }
       }
@@ -233,9 +234,8 @@ struct Columns {
   // Adds up two sums per channel. reduce(row, rows, slot, n, sums) adds those of the slots [slot, slot + n), at most STRIP columns, to
   // sums[0 .. n) and sums[slots .. slots + n), float64.
   template <typename F> void for_sums(double* total, F reduce) const {
-    int64_t inner = layout.inner, longest = STRIP / inner, step = PACK;
-    while (step > longest) step /= 2;  // strips of whole lines, where that can be
-    int64_t strip = ceil_div(ceil_div(slots, ceil_div(slots, longest / step * step)), step) * step, strips = ceil_div(slots, strip);
+    int64_t longest = STRIP / layout.inner / PACK * PACK;  // strips of whole packs, for aligned sums
+    int64_t strip = ceil_div(ceil_div(slots, ceil_div(slots, longest)), PACK) * PACK, strips = ceil_div(slots, strip);
     int64_t blocks = max(min(max(rows / CHUNK_ROWS, MIN_UNITS / strips), min(rows / MIN_ROWS, MAX_BLOCKS)), 1);
     Buffer<double> sums((blocks + 1) * 2 * slots, 0);
     parallel_for(blocks * strips, GRAIN * blocks * strips / max(rows * width, 1), [&](int64_t begin, int64_t end) {
@@ -258,51 +258,51 @@ template <int N, typename T> INLINE Pack<T> sum_of(const Pack<T>* chains) {
   return total;
 }
 
-// Adds runs of n values to s1 and s2, each [STREAMS]: add(i, lanes, stream, a1, a2) on packs. One stream alone is added in several
-// chains where it is long, which hide the latency of an addition; else the next channel's additions do. A long run is added up as a
+// Adds S runs of n values to s1 and s2 [S]: add(i, lanes, run, a1, a2) on packs. One run alone is added in several chains where it is
+// long, which hide the latency of an addition; else the next channel's additions do. A long run is added up as a
 // tree, for accuracy: 64 packs, four of those, and all of these.
-template <int STREAMS, typename acc_t, typename Add> INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
+template <int S, typename acc_t, typename Add> INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
   using P = Pack<acc_t>;
-  constexpr int EACH = STREAMS > 1 ? 1 : CHAINS<acc_t>;
+  constexpr int EACH = S > 1 ? 1 : CHAINS<acc_t>;
   auto add_block = [=](auto chains, int64_t first, int64_t n, P* s1, P* s2) INLINED {
     constexpr int N = chains.value;
-    P a1[STREAMS * N], a2[STREAMS * N];
-    fill(a1, STREAMS * N, P(0)), fill(a2, STREAMS * N, P(0));
+    P a1[S * N], a2[S * N];
+    fill(a1, S * N, P(0)), fill(a2, S * N, P(0));
     for_packs<N>(n, [&](int64_t i, auto lanes, int chain) INLINED {
 #pragma GCC unroll 8
-      for (int k = 0; k < STREAMS; ++k) add(first + i, lanes, k, a1[k * N + chain], a2[k * N + chain]);
+      for (int k = 0; k < S; ++k) add(first + i, lanes, k, a1[k * N + chain], a2[k * N + chain]);
     });
 #pragma GCC unroll 8
-    for (int k = 0; k < STREAMS; ++k) s1[k] += sum_of<N>(a1 + k * N), s2[k] += sum_of<N>(a2 + k * N);
+    for (int k = 0; k < S; ++k) s1[k] += sum_of<N>(a1 + k * N), s2[k] += sum_of<N>(a2 + k * N);
   };
   if (n < 2 * EACH * PACK) return add_block(Number<1>{}, 0, n, s1, s2);
   for (int64_t first = 0, last; first < n; first = last) {
     last = min(first + 4 * EACH * BLOCK, n);
-    P t1[STREAMS], t2[STREAMS];
-    fill(t1, STREAMS, P(0)), fill(t2, STREAMS, P(0));
+    P t1[S], t2[S];
+    fill(t1, S, P(0)), fill(t2, S, P(0));
     for (int64_t b = first; b < last; b += EACH * BLOCK) add_block(Number<EACH>{}, b, min(EACH * BLOCK, last - b), t1, t2);
 #pragma GCC unroll 8
-    for (int k = 0; k < STREAMS; ++k) s1[k] += t1[k], s2[k] += t2[k];
+    for (int k = 0; k < S; ++k) s1[k] += t1[k], s2[k] += t2[k];
   }
 }
 
 // Adds rows of n columns into s1, s2 [n]: add(element, row, lanes, params(i, lanes), a1, a2) on packs, where `width` elements lie between
-// rows. The rows are walked as so many streams side by side, each a part of them, which share the loads of sums and params.
-template <int STREAMS, typename acc_t, typename Params, typename Add>
+// rows. S parts of the rows go abreast, and share the loads of sums and params.
+template <int S, typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t first, int64_t width, int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
-  auto add_streams = [=](auto streams, int64_t first, int64_t row, int64_t apart) INLINED {
+  auto add_abreast = [=](auto abreast, int64_t first, int64_t row, int64_t apart) INLINED {
     for_packs(n, [=](int64_t i, auto lanes, int) INLINED {
       Pack<acc_t> a1(0), a2(0);
       auto p = params(i, lanes);
 #pragma GCC unroll 8
-      for (int64_t k = 0; k < streams.value; ++k) add(first + k * apart * width + i, row + k * apart, lanes, p, a1, a2);
+      for (int64_t k = 0; k < abreast.value; ++k) add(first + k * apart * width + i, row + k * apart, lanes, p, a1, a2);
       store(s1 + i, load(s1 + i, lanes) + a1, lanes);
       store(s2 + i, load(s2 + i, lanes) + a2, lanes);
     });
   };
-  int64_t part = rows / STREAMS, r = 0;
-  for (; r < part; ++r) add_streams(Number<STREAMS>{}, first + r * width, row + r, part);
-  for (r *= STREAMS; r < rows; ++r) add_streams(Number<1>{}, first + r * width, row + r, 0);
+  int64_t part = rows / S, r = 0;
+  for (; r < part; ++r) add_abreast(Number<S>{}, first + r * width, row + r, part);
+  for (r *= S; r < rows; ++r) add_abreast(Number<1>{}, first + r * width, row + r, 0);
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA
