@@ -259,8 +259,8 @@ template <int N, typename T> INLINE Pack<T> sum_of(const Pack<T>* chains) {
 }
 
 // Adds S runs of n values to s1 and s2 [S]: add(i, lanes, run, a1, a2) on packs. One run alone is added in several chains where it is
-// long, which hide the latency of an addition; else the next channel's additions do. A long run is added up as a
-// tree, for accuracy: 64 packs, four of those, and all of these.
+// long, which hide the latency of an addition; else the next channel's additions do. A long run is added up as a tree, for accuracy:
+// 64 packs, four of those, and all of these.
 template <int S, typename acc_t, typename Add> INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
   using P = Pack<acc_t>;
   constexpr int EACH = S > 1 ? 1 : CHAINS<acc_t>;
