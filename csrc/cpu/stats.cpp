@@ -86,6 +86,7 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
 template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
+  constexpr int PLACES = 2 * ABREAST;  // of one tensor; other sums read two
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
@@ -99,13 +100,13 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
-      add_rows<2 * ABREAST>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+      add_rows<PLACES>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
                        [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       double values = double(head * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
-      add_rows<2 * ABREAST>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+      add_rows<PLACES>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
                        [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
                          P d = keep(load(x + e, lanes) - k, lanes);
                          a1 += d;
