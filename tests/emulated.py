@@ -7,12 +7,15 @@ is found. Outputs are NaN before the kernel runs.
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ptx import translate
 from torch import Tensor
 
 from syncbn import reference
@@ -29,6 +32,7 @@ OPS = {
     "backward_input": ("dy", "x", "residual", "dx", "dz"),
 }
 COMPILER = shutil.which("g++")
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
 MARGIN = 64  # bytes; keeps the alignment of what lies between
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -46,19 +50,43 @@ def build(folder: Path) -> Path:
     """The library of all four ops, from the kernels as they are; and of the kernel with faults."""
     for op in OPS:
         compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o")
+    _compile_emulation(folder, "library", "scheduler")
+    return link(folder, {})
+
+
+def build_from_ptx(folder: Path) -> Path:
+    """The same library of what nvcc makes of the kernels: its PTX is what runs, its host code launches them."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda op: _compile_ptx(op, folder), OPS))
+    _compile_emulation(folder, "library", "scheduler", "cudart")
+    return link(folder, {})
+
+
+def _compile_ptx(op: str, folder: Path) -> None:
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-cudart", "shared", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
+    _run([NVCC, *flags, "-c", str(KERNELS / f"{op}.cu"), "-o", str(folder / f"{op}.o")])
+    compile_translated((folder / f"{op}.ptx").read_text(), op, folder / f"{op}_ptx.o")
+
+
+def compile_translated(text: str, op: str, target: Path) -> None:
+    """The PTX of one op, as C++."""
+    source = target.with_suffix(".cpp")
+    source.write_text(translate(text, f"{op}.ptx"))
+    _compile(["-O1", "-fwrapv", "-I", str(EMULATION), str(source)], target)
+
+
+def _compile_emulation(folder: Path, *names: str) -> None:
     compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
-    for name in ("library", "scheduler"):
+    for name in names:
         # Fibers jump between stacks, which fortified longjmp takes for an error.
         flags = ["-O2", "-U_FORTIFY_SOURCE", "-I", str(EMULATION / "include"), "-I", str(KERNELS)]
         _compile([*flags, str(EMULATION / f"{name}.cpp")], folder / f"{name}.o")
-    return link(folder, {})
 
 
 def link(folder: Path, replaced: dict[str, Path]) -> Path:
     """The library of the objects in `folder`, some of them replaced."""
     # The replaced ones first: of an inline function that several objects define, the first is taken.
-    names = sorted((*OPS, "faulty", "library", "scheduler"), key=lambda name: name not in replaced)
-    objects = [replaced.get(name, folder / f"{name}.o") for name in names]
+    objects = [*replaced.values(), *(path for path in sorted(folder.glob("*.o")) if path.stem not in replaced)]
     target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
     _run([COMPILER, "-shared", "-o", str(target), *map(str, objects)])
     return target

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <string>
 
 // ---- The language ----------------------------------------------------------------------------------------------------------
 
@@ -40,6 +41,7 @@ void* dynamic_shared();
 void barrier(const char* site);
 const uint64_t* exchange(const char* site, unsigned mask, uint64_t word);  // -> the words of the warp's 32 lanes
 void yield();
+[[noreturn]] void fail(const std::string& message);  // ends the grid
 
 template <typename T>
 T shuffle_xor(const char* site, unsigned mask, T value, int offset) {

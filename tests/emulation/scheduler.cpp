@@ -102,11 +102,6 @@ struct Access {
   unsigned char log_alignment, kind;
 };
 
-[[noreturn]] void fail(const std::string& message) {
-  if (failure.empty()) failure = message;
-  _longjmp(scheduler, 1);
-}
-
 // Threads that meet must be at the same place.
 void arrive(Meeting& meeting, const char* site) {
   if (meeting.arrived++ == 0) meeting.site = site;
@@ -175,6 +170,11 @@ void seed(uint64_t value) {
 }
 
 const std::string& error() { return failure; }
+
+void fail(const std::string& message) {
+  if (failure.empty()) failure = message;
+  _longjmp(scheduler, 1);
+}
 
 void launch(int grid, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (grid < 1 || threads < 32 || threads > MAX_THREADS || threads % 32 != 0) {
