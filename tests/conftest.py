@@ -15,6 +15,7 @@ import faulthandler
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,14 @@ def time_limit() -> Iterator[Callable[..., None]]:
 def seed(request: pytest.FixtureRequest) -> None:
     """The same numbers on every rank, and whatever other tests ran before."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> Iterator[None]:
+    """With SYNCBN_TEST_DEVICE=cuda, what a test puts nowhere is on the GPU."""
+    name = os.environ.get("SYNCBN_TEST_DEVICE")
+    with torch.device(name) if name else nullcontext():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -78,14 +78,31 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+LAYER = ["tests/test_layer.py", "tests/test_precision.py", "-m", "gpu"]
+# Their tests put tensors nowhere, so these lie on the GPU. All in float64: in float32, torch's own layers may take TF32.
+ALONE = ["tests/test_double_backward.py", "tests/test_checkpoint.py", "tests/test_statistics.py", "tests/test_keras.py"]
+DDP = ["tests/test_ddp.py", "tests/test_join.py"]
+ON_GPU = "SYNCBN_TEST_DEVICE=cuda"
+
+
+def run_tests(launcher: list[str], variables: str, arguments: list[str], env: dict[str, str]) -> None:
+    tests = ["bash", "-c", f'export {variables}; exec "$0" -m pytest "$@"', sys.executable, *arguments, "-q", "-p", "no:cacheprovider"]
+    done = run([*launcher, *tests], env=env | {"CUDA_VISIBLE_DEVICES": "0"}, cwd=ROOT, timeout=590)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+def test_one_rank_keeps_the_laws_on_a_gpu(time_limit, subprocess_env):
+    time_limit(600)
+    run_tests([], ON_GPU, ALONE, subprocess_env)
+
+
+@pytest.mark.parametrize(
+    ("tests", "ranks", "where"), [(LAYER, 2, ""), (LAYER, 4, ""), (DDP, 2, ON_GPU)], ids=["layer-2", "layer-4", "DDP-2"]
+)
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_on_one_gpu_are_one_batch(way, ranks, time_limit, subprocess_env):
-    """The table of test_layer.py, and autocast, on CUDA tensors."""
+def test_ranks_on_one_gpu_are_one_batch(way, tests, ranks, where, time_limit, subprocess_env):
+    """The table of test_layer.py, and autocast; DistributedDataParallel, also with batches that run out."""
     if way == "NCCL on a shared GPU" and (torch.cuda.nccl.version() < (2, 30) or ranks > 2):
         pytest.skip(f"NCCL {torch.cuda.nccl.version()} with {ranks} ranks: needs 2.30, which takes 2 on a GPU")
-    tests = ["tests/test_layer.py", "tests/test_precision.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    each = ["--no-python", "bash", "-c", f'export {WAYS[way]}; exec "$0" -m pytest "$@"', sys.executable, *tests]
     time_limit(600)
-    done = run([*torchrun(ranks), *each], env=subprocess_env | {"CUDA_VISIBLE_DEVICES": "0"}, cwd=ROOT, timeout=590)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+    run_tests([*torchrun(ranks), "--no-python"], f"{WAYS[way]} {where}", tests, subprocess_env)
