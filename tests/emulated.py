@@ -63,7 +63,7 @@ def build_from_ptx(folder: Path) -> Path:
 
 
 def _compile_ptx(op: str, folder: Path) -> None:
-    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-cudart", "shared", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
     _run([NVCC, *flags, "-c", str(KERNELS / f"{op}.cu"), "-o", str(folder / f"{op}.o")])
     compile_translated((folder / f"{op}.ptx").read_text(), op, folder / f"{op}_ptx.o")
 
@@ -72,7 +72,7 @@ def compile_translated(text: str, op: str, target: Path) -> None:
     """The PTX of one op, as C++."""
     source = target.with_suffix(".cpp")
     source.write_text(translate(text, f"{op}.ptx"))
-    _compile(["-O1", "-fwrapv", "-I", str(EMULATION), str(source)], target)
+    _compile(["-O1", "-fwrapv", "-ffp-contract=off", "-I", str(EMULATION), str(source)], target)
 
 
 def _compile_emulation(folder: Path, *names: str) -> None:
@@ -88,7 +88,8 @@ def link(folder: Path, replaced: dict[str, Path]) -> Path:
     # The replaced ones first: of an inline function that several objects define, the first is taken.
     objects = [*replaced.values(), *(path for path in sorted(folder.glob("*.o")) if path.stem not in replaced)]
     target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
-    _run([COMPILER, "-shared", "-o", str(target), *map(str, objects)])
+    # Its own part of CUDA's runtime, not the real one that torch may have loaded; and nothing may be missing.
+    _run([COMPILER, "-shared", "-Wl,-Bsymbolic,-z,defs", "-o", str(target), *map(str, objects)])
     return target
 
 

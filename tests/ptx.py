@@ -57,7 +57,7 @@ LINES = [
     (r"\.(?:version|target|address_size|maxntid|minnctapersm|pragma|param) .*|\)", ""),
     (r"(?:\.visible )?\.entry (\w+)\(", r"static void \1(const u64* param)"),
     (r"\.reg \.(\w+)\s+%(\w+)<(\d+)>;", lambda t, name, count: f"{REGISTERS[t]} {name}[{count}]; poison({name});"),
-    (r"\.reg \.(\w+)\s+%(\w+);", lambda t, name: f"{REGISTERS[t]} {name};"),
+    (r"\.reg \.(\w+)\s+%(\w+);", lambda t, name: f"{REGISTERS[t]} {name};"),  # in a block of one or two instructions
     (r"\.extern \.shared .* ([\w$]+)\[\];", r"static const u32 \1 = 0;"),
     (
         r"\.shared \.align \d+ \.(\w+) ([\w$]+)(?:\[(\d+)\])?;",

@@ -79,7 +79,7 @@ WAYS = {
 
 
 LAYER = ["tests/test_layer.py", "tests/test_precision.py", "-m", "gpu"]
-# Their tests put tensors nowhere, so these lie on the GPU. All in float64: in float32, torch's own layers may take TF32.
+# Their tests put tensors nowhere, so these can lie on the GPU; against other layers of torch's, which may take TF32, they are in float64.
 ALONE = ["tests/test_double_backward.py", "tests/test_checkpoint.py", "tests/test_statistics.py", "tests/test_keras.py"]
 DDP = ["tests/test_ddp.py", "tests/test_join.py"]
 ON_GPU = "SYNCBN_TEST_DEVICE=cuda"

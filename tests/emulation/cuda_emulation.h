@@ -38,6 +38,7 @@ extern Index thread_index, block_index, block_dim, grid_dim;  // of the running 
 void launch(int blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 void* shared(const char* site, size_t bytes);
 void* dynamic_shared();
+size_t dynamic_shared_bytes();
 void barrier(const char* site);
 const uint64_t* exchange(const char* site, unsigned mask, uint64_t word);  // -> the words of the warp's 32 lanes
 void yield();

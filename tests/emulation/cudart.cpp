@@ -3,6 +3,7 @@
 #include <string>
 
 #include "ptx.h"
+#include "scheduler.h"
 
 namespace {
 
@@ -78,6 +79,14 @@ int cudaGetLastError() {
   const int error = last_error;
   last_error = 0;
   return error;
+}
+
+// A kernel of one parameter, by one warp.
+const char* emulate_ptx(const char* name, void* parameter) {
+  const uint64_t parameters[] = {reinterpret_cast<uint64_t>(&parameter)};
+  emulation::seed(0);
+  emulation::launch(1, 32, 0, [&] { definitions().at(name).kernel(parameters); });
+  return emulation::error().empty() ? nullptr : emulation::error().c_str();
 }
 
 }

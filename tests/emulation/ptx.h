@@ -64,10 +64,10 @@ void set(D& d, T value) {
   else std::memcpy(&d, &value, sizeof(T));
 }
 
-// What nobody has written yet.
+// What nobody has written yet: NaN.
 template <class R, size_t N>
 void poison(R (&registers)[N]) {
-  std::memset(registers, 0xff, sizeof registers);
+  std::fill_n(registers, N, static_cast<R>(-1));
 }
 
 // ---- Memory ----------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ struct Shared {
   const char* name;
   size_t bytes;
 };
-// A shared variable's address has its number in the upper 12 bits, 0 for the dynamic one: so that each lies between margins.
+// A shared variable's address has its number in the upper 12 bits; the dynamic one is number 0.
 inline std::vector<Shared>& shared_variables() {
   static std::vector<Shared> variables(1);
   return variables;
@@ -103,10 +103,13 @@ inline char* global(Address a, size_t bytes, const char* site) {
   return aligned(reinterpret_cast<char*>(a.base) + a.offset, bytes, site);
 }
 inline char* shared(Address a, size_t bytes, const char* site) {
-  const u32 address = static_cast<u32>(a.base + a.offset);
-  const Shared& variable = shared_variables().at(address >> 20);
-  void* start = variable.name ? emulation::shared(variable.name, variable.bytes) : emulation::dynamic_shared();
-  return aligned(static_cast<char*>(start) + (address & 0xfffff), bytes, site);
+  const u32 address = static_cast<u32>(a.base + a.offset), number = address >> 20, offset = address & 0xfffff;
+  if (number >= shared_variables().size()) emulation::fail(std::string("no shared memory is there: ") + site);
+  const Shared& variable = shared_variables()[number];
+  const size_t size = number == 0 ? emulation::dynamic_shared_bytes() : variable.bytes;
+  if (offset + bytes > size) emulation::fail(std::string("out of bounds of shared memory: ") + site);
+  void* start = number == 0 ? emulation::dynamic_shared() : emulation::shared(variable.name, variable.bytes);
+  return aligned(static_cast<char*>(start) + offset, bytes, site);
 }
 
 template <class T, class D>
@@ -138,19 +141,24 @@ constexpr size_t length = 1;
 template <class... D>
 constexpr size_t length<std::tuple<D...>> = sizeof...(D);
 
-#define MEMORY(space, load_, store_)                                  \
-  template <class T, class D>                                         \
-  void load_(const char* site, D&& d, Address a) {                    \
-    load<T>(d, space(a, sizeof(T) * length<std::decay_t<D>>, site));  \
-  }                                                                   \
+#define LOAD(name, space)                                            \
+  template <class T, class D>                                        \
+  void name(const char* site, D&& d, Address a) {                    \
+    load<T>(d, space(a, sizeof(T) * length<std::decay_t<D>>, site)); \
+  }
+LOAD(ld_param_, global)
+LOAD(ld_global_, global)
+LOAD(ld_global_cg_, global)
+LOAD(ld_shared_, shared)
+
+#define STORE(name, space)                                            \
   template <class T, class A>                                         \
-  void store_(const char* site, Address d, A&& a) {                   \
+  void name(const char* site, Address d, A&& a) {                     \
     store<T>(a, space(d, sizeof(T) * length<std::decay_t<A>>, site)); \
   }
-MEMORY(global, ld_global_, st_global_)
-MEMORY(global, ld_global_cg_, st_global_cg_)
-MEMORY(global, ld_param_, st_param_)
-MEMORY(shared, ld_shared_, st_shared_)
+STORE(st_global_, global)
+STORE(st_global_cg_, global)
+STORE(st_shared_, shared)
 
 template <class T, class D, class A>
 void atom_global_inc_(const char* site, D& d, Address a, A limit) {
@@ -165,11 +173,14 @@ inline u32 ctaid_x() { return blockIdx.x; }
 inline u32 nctaid_x() { return gridDim.x; }
 
 inline void membar_gl_() { __threadfence(); }
-inline void bar_sync_(const char* site, int) { emulation::barrier(site); }
+inline void bar_sync_(const char* site, int number) {
+  if (number != 0) emulation::fail(std::string("only barrier 0 is emulated: ") + site);
+  emulation::barrier(site);
+}
 
 template <class T, class D, class A, class B, class C, class M>
 void shfl_sync_bfly_(const char* site, D& d, bool& valid, A a, B offset, C clamp, M mask) {
-  if (get<u32>(clamp) != 31) emulation::fail(std::string("only whole warps are emulated: ") + site);
+  if (get<u32>(clamp) != 31 || get<u32>(offset) > 31) emulation::fail(std::string("only whole warps are emulated: ") + site);
   set<T>(d, emulation::exchange(site, get<u32>(mask), get<T>(a))[(threadIdx.x % 32) ^ get<u32>(offset)]);
   valid = true;
 }

@@ -31,6 +31,7 @@ struct Region {
 
   Region(const char* site, size_t n) : site(site), bytes(n + 2 * GUARD, CANARY) { std::memset(data(), POISON, n); }
   unsigned char* data() { return bytes.data() + GUARD; }
+  size_t size() const { return bytes.size() - 2 * GUARD; }
   bool intact() const {
     for (size_t i = 0; i < GUARD; ++i) {
       if (bytes[i] != CANARY || bytes[bytes.size() - 1 - i] != CANARY) return false;
@@ -229,6 +230,8 @@ void* shared(const char* site, size_t bytes) {
 }
 
 void* dynamic_shared() { return block().regions[0]->data(); }
+
+size_t dynamic_shared_bytes() { return block().regions[0]->size(); }
 
 void barrier(const char* site) {
   Block& b = block();
