@@ -142,7 +142,8 @@ def problems() -> list[str]:
         if not library.loaded and (library.device == "cpu" or gpus):
             said.append(f"{library.device} runs the slower reference: {library.reason}.")
     if gpus and here.local_world_size > gpus:
-        said.append(f"{here.local_world_size} ranks share {gpus} GPU{'s' * (gpus > 1)}: start at most one rank for each GPU, or stay with gloo.")
+        shared = "a GPU" if gpus == 1 else f"{gpus} GPUs"
+        said.append(f"{here.local_world_size} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
     if not gpus and dist.get_backend() == "nccl":
         said.append("the backend is NCCL, but there is no GPU: pass backend='gloo'.")
     if here.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
