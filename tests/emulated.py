@@ -10,8 +10,9 @@ import ctypes
 import os
 import shutil
 import subprocess
+import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -179,7 +180,7 @@ def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
 class Emulated:
     """The four ops; `sm_count` decides the grid, `seed` the order of blocks and threads; `misaligned` are names in OPS."""
 
-    library: ctypes.CDLL
+    compiled: ctypes.CDLL
     sm_count: int = 2
     seed: int = 0
     misaligned: tuple[str, ...] = ()
@@ -191,9 +192,15 @@ class Emulated:
             getattr(library, f"emulate_{name}").restype = ctypes.c_char_p
         return Emulated(library)
 
+    def varied(self, op: str, case: object) -> Emulated:
+        """For each op and case another order, 1, 2 or 7 multiprocessors (one block per channel, some, and more than there is work
+        for), and for one in 4 no tensor on the alignment."""
+        seed = zlib.crc32(repr((op, case)).encode())
+        return replace(self, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=OPS[op] if seed // 3 % 4 == 3 else ())
+
     def _run(self, op: str, guarded: Guarded, like: Tensor, **arguments) -> None:
         args = ARGS[op](dtype=DTYPES[like.dtype], layout=Layout(*outer_c_inner(like)), **arguments)
-        error = getattr(self.library, f"emulate_{op}")(ctypes.byref(args), self.sm_count, ctypes.c_uint64(self.seed))
+        error = getattr(self.compiled, f"emulate_{op}")(ctypes.byref(args), self.sm_count, ctypes.c_uint64(self.seed))
         if error:
             raise RuntimeError(error.decode())
         guarded.check()
@@ -207,7 +214,7 @@ class Emulated:
     def fault(self, number: int) -> None:
         """The kernel with the faults of faulty.cu."""
         g = Guarded()
-        error = self.library.emulate_fault(number, ctypes.c_void_p(g.new(torch.empty(4)).data_ptr()))
+        error = self.compiled.emulate_fault(number, ctypes.c_void_p(g.new(torch.empty(4)).data_ptr()))
         if error:
             raise RuntimeError(error.decode())
         g.check()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import zlib
-from dataclasses import replace
 from math import inf, nan
 
 import emulated
@@ -25,12 +23,15 @@ def library(tmp_path_factory):
     return emulated.build_from_ptx(tmp_path_factory.mktemp("ptx"))
 
 
+@pytest.fixture(scope="session")
+def kernels(library):
+    return emulated.Emulated.load(library)
+
+
 @pytest.mark.parametrize("case", table(), ids=str)
 @pytest.mark.parametrize("op", CHECKS)
-def test_kernel_equals_the_reference(library, op, case):
-    seed = zlib.crc32(repr((case, op)).encode())
-    misaligned = emulated.OPS[op] if seed // 3 % 4 == 3 else ()
-    CHECKS[op](replace(emulated.Emulated.load(library), seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
+def test_kernel_equals_the_reference(kernels, op, case):
+    CHECKS[op](kernels.varied(op, case), case)
 
 
 @pytest.mark.parametrize("op", emulated.OPS)
