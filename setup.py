@@ -111,11 +111,10 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     dryrun = subprocess.run([*nvcc, "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
     toolkit_include, toolkit_lib = re.findall(r'INCLUDES=.*?"-I([^"]+)"', dryrun), re.findall(r'"-L([^"]+)"', dryrun)
     gencode, names = architectures(nvcc)
-    commands = [
-        [*nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, "-c", str(f), "-o", str(temp / f"{f.stem}.cu.o")]
-        for f in kernels
-    ]
-    includes = ["-DUSE_CUDA", *include, *(flag for folder in toolkit_include for flag in ("-isystem", folder))]
+    plans = [flag for path in other_plans() for flag in ("-include", str(path))]
+    compile = [*nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, *plans, "-c"]
+    commands = [[*compile, str(f), "-o", str(temp / f"{f.stem}.cu.o")] for f in kernels]
+    includes = ["-DUSE_CUDA", *plans, *include, *(flag for folder in toolkit_include for flag in ("-isystem", folder))]
     for source in [*bindings, Path("csrc/build_info.cpp")]:
         flags = [*cxx, *CXXFLAGS, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"', "-c", str(source)]
         commands.append([*flags, "-o", str(temp / f"{source.stem}.o")])
@@ -125,6 +124,12 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
     runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     return commands, [*cxx, "-shared", *link, *folders, "-Wl,--no-as-needed", "-ltorch_cuda", *runtime]
+
+
+def other_plans() -> list[Path]:
+    """The header that SYNCBN_PLANS names in place of the Plans in csrc/cuda/plans.cuh, if any."""
+    name = os.environ.get("SYNCBN_PLANS")
+    return [Path(name).resolve()] if name else []
 
 
 def architectures(nvcc: list[str]) -> tuple[list[str], str]:
@@ -166,7 +171,8 @@ class BuildLibraries(build_ext):
             commands, link = COMMANDS[ext.name](temp)
             commands = [[*command[:-1], named_by_its_command(command)] for command in commands]
             headers = torch_folder() / "version.py"  # as new as torch is
-            changed = max(path.stat().st_mtime for path in [*Path("csrc").rglob("*.*"), Path(__file__), headers])
+            sources = [*Path("csrc").rglob("*.*"), *other_plans(), Path(__file__), headers]
+            changed = max(path.stat().st_mtime for path in sources)
             stale = [c for c in commands if not Path(c[-1]).exists() or Path(c[-1]).stat().st_mtime < changed]
             with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
                 list(pool.map(run, stale))

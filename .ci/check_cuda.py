@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
-# Tensors that each op reads and writes, a residual and its gradient included: of each, a step has as many vectors as Plan unrolls.
+# Tensors that each op reads and writes, a residual and its gradient included: of each, a step has as many vectors as its Plan unrolls.
 TENSORS = {"stats": (1, 0), "normalize": (2, 1), "backward_reduce": (3, 0), "backward_input": (3, 2)}
 VECTORS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}  # elements in 16 bytes
-NAME = re.compile(r"(\w+_kernel)<(\w+), syncbn::cuda::(\w+)<(\d+), syncbn::cuda::Plan<\d+, (\d+), \d+, (\d+),")
+NAME = re.compile(r"(\w+_kernel)<(\w+), syncbn::cuda::(\w+)<(\d+), (\d+),")
 
 
 def run(*command: object) -> str:
@@ -51,8 +51,8 @@ def short(name: str) -> str:
     found = NAME.search(name)
     if not found:
         return name
-    kernel, scalar, walk, vector, *unroll = found.groups()
-    return f"{kernel}<{scalar}, {walk}<{vector}>, {unroll[walk == 'Pixels']}>"
+    kernel, scalar, walk, vector, unroll = found.groups()
+    return f"{kernel}<{scalar}, {walk}<{vector}>, {unroll}>"
 
 
 def spills(log: str) -> list[tuple[str, int, int]]:

@@ -34,6 +34,7 @@ OPS = {
 }
 COMPILER = shutil.which("g++")
 NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
+PLANS = ["-include", os.environ["SYNCBN_PLANS"]] if os.environ.get("SYNCBN_PLANS") else []  # other ones than csrc/cuda/plans.cuh has
 MARGIN = 64  # bytes; keeps the alignment of what lies between
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -64,7 +65,7 @@ def build_from_ptx(folder: Path) -> Path:
 
 
 def _compile_ptx(op: str, folder: Path) -> None:
-    flags = ["-std=c++17", "-O3", "-arch=sm_90", "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", *PLANS, "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
     _run([NVCC, *flags, "-c", str(KERNELS / f"{op}.cu"), "-o", str(folder / f"{op}.o")])
     compile_translated((folder / f"{op}.ptx").read_text(), op, folder / f"{op}_ptx.o")
 
@@ -95,7 +96,7 @@ def link(folder: Path, replaced: dict[str, Path]) -> Path:
 
 
 def _compile(arguments: list[str], target: Path) -> None:
-    _run([COMPILER, "-std=c++17", "-fPIC", "-w", *arguments, "-c", "-o", str(target)])
+    _run([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments, "-c", "-o", str(target)])
 
 
 def _run(command: list) -> None:

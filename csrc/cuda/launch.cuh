@@ -21,22 +21,11 @@ constexpr int WARP = 32;
 constexpr int THREADS = 256;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
-// How each op fills the machine. Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM, which is blocks per SM x 256
-// threads x unroll x 16 B for each tensor that is read. So many blocks bound a thread's registers, and must not make it spill:
-// 4 blocks leave 64 registers, 3 leave 80, 2 leave 128. Pixels keep the parameters of up to 8 channels in registers.
-//
-// What reads the sums of an op goes backwards: what that op read last is still in L2.
-template <int planes_blocks_, int planes_unroll_, int pixels_blocks_, int pixels_unroll_, bool sums_>
-struct Plan {
-  static constexpr int planes_blocks = planes_blocks_, planes_unroll = planes_unroll_;
-  static constexpr int pixels_blocks = pixels_blocks_, pixels_unroll = pixels_unroll_;
-  static constexpr bool sums = sums_, reversed = !sums_;
-};
-using StatsPlan = Plan<3, 4, 2, 4, true>;
-using NormalizePlan = Plan<4, 2, 2, 4, false>;
-using BackwardReducePlan = Plan<3, 2, 2, 2, true>;
-using BackwardInputPlan = Plan<4, 2, 2, 2, false>;
-constexpr int MAX_BLOCKS_PER_SM = 4;
+// The workspace has space for this many blocks on each SM that add their sums to those of others: no Plan may ask for more.
+#ifndef SYNCBN_MAX_BLOCKS_PER_SM
+#define SYNCBN_MAX_BLOCKS_PER_SM 4
+#endif
+constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 
 struct Config {
   int groups;        // of channels: a block works on one group
@@ -68,10 +57,10 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
 
 // inner == 1. A group is a tile of channels, `width` vectors wide; the rest of a warp lies on further rows. Rows narrower than
 // 8 vectors leave no lane idle; wider ones are cut where that wastes least, but not below the 128 bytes of a memory line.
-inline Config pixels_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, int sm_count) {
+inline Config pixels_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, int sm_count) {
   const int64_t vectors = ceil_div(layout.C, vector);
   int width = 1;
-  while (width < WARP && width < vectors) width *= 2;
+  while (width < max_width && width < vectors) width *= 2;
   while (width > 8 && ceil_div(vectors, width / 2) * (width / 2) < ceil_div(vectors, width) * width) width /= 2;
   const int64_t groups = ceil_div(vectors, width);
   const int64_t steps = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);

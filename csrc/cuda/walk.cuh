@@ -10,6 +10,7 @@
 #include <initializer_list>
 
 #include "launch.cuh"
+#include "plans.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -51,17 +52,16 @@ struct Walk {
 
 // inner > 1: a block has one channel, a warp takes a piece of a plane in one step. Pieces begin and end at multiples of 8
 // elements, which is the alignment of every vector and a byte of the mask; what a plane has before and behind is its edge.
-template <int V, class Plan>
+template <int V, int U, int B, bool reversed>
 struct Planes : Walk {
-  static constexpr int vector = V, channels = 1, max_columns = 1;
-  static constexpr int unroll = Plan::planes_unroll, blocks_per_sm = Plan::planes_blocks;
+  static constexpr int vector = V, channels = 1, max_columns = 1, unroll = U, blocks_per_sm = B;
   static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
   static constexpr int sums = V < 4 ? V : 4;  // that a thread keeps: independent ones, for the latency of an addition
   static constexpr int shift_vectors = 1;  // behind a shift of stats: 512 bytes of the channel
 
-  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, unroll, blocks_per_sm, sm_count); }
+  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, U, B, sm_count); }
 
-  __device__ Planes(const Layout& layout, const Config& config) : Walk(layout, config, Plan::reversed) {}
+  __device__ Planes(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
 
   __device__ int64_t first_channel() const { return group; }
   __device__ int column() const { return 0; }
@@ -71,7 +71,7 @@ struct Planes : Walk {
     const int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
     const int64_t runs = layout.outer * config.pieces;
     for (int64_t i = int64_t{split} * warps + threadIdx.x / WARP; i < runs; i += int64_t{config.splits} * warps) {
-      const int64_t run = Plan::reversed ? runs - 1 - i : i;
+      const int64_t run = reversed ? runs - 1 - i : i;
       // Where planes are cut at all, 2^32 runs would be more than 2^38 elements.
       const int64_t o = config.pieces == 1 ? run : static_cast<uint32_t>(run) / static_cast<uint32_t>(config.pieces);
       const int piece = static_cast<int>(run - o * config.pieces);
@@ -94,17 +94,17 @@ struct Planes : Walk {
 };
 
 // inner == 1: a thread owns neighbouring channels and walks along the rows.
-template <int V, class Plan>
+template <int V, int U, int B, int max_width, bool reversed>
 struct Pixels : Walk {
-  static constexpr int vector = V, channels = V, max_columns = WARP * V;
-  static constexpr int unroll = Plan::pixels_unroll, blocks_per_sm = Plan::pixels_blocks;
+  static constexpr int vector = V, channels = V, max_columns = max_width * V, unroll = U, blocks_per_sm = B;
+  static_assert(max_width <= WARP && (max_width & (max_width - 1)) == 0, "a power of 2 divides a warp");
   static constexpr bool shares_bytes = V == 1;
   static constexpr int sums = V;
   static constexpr int shift_vectors = unroll;  // one could be a single value of the channel
 
-  static Config make_config(const Layout& layout, int sm_count) { return pixels_config(layout, V, unroll, blocks_per_sm, sm_count); }
+  static Config make_config(const Layout& layout, int sm_count) { return pixels_config(layout, V, U, max_width, B, sm_count); }
 
-  __device__ Pixels(const Layout& layout, const Config& config) : Walk(layout, config, Plan::reversed) {}
+  __device__ Pixels(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
 
   __device__ int64_t first_channel() const { return int64_t{group} * config.width * V; }
   __device__ int column() const { return threadIdx.x % config.width * V; }
@@ -115,7 +115,7 @@ struct Pixels : Walk {
     const int64_t channel = first_channel() + column();
     const int64_t steps = (layout.outer + rows * unroll - 1) / (rows * unroll);
     for (int64_t i = split; i < steps; i += config.splits) {
-      const int64_t row = (Plan::reversed ? steps - 1 - i : i) * rows * unroll + threadIdx.x / config.width;
+      const int64_t row = (reversed ? steps - 1 - i : i) * rows * unroll + threadIdx.x / config.width;
       const int count = channel < layout.C ? clamped((layout.outer - row + rows - 1) / rows, unroll) : 0;
       body(Step<V, unroll>{row * layout.C + channel, rows * layout.C, row, rows, count});
     }
@@ -127,24 +127,32 @@ struct Type {
   using type = T;
 };
 
-// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and where inner is 1, rows of whole
-// bytes of the mask. Whatever else comes (a view with an offset, 3 channels) is walked element by element.
+template <int V, class Plan>
+using PlanesOf = Planes<V, Plan::planes_unroll, Plan::planes_blocks, Plan::reversed>;
+template <int V, class Plan>
+using PixelsOf = Pixels<V, Plan::pixels_unroll, Plan::pixels_blocks, Plan::pixels_width, Plan::reversed>;
+
+// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and if inner is 1, rows of whole
+// bytes of the mask. Everything else (a view with an offset, 3 channels) is walked element by element.
 template <int V, class Plan, class F>
 cudaError_t with_walk(const Layout& layout, std::initializer_list<const void*> tensors, F&& f) {
   bool aligned = true;
   for (const void* p : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  if (layout.inner != 1) return aligned ? f(Type<Planes<V, Plan>>()) : f(Type<Planes<1, Plan>>());
-  return aligned && layout.C % 8 == 0 ? f(Type<Pixels<V, Plan>>()) : f(Type<Pixels<1, Plan>>());
+  if (layout.inner != 1) return aligned ? f(Type<PlanesOf<V, Plan>>()) : f(Type<PlanesOf<1, Plan>>());
+  return aligned && layout.C % 8 == 0 ? f(Type<PixelsOf<V, Plan>>()) : f(Type<PixelsOf<1, Plan>>());
 }
 
 // Launches an op's kernel for the type of x and the walk that fits: kernel_of(a value of the one, the Type of the other).
-template <class Plan, class Args, class KernelOf>
+template <template <int> class PlanFor, class Args, class KernelOf>
 cudaError_t launch(const Args& args, const Target& target, std::initializer_list<const void*> tensors, KernelOf&& kernel_of) {
   return dispatch(args.dtype, [&](auto value) {
-    return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, [&](auto walk) {
-      Config config = decltype(walk)::type::make_config(args.layout, target.sm_count);
+    using Plan = PlanFor<sizeof(value)>;
+    return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, [&](auto type) {
+      using Walk = typename decltype(type)::type;
+      static_assert(Walk::blocks_per_sm <= MAX_BLOCKS_PER_SM, "the workspace has no space for this many partial sums");
+      Config config = Walk::make_config(args.layout, target.sm_count);
       if (!Plan::sums) config.shared_bytes = 0;
-      const auto kernel = kernel_of(value, walk);
+      const auto kernel = kernel_of(value, type);
       LAUNCH(kernel, config, target.stream, args, config, workspace(target));
       return cudaGetLastError();
     });
