@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 
 pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
@@ -22,9 +23,9 @@ def output(command: list[str], env: dict[str, str]) -> str:
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory) -> Path:
-    """The curve of one process with the whole batch."""
-    out = tmp_path_factory.mktemp("digits")
-    command = [sys.executable, "examples/digits.py", "--norm", "local", "--batch-size", "8", "--steps", "3", "--out", str(out)]
+    """The result of a single process with the whole batch."""
+    out = tmp_path_factory.mktemp("segmentation")
+    command = [sys.executable, "examples/segmentation.py", "--norm", "local", "--batch-size", "8", "--steps", "3", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=110)
     return out
 
@@ -33,20 +34,21 @@ def one_process(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("norm", ["sync", "local"])
 def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, subprocess_env):
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
-    output([f"launch/{launcher}", "examples/digits.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)], env)
-    (curve,) = tmp_path.glob("*.json")
+    example = ["examples/segmentation.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)]
+    output([f"launch/{launcher}", *example], env)
+    (result,) = tmp_path.glob("*.pt")
     compare = [
         sys.executable,
         "examples/compare.py",
-        str(curve),
-        *map(str, one_process.glob("*.json")),
+        str(result),
+        *map(str, one_process.glob("*.pt")),
         "--plot",
         str(tmp_path / "plot.png"),
     ]
     table = output(compare, env)
     assert "2 x 4" in table and (tmp_path / "plot.png").stat().st_size > 10_000
     if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow
-        curve.write_text(curve.read_text().replace('"norm": "local"', '"norm": "sync"'))
+        torch.save({**torch.load(result), "norm": "sync"}, result)
         done = run(compare, env=env, cwd=ROOT, timeout=110)
         assert done.returncode == 1 and "does not follow" in done.stdout
 
