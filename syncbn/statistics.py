@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .comm import resolve
+from .agreement import RankMismatchError
+from .comm import Communicator, resolve
 from .exchange import Agreed, Exchange
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
@@ -40,14 +41,18 @@ def update_bn_stats(
     Args:
         model: its batch norms, plain or synchronized, that have running statistics. DistributedDataParallel is looked through.
         data_loader: this rank's batches. Their number may differ by rank; a rank, and a batch, may have nothing.
-        num_iters: at most so many batches of each rank; None for all.
+        num_iters: at most this many batches of each rank; None for all.
         process_group: the ranks, as in `SyncBatchNorm`. All of them call this.
         forward: (model, batch) -> anything, which runs the model. None calls it with the batch, or the first of a tuple or list, moved
             to the model's device.
-        progress: a bar on rank 0, where tqdm is installed.
+        progress: a bar on rank 0, if tqdm is installed and stderr is a terminal.
 
     Raises:
         ValueError: a lazy batch norm has not been built.
+        TypeError: a batch is neither a tensor nor a tuple or list that begins with one, and there is no `forward`.
+        RuntimeError: another rank has not called this within the group's timeout.
+
+    Warns if the model has no running statistics, or no rank has a batch: then nothing changes.
 
     How a batch norm normalizes meanwhile decides what those behind it see. Here each uses the statistics of the batch at hand on this
     rank alone, with the rest of the model in eval mode (no dropout). The statistics of the group would need the ranks to walk through
@@ -56,7 +61,8 @@ def update_bn_stats(
     which, and the only exchange is one sum at the end. Take batches of at least the size that a group trains with: without gradients
     they fit. A batch with a single value per channel has no variance, and is normalized by the moving statistics.
 
-    Everything else is left as found: training flags, momentum, num_batches_tracked, hooks; layers that no batch reached.
+    Everything else is left as it was: training flags, momentum, num_batches_tracked, hooks; layers that no batch reached. An error or
+    Ctrl-C on the way leaves the statistics, too, as they were: either all layers get new ones or none does.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     >>> batches = torch.randn(10, 32, 4)
@@ -68,20 +74,30 @@ def update_bn_stats(
     if isinstance(model, DistributedDataParallel):
         model = model.module  # the wrapper would broadcast buffers at each batch
     batch_norms = _with_running_stats(model)
+    if not batch_norms:
+        warnings.warn(f"update_bn_stats: {type(model).__name__} has no batch norm with running statistics: nothing to do", stacklevel=2)
+        return
     totals = [_empty_stats(module) for module in batch_norms]
     run = _call if forward is None else forward
     batches = _with_progress(itertools.islice(data_loader, num_iters), data_loader, num_iters, progress and comm.rank == 0)
-    # Not compiled anew for this pass and its hooks; where nothing is compiled, asking for eager would load the compiler.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.no_grad(), _observed(model, batch_norms, totals), eager:
-        for batch in batches:
-            run(model, batch)
-    if totals:
-        device = totals[0].device
-        exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, Agreed())
-        summed = exchange.all_reduce_(torch.cat([total.to(device) for total in totals]), "statistics")
-        for module, stats in zip(batch_norms, summed.split([len(total) for total in totals]), strict=True):
-            _write(module, stats)
+    observation = _Observation(model, batch_norms, totals)
+    try:
+        try:
+            observation.begin()
+            for batch in batches:
+                run(model, batch)
+        finally:
+            observation.end()
+    finally:
+        observation.end()  # again: Ctrl-C may have interrupted the first
+    new = [pair for module, stats in zip(batch_norms, _summed(totals, comm), strict=True) for pair in _new_statistics(module, stats)]
+    if not new:
+        warnings.warn("update_bn_stats: no rank had a batch that reached a batch norm: no statistics have changed", stacklevel=2)
+    try:
+        _copy(new)
+    except BaseException:
+        _copy(new)  # Ctrl-C may have come between two layers
+        raise
 
 
 def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
@@ -99,64 +115,110 @@ def _empty_stats(module: _BatchNorm) -> Tensor:
     return torch.zeros(2 * len(module.running_mean) + 1, dtype=torch.float64, device=module.running_mean.device)
 
 
-@contextmanager
-def _observed(model: nn.Module, batch_norms: list[_BatchNorm], totals: list[Tensor]) -> Iterator[None]:
-    """Inside, each batch norm normalizes by its batch, without the other ranks, and adds its input's sums to its total.
+class _Observation:
+    """From `begin` to `end` each batch norm normalizes by its batch, without the other ranks, and adds its input's sums to its total.
 
-    This is what torch's and this package's layers do in eval mode while they have no running statistics.
+    This is what torch's and this package's layers do in eval mode while they have no running statistics. Gradients and compilation are
+    off. `end` may be repeated.
     """
-    flags = {module: module.training for module in model.modules()}
-    handles = [_observe(module, total) for module, total in zip(batch_norms, totals, strict=True)]
-    try:
-        model.eval()
-        yield
-    finally:
-        for handle in itertools.chain.from_iterable(handles):
-            handle.remove()
-        for module, training in flags.items():
+
+    def __init__(self, model: nn.Module, batch_norms: list[_BatchNorm], totals: list[Tensor]) -> None:
+        self.model = model
+        self.totals = totals
+        self.flags = {module: module.training for module in model.modules()}
+        self.buffers = {module: {name: getattr(module, name) for name in _buffer_names(module)} for module in batch_norms}
+        self.handles: list[Any] = []
+        self.grad = torch.is_grad_enabled()
+        self.stance: Any = None
+        self.active = False
+
+    def begin(self) -> None:
+        self.active = True
+        for module, total in zip(self.buffers, self.totals, strict=True):
+            self._observe(module, total)
+        # Not compiled once more for this pass and its hooks. If nothing is compiled, asking for eager would load the compiler.
+        if "torch._dynamo" in sys.modules:
+            self.stance = torch.compiler.set_stance("force_eager")
+        torch.set_grad_enabled(False)
+        self.model.eval()
+
+    def end(self) -> None:
+        self.active = False
+        for module in self.buffers:
+            self._put_back(module)
+        for module, training in self.flags.items():
             module.training = training
+        torch.set_grad_enabled(self.grad)
+        if self.stance is not None:
+            self.stance.__exit__(None, None, None)
+        for handle in self.handles:
+            handle.remove()
 
-
-def _observe(module: _BatchNorm, total: Tensor) -> list[Any]:
-    keras = isinstance(module, SyncBatchNormalization)
-    names = ("moving_mean", "moving_variance") if keras else ("running_mean", "running_var", "num_batches_tracked")
-    buffers = {name: getattr(module, name) for name in names}
-
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x: Any = args[0] if args else kwargs.get("input", kwargs.get("inputs"))
-        if isinstance(module, SyncBatchNormalization):
-            args, kwargs = (x,), {}  # without training=True, which a model may pass
-            x = module.channels_second(x)
-        total.add_(ops.stats(dense(x), False))
-        if samples_per_channel(x) != 1:
-            for name in buffers:
-                setattr(module, name, None)
-        return args, kwargs
-
-    def after(*_: Any) -> None:
-        for name, buffer in buffers.items():
+    def _put_back(self, module: _BatchNorm) -> None:
+        for name, buffer in self.buffers[module].items():
             setattr(module, name, buffer)
 
-    return [
-        module.register_forward_pre_hook(before, with_kwargs=True),
-        module.register_forward_hook(after, always_call=True),
-    ]
+    def _observe(self, module: _BatchNorm, total: Tensor) -> None:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            x: Any = args[0] if args else kwargs.get("input", kwargs.get("inputs"))
+            if isinstance(module, SyncBatchNormalization):
+                args, kwargs = (x,), {}  # without training=True, which a model may pass
+                x = module.channels_second(x)
+            if self.active:  # Ctrl-C may come before the handle is in the list
+                total.add_(ops.stats(dense(x), False))
+                if samples_per_channel(x) != 1:
+                    for name in self.buffers[module]:
+                        setattr(module, name, None)
+            return args, kwargs
+
+        # First the one that puts back.
+        self.handles.append(module.register_forward_hook(lambda *_: self._put_back(module), always_call=True))
+        self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
 
-def _write(module: _BatchNorm, stats: Tensor) -> None:
+def _buffer_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, SyncBatchNormalization):
+        return "moving_mean", "moving_variance"
+    return "running_mean", "running_var", "num_batches_tracked"
+
+
+def _summed(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
+    """The totals of all ranks, in one exchange."""
+    exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, Agreed())
+    together = torch.cat([total.to(totals[0].device) for total in totals])
+    try:
+        summed = exchange.all_reduce_(together, "statistics")
+    except RankMismatchError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(f"update_bn_stats: every rank of the group has to call it, also one without batches ({error})") from error
+    return list(summed.split([len(total) for total in totals]))
+
+
+def _new_statistics(module: _BatchNorm, stats: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of a running statistic and its new value; none if no batch has reached the layer."""
     count = stats[-1].item()
     if count == 0:
-        return
+        return []
     mean, var, _ = finalize(stats, 0.0)
     if getattr(module, "unbiased", True):
         var = var * count / max(count - 1, 1)
     assert module.running_mean is not None and module.running_var is not None
-    module.running_mean.copy_(mean)
-    module.running_var.copy_(var)
+    return [(module.running_mean, mean), (module.running_var, var)]
+
+
+@torch.no_grad()
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for running, value in pairs:
+        running.copy_(value)
 
 
 def _call(model: nn.Module, batch: Any) -> None:
-    x = batch[0] if isinstance(batch, (tuple, list)) else batch
+    x = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not hasattr(x, "to"):
+        kind = type(x).__name__ if x is batch else f"{type(batch).__name__} that begins with a {type(x).__name__}"
+        use = f"model(batch[{next(iter(batch))!r}])" if isinstance(batch, Mapping) and batch else "..."
+        raise TypeError(f"update_bn_stats: a batch is a {kind}, not a tensor: pass forward=lambda model, batch: {use}")
     tensor = next(itertools.chain(model.parameters(), model.buffers()), x)
     model(x.to(tensor.device))
 
@@ -169,4 +231,5 @@ def _with_progress(batches: Iterable[Any], data_loader: Any, num_iters: int | No
     except ImportError:
         return batches
     sizes = [size for size in (num_iters, operator.length_hint(data_loader) or None) if size is not None]
-    return tqdm(batches, desc="batch norm statistics", total=min(sizes, default=None), unit="batch")
+    # disable=None: not unless stderr is a terminal.
+    return tqdm(batches, desc="batch norm statistics", total=min(sizes, default=None), unit="batch", disable=None)

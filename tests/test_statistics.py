@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import importlib
+import itertools
 import sys
+import warnings
 
 import pytest
 import torch
@@ -133,6 +137,55 @@ def test_an_error_inside_a_batch_norm_leaves_its_statistics():
     assert layer.running_mean is not None and layer.num_batches_tracked is not None
 
 
+def interrupted_at(line, function):
+    """Whether Ctrl-C came: into the given one of the lines of statistics.py that `function` runs."""
+    lines = itertools.count()
+
+    def local(frame, event, _):
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename == syncbn.statistics.__file__ else None)
+    try:
+        function()
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "with the compiler loaded"])
+def test_an_interrupt_at_any_line_leaves_everything_as_it_was(compiled, monkeypatch):
+    """All new statistics or none; training flags, buffers, hooks, gradients, the compiler's stance."""
+    if compiled:
+        importlib.import_module("torch._dynamo")
+    else:
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    data = [torch.randn(2, 3), torch.randn(3, 3) + 1]
+    reference = nn.Sequential(nn.BatchNorm1d(3), SyncBatchNormalization(num_features=3))
+    new = copy.deepcopy(reference)
+    update_bn_stats(new, data, progress=False)
+    for line in itertools.count():
+        model = copy.deepcopy(reference)
+        before = snapshot(model), torch.is_grad_enabled(), stance()
+        came = interrupted_at(line, lambda: update_bn_stats(model, data, progress=False))  # noqa: B023
+        assert (snapshot(model), torch.is_grad_enabled(), stance()) == before, line
+        states = [all(torch.equal(t, m.state_dict()[key]) for key, t in model.state_dict().items()) for m in (reference, new)]
+        assert sum(states) == 1, f"at line {line} some layers have new statistics"
+        if not came:
+            break
+    assert line > 100 and states == [False, True]
+
+
+def stance():
+    """The compiler's, if it is loaded."""
+    return sys.modules["torch._dynamo"].eval_frame._stance if "torch._dynamo" in sys.modules else None
+
+
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
 def test_one_collective_in_all(world):
@@ -176,12 +229,54 @@ def test_arguments():
     assert len(list(loader)) == 1  # no batch more than asked for is taken
     update_bn_stats(model, [{"image": x[2]}], forward=lambda m, batch: m(batch["image"]), progress=False)
     assert_close(model[0].running_mean, x[2].double().mean(0), 2e-6, "running_mean")
-    before = copy.deepcopy(model.state_dict())
-    update_bn_stats(model, [], progress=False)
-    update_bn_stats(model, x, 0, progress=False)
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     with pytest.raises(ValueError, match="1 has not been built: run the model on one batch first"):
         update_bn_stats(nn.Sequential(nn.ReLU(), SyncBatchNormalization()), x)
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(
+    "batch,message",
+    [
+        ({"image": torch.ones(2, 3)}, r"a batch is a dict, not a tensor: pass forward=lambda model, batch: model\(batch\['image'\]\)"),
+        ([{"image": 1}], r"a batch is a list that begins with a dict, not a tensor: pass forward=lambda model, batch: \.\.\."),
+        ((), "a batch is a tuple, not a tensor"),
+        ({}, "a batch is a dict, not a tensor"),
+        ("image.png", "a batch is a str, not a tensor"),
+        (None, "a batch is a NoneType, not a tensor"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else repr(value)[:12],
+)
+def test_a_batch_that_is_no_tensor_is_named(batch, message):
+    with pytest.raises(TypeError, match=message):
+        update_bn_stats(nn.BatchNorm1d(3), [batch], progress=False)
+
+
+def test_no_batch_on_any_rank_is_a_warning(world):
+    layer = SyncBatchNorm(2, process_group=world.group)
+    before = copy.deepcopy(layer.state_dict())
+    for data, limit in (([], None), (torch.randn(3, 4, 2), 0), ([torch.randn(0, 2)], None)):
+        with pytest.warns(UserWarning, match="no rank had a batch that reached a batch norm: no statistics have changed"):
+            update_bn_stats(layer, data, limit, process_group=world.group, progress=False)
+        assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one rank with a batch is enough
+        update_bn_stats(layer, [torch.randn(3, 2)] if world.rank == 0 else [], process_group=world.group, progress=False)
+
+
+@pytest.mark.world_size(1)
+def test_a_model_without_running_statistics_is_a_warning():
+    with pytest.warns(UserWarning, match="Linear has no batch norm with running statistics: nothing to do"):
+        update_bn_stats(nn.Linear(2, 2), [torch.randn(3, 2)], progress=False)
+
+
+@pytest.mark.process_group
+@pytest.mark.world_size(2)
+def test_one_rank_alone_learns_that_every_rank_has_to_call_it(world):
+    group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=2))
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match="update_bn_stats: every rank of the group has to call it, also one without batches"):
+            update_bn_stats(SyncBatchNorm(2), [torch.randn(3, 2)], process_group=group, progress=False)
+    torch.distributed.barrier()
 
 
 @pytest.mark.world_size(1)
@@ -215,10 +310,12 @@ def test_compiled_model(compile):
     assert_close(model[1].running_mean, model[0](x).double().mean(0).detach(), 2e-6, "running_mean")
 
 
-def test_progress_bar_on_rank_0_where_tqdm_is(world, capsys, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log"])
+def test_progress_bar_on_rank_0_if_tqdm_is_installed_and_stderr_is_a_terminal(world, capsys, monkeypatch, terminal):
     layer, data = SyncBatchNorm(2), [torch.randn(3, 2)] * 4
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     update_bn_stats(layer, data, 3, process_group=world.group)
-    assert ("3/3" in capsys.readouterr().err) == (world.rank == 0)
+    assert ("3/3" in capsys.readouterr().err) == (world.rank == 0 and terminal)
     update_bn_stats(layer, data, process_group=world.group, progress=False)
     monkeypatch.setitem(sys.modules, "tqdm", None)  # not installed
     update_bn_stats(layer, data, process_group=world.group)
