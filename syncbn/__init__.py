@@ -9,12 +9,15 @@ from .function import sync_batch_norm
 from .groups import new_group
 from .join import join
 from .keras import SyncBatchNormalization
-from .modules import SyncBatchNorm
+from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .statistics import update_bn_stats
 
 __all__ = [
     "RankMismatchError",
     "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
     "SyncBatchNormalization",
     "checkpoint_contexts",
     "convert_sync_batchnorm",

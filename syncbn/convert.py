@@ -18,16 +18,14 @@ from torch.nn.utils import parametrize
 
 from .comm import resolve
 from .fuse import Fusible, find_fusible, fuse, unfuse
-from .modules import LazySyncBatchNorm, SyncBatchNorm, call_of
+from .modules import Conversion, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_of
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # Classes whose forward is torch's, followed by these submodules: converted together with them. By name: nothing here is imported.
 _TAILS = {
     "timm.layers.norm_act.BatchNormAct2d": ("drop", "act"),
     "timm.layers.norm_act.SyncBatchNormAct": ("drop", "act"),
 }
-_ORIGIN = "_converted_from"  # (class, attributes that the conversion replaced)
 
 
 class BatchNorm(_BatchNorm):
@@ -36,10 +34,21 @@ class BatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Any) -> None: ...
 
 
+# What torch's classes become. An nn.SyncBatchNorm does not keep its class as a base: DistributedDataParallel refuses it on the CPU.
+_SYNCHRONIZED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
+    nn.BatchNorm1d: SyncBatchNorm1d,
+    nn.BatchNorm2d: SyncBatchNorm2d,
+    nn.BatchNorm3d: SyncBatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    BatchNorm: SyncBatchNorm,
+}
+
+
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
     """Turns every batch norm in `module` into a `SyncBatchNorm`, in place, and returns `module`.
 
-    `BatchNorm1d/2d/3d`, `torch.nn.SyncBatchNorm`, lazy batch norms, and subclasses that keep torch's forward are converted. A
+    `BatchNorm1d/2d/3d`, lazy batch norms, and subclasses that keep torch's forward are converted and remain instances of their class;
+    a `torch.nn.SyncBatchNorm` does not, because DistributedDataParallel would refuse it on the CPU. A
     subclass with a forward of its own is left alone, with one warning that names it: its behaviour would be lost. So is one that
     torch.jit has scripted. timm's BatchNormAct2d is converted together with its dropout and activation.
 
@@ -54,7 +63,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
         ValueError: `process_group` is of an unknown type.
 
     >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
-    SyncBatchNorm(8, eps=1e-05, momentum=0.1, ...)
+    SyncBatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
     """
     resolve(process_group)  # an unknown type is an error before anything has changed
     fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
@@ -114,7 +123,7 @@ def _own_names(child: _BatchNorm) -> set[str]:
 def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
     attributes = vars(child)
     original = _class_below(child)
-    attributes[_ORIGIN] = original, {key: attributes[key] for key in ("process_group",) if key in attributes}
+    attributes["_conversion"] = Conversion(original, {key: attributes[key] for key in ("process_group",) if key in attributes})
     _become(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
     attributes["layer_name"] = name or None
     if process_group is not None:
@@ -123,13 +132,19 @@ def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
 
 def _revert(child: SyncBatchNorm) -> None:
     attributes = vars(child)
-    original, replaced = attributes.pop(_ORIGIN, (BatchNorm, {}))
+    conversion: Conversion = attributes.pop("_conversion", None) or Conversion(None, {})
+    original: Any = conversion.original_class or _plain(type(child))
     for option in ("process_group", "activation", "negative_slope", "weighting", "unbiased", "layer_name"):
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
-        original = original.cls_to_become  # its first input has come since
+        original = original.cls_to_become  # it has seen its first input since
     _become(child, original)
-    attributes.update(replaced)
+    attributes.update(conversion.original_attributes)
+
+
+def _plain(built: type[SyncBatchNorm]) -> type[_BatchNorm]:
+    """What a layer that was built as a `SyncBatchNorm` reverts to."""
+    return next((plain for plain, synchronized in _SYNCHRONIZED.items() if issubclass(built, plain)), BatchNorm)
 
 
 def _tail(cls: type) -> tuple[str, ...]:
@@ -152,14 +167,17 @@ def _become(child: _BatchNorm, cls: type[_BatchNorm]) -> None:
 
 
 @functools.cache
-def _synchronized(original: type) -> type[SyncBatchNorm]:
-    """The class that an instance of `original` gets: torch's own become SyncBatchNorm, a subclass keeps its other methods."""
-    if issubclass(original, _LazyNormBase):
-        return LazySyncBatchNorm
-    if original in _PLAIN:
-        return SyncBatchNorm
-    bases = (SyncBatchNorm, original)
-    members: dict[str, Any] = {"__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self))}
+def _synchronized(original: Any) -> type[SyncBatchNorm]:
+    """The class that an instance of class `original` gets: a SyncBatchNorm with `original` as a base, which keeps its methods and its check
+    of the input's dimensions."""
+    if original in _SYNCHRONIZED:
+        return _SYNCHRONIZED[original]
+    members: dict[str, Any] = {
+        "_check_input_dim": original._check_input_dim,
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self)),
+    }
+    if issubclass(original, _LazyNormBase) and original.cls_to_become is not None:
+        members["cls_to_become"] = _synchronized(original.cls_to_become)
     tail = _tail(original)
     if tail:
 
@@ -172,10 +190,10 @@ def _synchronized(original: type) -> type[SyncBatchNorm]:
             return y
 
         members |= {"forward": forward, "fusible": False}
-    return type(f"Sync{original.__name__}", bases, members)
+    return type(f"Sync{original.__name__}", (SyncBatchNorm, original), members)
 
 
-def _rebuild(original: type) -> SyncBatchNorm:
+def _rebuild(original: Any) -> SyncBatchNorm:
     """Unpickles an instance of a class that `_synchronized` made."""
     cls = _synchronized(original)
     return cls.__new__(cls)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import SyncBatchNorm
+from .modules import Conversion, SyncBatchNorm, call_of
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
-_ACTIVATION_CLASS = "_fused_from"
-_FUSED = "_fused_activation"
 
 
 class Fusible(NamedTuple):
@@ -27,7 +25,15 @@ class Fusible(NamedTuple):
 
 
 class FusedActivation(nn.Identity):
-    """An activation that the batch norm before it now applies."""
+    """An activation that the batch norm before it now applies. A torch.fx graph still has it as a node, under its name."""
+
+    original_class: type[nn.Module]
+
+    def forward(self, input: Any) -> Any:
+        return call_of(self, input) if isinstance(input, fx.Proxy) else input
+
+    def extra_repr(self) -> str:
+        return self.original_class.__name__
 
 
 def find_fusible(module: nn.Module) -> list[Fusible]:
@@ -52,15 +58,19 @@ def fuse(pair: Fusible) -> None:
         return
     batch_norm.activation = _ACTIVATIONS[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)
-    vars(batch_norm)[_FUSED] = (activation,)  # in a tuple, so that it does not become a submodule
-    vars(activation)[_ACTIVATION_CLASS] = type(activation)
+    conversion = batch_norm._conversion or Conversion(None, {})
+    conversion.fused_activation = activation
+    vars(batch_norm)["_conversion"] = conversion
+    vars(activation)["original_class"] = type(activation)
     activation.__class__ = FusedActivation
 
 
 def unfuse(batch_norm: SyncBatchNorm) -> None:
     """Undoes `fuse`."""
-    for activation in vars(batch_norm).pop(_FUSED, ()):
-        activation.__class__ = vars(activation).pop(_ACTIVATION_CLASS)
+    conversion = batch_norm._conversion
+    if conversion is not None and isinstance(conversion.fused_activation, FusedActivation):
+        conversion.fused_activation.__class__ = vars(conversion.fused_activation).pop("original_class")
+        conversion.fused_activation = None
         batch_norm.activation = None
         batch_norm.negative_slope = SyncBatchNorm.negative_slope
 

@@ -176,13 +176,6 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         if not is_lazy(self.moving_mean):
             self._build(len(self.moving_mean))
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
-        for buffer in self._buffers.values():
-            if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy, unlike a parameter
-                factory: dict[str, Any] = {"device": buffer.device, "dtype": buffer.dtype}
-                memo[id(buffer)] = UninitializedBuffer(**factory)
-        return super().__deepcopy__(memo)
-
     def _options(self) -> Options:
         if self.momentum is None:  # torch's tools set this
             raise ValueError("momentum must be a number, the decay of the moving values, got None; see syncbn.update_bn_stats")

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
 
 from .comm import LOCAL, resolve
 from .exchange import agreed_by
 from .function import Options, eval_batch_norm, train_batch_norm
 from .keras_weights import copy_tensors, named_tensors, to_keras
+
+
+@dataclass
+class Conversion:
+    """What `convert_sync_batchnorm` has changed in a layer: `revert_sync_batchnorm` needs no more than this to undo it."""
+
+    original_class: type[_BatchNorm] | None  # None if the layer was built as a SyncBatchNorm
+    original_attributes: dict[str, Any]  # those that the conversion has replaced
+    fused_activation: nn.Module | None = None
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -47,7 +58,7 @@ class SyncBatchNorm(_BatchNorm):
         ValueError: an unknown activation, weighting or process_group; an input that does not fit; a single value per channel over
             all ranks while training (on every rank).
 
-    The state dict is that of `torch.nn.BatchNorm*d`.
+    The state dict is that of `torch.nn.BatchNorm*d`. `SyncBatchNorm1d`, `2d` and `3d` are this layer for code that asks for a class.
 
     >>> layer = SyncBatchNorm(8, activation="relu")
     >>> layer(torch.randn(2, 8, 4, 4)).shape
@@ -61,7 +72,8 @@ class SyncBatchNorm(_BatchNorm):
     weighting: str = "samples"
     unbiased: bool = True
     layer_name: str | None = None  # the dotted name in the model, for messages
-    fusible: bool = True  # False where a converted class does something of its own after the normalization
+    fusible: bool = True  # False if a converted class does something of its own after the normalization
+    _conversion: Conversion | None = None
 
     def __init__(
         self,
@@ -91,6 +103,7 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, torch.fx.Proxy):
             return call_of(self, input, residual)
+        self._check_input_dim(input)
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
@@ -117,9 +130,7 @@ class SyncBatchNorm(_BatchNorm):
         )
 
     @classmethod
-    def convert_sync_batchnorm(
-        cls, module: torch.nn.Module, process_group: Any = None, *, fuse_activation: bool = False
-    ) -> torch.nn.Module:
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
         """`syncbn.convert_sync_batchnorm`, where torch's users look for it."""
         from .convert import convert_sync_batchnorm
 
@@ -197,32 +208,64 @@ class SyncBatchNorm(_BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         for group in groups_of(self):  # a copy exchanges with the same ranks; groups cannot be copied
             memo[id(group)] = group
+        for buffer in self._buffers.values():
+            if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy, unlike an uninitialized parameter
+                factory: dict[str, Any] = {"device": buffer.device, "dtype": buffer.dtype}
+                memo[id(buffer)] = UninitializedBuffer(**factory)
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
 
 
-def _tensor(module: torch.nn.Module, name: str) -> Tensor | None:
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
     """`module.name`, straight from its parameters or buffers: as an attribute it is found behind an AttributeError, which is made and
     dropped each time and takes as long as a small kernel. Parametrized or replicated, it is not among them."""
     tensors = module._parameters if name in module._parameters else module._buffers
     return tensors[name] if name in tensors else getattr(module, name)
 
 
-def call_of(module: torch.nn.Module, *inputs: Any) -> Any:
+def call_of(module: nn.Module, *inputs: Any) -> Any:
     """What torch.fx writes down for a layer of torch's own: a call of the module, whatever it does inside. None is not given."""
     tracer, given = inputs[0].tracer, tuple(value for value in inputs if value is not None)
     return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
 
 
-def groups_of(module: torch.nn.Module) -> list[Any]:
+def groups_of(module: nn.Module) -> list[Any]:
     """The process group of a layer, and the one that its conversion has replaced."""
-    _, replaced = vars(module).get("_converted_from", (None, {}))
+    conversion = vars(module).get("_conversion")
+    replaced = conversion.original_attributes if conversion else {}
     return [getattr(module, "process_group", None), *replaced.values()]
 
 
-class LazySyncBatchNorm(_LazyNormBase, SyncBatchNorm):
-    """A `SyncBatchNorm` that takes num_features from its first input: what a lazy batch norm is converted to."""
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """A `SyncBatchNorm` that is a `torch.nn.BatchNorm1d`, too: what a `BatchNorm1d` is converted to.
 
-    cls_to_become = SyncBatchNorm
+    Code that selects layers by class (weight decay, freezing, initialization) finds it. Arguments are those of `SyncBatchNorm`, input
+    and output are [N, C] or [N, C, L]: a ValueError otherwise, as in torch.
+
+    >>> isinstance(SyncBatchNorm1d(8), nn.BatchNorm1d)
+    True
+    """
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """A `SyncBatchNorm` that is a `torch.nn.BatchNorm2d`, too: what a `BatchNorm2d` is converted to. Takes [N, C, H, W] only.
+
+    >>> isinstance(SyncBatchNorm2d(8), nn.BatchNorm2d)
+    True
+    """
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """A `SyncBatchNorm` that is a `torch.nn.BatchNorm3d`, too: what a `BatchNorm3d` is converted to. Takes [N, C, D, H, W] only.
+
+    >>> isinstance(SyncBatchNorm3d(8), nn.BatchNorm3d)
+    True
+    """
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim

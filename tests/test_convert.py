@@ -118,7 +118,7 @@ def test_lazy_batch_norm_before_and_after_its_first_input():
         convert_sync_batchnorm(model)
         if use_first:
             model(torch.randn(2, 5, 3, 3))
-            assert type(model[0]) is SyncBatchNorm and model[0].num_features == 5 and model[0].momentum == 0.3
+            assert type(model[0]) is syncbn.SyncBatchNorm2d and model[0].num_features == 5 and model[0].momentum == 0.3
             assert model[0].weight.shape == (5,)
         revert_sync_batchnorm(model)
         assert type(model[0]) is (nn.BatchNorm2d if use_first else nn.LazyBatchNorm2d)

@@ -51,7 +51,7 @@ def test_pickle_and_save(x):
     torch.save(model, file)
     file.seek(0)
     for other in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
-        assert torch.equal(other(x), model(x)) and type(other[1]) is syncbn.SyncBatchNorm and other[1].activation == "relu"
+        assert torch.equal(other(x), model(x)) and type(other[1]) is syncbn.SyncBatchNorm2d and other[1].activation == "relu"
         assert type(syncbn.revert_sync_batchnorm(other)[1]) is nn.BatchNorm2d
 
 
@@ -154,7 +154,7 @@ def test_lazy_layers(world, x):
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     model = syncbn.convert_sync_batchnorm(model, world.group)
     model(x)
-    assert type(model[1]) is syncbn.SyncBatchNorm and model[1].num_features == 4 and model[1].num_batches_tracked == 1
+    assert type(model[1]) is syncbn.SyncBatchNorm2d and model[1].num_features == 4 and model[1].num_batches_tracked == 1
     assert type(syncbn.revert_sync_batchnorm(model)[1]) is nn.BatchNorm2d
 
 
@@ -182,7 +182,7 @@ def test_parametrized_weight(world, x, when):
     reverted = syncbn.revert_sync_batchnorm(copy.deepcopy(layer))
     assert isinstance(reverted, nn.BatchNorm2d) and torch.equal(reverted.weight, layer.weight)
     parametrize.remove_parametrizations(layer, "weight")
-    assert type(layer) is syncbn.SyncBatchNorm and layer(x).isfinite().all()
+    assert type(layer) is syncbn.SyncBatchNorm2d and layer(x).isfinite().all()
     assert type(syncbn.revert_sync_batchnorm(layer)) is nn.BatchNorm2d
 
 
