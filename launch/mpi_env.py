@@ -7,7 +7,7 @@ import os
 import runpy
 import sys
 
-from syncbn.environment import export
+from syncbn.comm.rendezvous import export
 
 if len(sys.argv) < 2:
     sys.exit(__doc__)

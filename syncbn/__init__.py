@@ -2,8 +2,8 @@
 
 from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
+from .comm.rendezvous import init_process_group
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
-from .environment import init_process_group
 from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group

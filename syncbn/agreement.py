@@ -10,7 +10,6 @@ puts its record into its own row. Nothing is compared while tracing or capturing
 
 from __future__ import annotations
 
-import os
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from .comm import Communicator
 
-MODES = ("first", "always", "off")
 BYTES = 192  # of a record
 ASIDE = 64  # bytes of what is said beside it
 
@@ -30,14 +28,6 @@ class RankMismatchError(RuntimeError):
 
 # For each group the number of records compared in it so far: a rank that has skipped a layer is at another position.
 _positions: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-
-
-def mode() -> str:
-    """SYNCBN_CHECK, or ValueError."""
-    chosen = os.environ.get("SYNCBN_CHECK", "first")
-    if chosen not in MODES:
-        raise ValueError(f"SYNCBN_CHECK must be one of {MODES}, got {chosen!r}")
-    return chosen
 
 
 def compare(comm: Communicator, record: str, aside: str, device: torch.device) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 import time
@@ -22,9 +21,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from . import native
+from . import environment, native
 from .comm import resolve
-from .environment import init_process_group, place
+from .comm.rendezvous import init_process_group
+from .environment import place
 from .modules import SyncBatchNorm
 
 # Of the greatest magnitude: sums of a hundred values in float64; a few roundings of 6e-8; one rounding of the result in 16 bits.
@@ -137,18 +137,18 @@ def milliseconds(device: torch.device, repeats: int = 20) -> float:
 def problems() -> list[str]:
     """One sentence for each, with what to do."""
     said = []
-    gpus, here = torch.cuda.device_count() if torch.cuda.is_available() else 0, place()
+    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, place().local_world_size or 1
     for library in native.status():
         if not library.loaded and (library.device == "cpu" or gpus):
             said.append(f"{library.device} runs the slower reference: {library.reason}.")
-    if gpus and here.local_world_size > gpus:
+    if gpus and ranks > gpus:
         shared = "a GPU" if gpus == 1 else f"{gpus} GPUs"
-        said.append(f"{here.local_world_size} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
+        said.append(f"{ranks} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
     if not gpus and dist.get_backend() == "nccl":
         said.append("the backend is NCCL, but there is no GPU: pass backend='gloo'.")
-    if here.local_world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+    if ranks > 1 and environment.get("OMP_NUM_THREADS") is None:
         said.append("OMP_NUM_THREADS is not set: each rank may use all cores; set it to the cores of a rank.")
-    if gpus and "mpi4py" in sys.modules and os.environ.get("SYNCBN_MPI_CUDA_AWARE") != "1":
+    if gpus and "mpi4py" in sys.modules and not environment.settings.mpi_cuda_aware:
         said.append("MPI exchanges go through host memory: with a CUDA-aware MPI set SYNCBN_MPI_CUDA_AWARE=1.")
     return said
 

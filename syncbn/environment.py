@@ -1,190 +1,285 @@
-"""The place of this process among the others, from what torchrun, mpirun or srun has set, and the process group made of it."""
+"""The environment variables that the package reads: its own, the launchers', and those of its build and tests.
+
+This module is the only one that reads `os.environ`. The package's own variables are read and checked when the package is imported and
+again by `init_process_group`, before any collective; the launchers' variables, when a process group is made.
+
+    settings             what SYNCBN_* say; as `environment.settings`, since `reload` replaces it
+    place()              this process's rank among the others, as its launcher describes it
+    markdown()           the tables of docs/environment.md
+"""
 
 from __future__ import annotations
 
-import atexit
-import datetime
-import itertools
 import os
-import re
-import socket
-import time
-import warnings
-import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
+# ---- The package's own variables ---------------------------------------------------------------------------------------------
 
-# launcher -> its variables for rank, world size, local rank, local world size. torchrun first: it may run inside the others.
-_LAUNCHERS = {
-    "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
-    "Open MPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # and Intel MPI
-    "srun": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+
+class Settings(NamedTuple):
+    """The values of the package's own variables."""
+
+    native: bool
+    cpu_isa: str
+    check: str
+    debug: bool
+    mpi_timeout: float
+    mpi_cuda_aware: bool
+
+
+class Variable(NamedTuple):
+    """One of the package's own variables. `parse` raises ValueError for a text that is not allowed."""
+
+    field: str  # of Settings
+    default: str
+    allowed: str
+    parse: Callable[[str], Any]
+    meaning: str
+
+    @property
+    def name(self) -> str:
+        return f"SYNCBN_{self.field.upper()}"
+
+    def read(self, env: Mapping[str, str]) -> Any:
+        text = env.get(self.name, "") or self.default
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise ValueError(f"environment variable {self.name} is {text!r}: it must be {self.allowed}") from None
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError
+        return text
+
+    return parse
+
+
+def _switch(text: str) -> bool:
+    return _one_of("0", "1")(text) == "1"
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:  # true for nan, too, with which a wait would never end
+        raise ValueError
+    return seconds
+
+
+VARIABLES = (
+    Variable("native", "1", "0 or 1", _switch, "0: plain torch instead of the compiled kernels"),
+    Variable(
+        "cpu_isa", "", "avx512, avx2 or baseline", _one_of("", "avx512", "avx2", "baseline"),
+        "the widest instruction set that the CPU kernels use; the widest that the processor has, if not set",
+    ),
+    Variable(
+        "check", "first", "first, always or off", _one_of("first", "always", "off"),
+        "when the ranks compare what they are about to exchange: a layer's first exchange in each direction, every exchange, or none",
+    ),
+    Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
+    Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
+    Variable("mpi_cuda_aware", "0", "0 or 1", _switch, "1: hand CUDA tensors to MPI directly, instead of a copy in host memory"),
+)  # fmt: skip
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    """The settings that `env` holds. Raises ValueError that names the variable, its value and what is allowed."""
+    return Settings(**{variable.field: variable.read(env) for variable in VARIABLES})
+
+
+settings = read_settings(os.environ)
+
+
+def reload(env: Mapping[str, str] | None = None) -> None:
+    """Reads the package's variables again, from the environment unless `env` is given. The settings stay if one is not allowed."""
+    global settings
+    settings = read_settings(os.environ if env is None else env)
+
+
+# ---- The launchers' variables ------------------------------------------------------------------------------------------------
+
+
+class Launcher(NamedTuple):
+    """The variables of a launcher, for each value the names that it may have."""
+
+    name: str
+    rank: tuple[str, ...]
+    world_size: tuple[str, ...]
+    local_rank: tuple[str, ...] = ()
+    local_world_size: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[tuple[str, ...], ...]:
+        return self[1:]
+
+
+# The first is what torch's own init reads. It has precedence: torchrun, or a script that starts processes, may run inside any other.
+LAUNCHERS = (
+    Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
+    Launcher(
+        "Open MPI", ("OMPI_COMM_WORLD_RANK",), ("OMPI_COMM_WORLD_SIZE",), ("OMPI_COMM_WORLD_LOCAL_RANK",), ("OMPI_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Launcher(
+        "MVAPICH2", ("MV2_COMM_WORLD_RANK",), ("MV2_COMM_WORLD_SIZE",), ("MV2_COMM_WORLD_LOCAL_RANK",), ("MV2_COMM_WORLD_LOCAL_SIZE",),
+    ),
+    Launcher("jsrun", ("JSM_NAMESPACE_RANK",), ("JSM_NAMESPACE_SIZE",), ("JSM_NAMESPACE_LOCAL_RANK",), ("JSM_NAMESPACE_LOCAL_SIZE",)),
+    Launcher("PALS", ("PALS_RANKID",), ("PALS_SIZE", "PMI_SIZE"), ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE")),
+    Launcher("MPICH", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")),
+    Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",), ("SLURM_STEP_TASKS_PER_NODE",)),
+    Launcher("Flux", ("FLUX_TASK_RANK",), ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
+    Launcher("PMIx", ("PMIX_RANK",), ("WORLD_SIZE",)),  # names no size: the user has to
+)  # fmt: skip
+STARTED_BY = {
+    "torchrun": "torchrun, DeepSpeed, PyTorchJob, Ray Train, scripts that call `mp.spawn`",
+    "MPICH": "MPICH, Intel MPI",
+    "PALS": "Cray PALS",
+    "jsrun": "LSF's jsrun",
+    "PMIx": "PMIx (`prun`)",
 }
-_made = itertools.count()  # process groups of this process
 # What identifies a job to all of its processes, to find a port that another job is not likely to take.
-_JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands: `rank` of `world_size` in all, `local_rank` of `local_world_size` on its host."""
+    """A process's place among the others: `rank` of `world_size` in all, `local_rank` of `local_world_size` on its host.
+
+    The local values are None if the launcher does not name them.
+    """
 
     launcher: str | None = None
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
+    local_rank: int | None = 0
+    local_world_size: int | None = 1
 
 
-def place(env: Mapping[str, str] = os.environ) -> Place:
-    """This process's place according to `env`; alone where no launcher has left its variables.
+def place(env: Mapping[str, str] | None = None) -> Place:
+    """This process's place according to `env`; a single process if no launcher has set its variables.
 
-    Raises ValueError where a launcher has set only some of them.
+    Raises ValueError if a variable is not a number, or if a rank has no world size or the reverse.
     """
-    incomplete = []
-    for launcher, names in _LAUNCHERS.items():
-        found = [name for name in names if name in env]
-        if names[0] not in found or names[1] not in found:
-            continue
-        if len(found) < len(names):
-            missing = sorted(set(names) - set(found))
-            incomplete.append(f"{', '.join(found)} are set, as by {launcher}, but not {', '.join(missing)}")
-            continue
-        rank, world_size, local_rank = (int(env[name]) for name in names[:3])
-        node = int(env.get("SLURM_NODEID", 0)) if launcher == "srun" else 0
-        return Place(launcher, rank, world_size, local_rank, _tasks_per_node(env[names[3]])[node])
-    if incomplete:
-        raise ValueError(f"cannot tell this process's device: {'; '.join(incomplete)}")
-    return Place()
+    env = os.environ if env is None else env
+    found = [(launcher, [_first_set(env, names) for names in launcher.columns]) for launcher in LAUNCHERS]
+    usable = [(launcher, names) for launcher, names in found if names[0] and names[1]]
+    if not usable:
+        _check_nothing_is_missing(found)
+        return Place()
+    complete = [row for row in usable if all(row[1])]
+    launcher, names = usable[0] if usable[0][0] is LAUNCHERS[0] or not complete else complete[0]
+    rank, world_size = _number(env, names[0]), _number(env, names[1])
+    if rank is None or world_size is None or rank >= world_size:
+        raise ValueError(f"environment variable {names[0]} is {rank}: it must be less than {names[1]}, which is {world_size}")
+    return Place(launcher.name, rank, world_size, _number(env, names[2]), _local_world_size(env, launcher, names[3]))
 
 
-def init_process_group(backend: str | None = None, timeout: datetime.timedelta | float | None = None) -> torch.device:
-    """Starts torch.distributed under torchrun, mpirun (Open MPI, MPICH, Intel MPI), srun, or alone, and returns this rank's device.
-
-    Args:
-        backend: "nccl", "gloo" or another of torch's. None takes NCCL where each rank of the host has a GPU of its own, else gloo.
-        timeout: after which a collective that some rank does not join fails; seconds or a timedelta. None is torch's default.
-
-    Returns:
-        cuda:<local rank>, set as the current device, where there are GPUs; else cpu.
-
-    Raises:
-        ValueError: the launcher's variables are incomplete, or mpi4py belongs to another MPI than mpirun.
-
-    Also sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, which other tools read.
-
-    >>> device = init_process_group()
-    >>> torch.distributed.get_world_size()
-    1
-    >>> torch.distributed.destroy_process_group()
-    """
-    here = export()
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    device = torch.device("cuda", here.local_rank % gpus) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-    if backend is None:
-        # One visible GPU may be this rank's own, set apart by the launcher, or be shared; several that are too few are shared.
-        own = gpus >= here.local_world_size or (gpus == 1 and _sees_a_gpu_of_its_own())
-        backend = "nccl" if own else "gloo"
-        if gpus and backend == "gloo":
-            warnings.warn(
-                f"{here.local_world_size} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow."
-                " If each has a GPU of its own, pass backend='nccl'",
-                stacklevel=2,
-            )
-    if isinstance(timeout, (int, float)):
-        timeout = datetime.timedelta(seconds=timeout)
-    if here.launcher is None:  # alone: no address and no port that could be taken
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout or dist.default_pg_timeout))
-        # A store outlives a group that is destroyed, and torchrun's the ranks that it starts anew (pytorch issue 135712): under keys of
-        # their own, ranks do not read the addresses of those before them and call them in vain.
-        store = dist.PrefixStore(f"restart {_restarts()}, group {next(_made)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    if "gloo" in backend:
-        # A thread of gloo may still hold the last collective's tensor. If it lets go while Python shuts down, torch aborts the process
-        # ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.
-        atexit.register(time.sleep, 0.05)
-    return device
+def _first_set(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:
+    """The first name that `env` has; an empty text is as good as none, as in torch."""
+    return next((name for name in names if env.get(name)), None)
 
 
-def _restarts() -> str:
-    """How often torchrun has started the ranks of this job anew. Agents on several hosts count for themselves: see launch/torchrun.sh."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if os.environ.get("GROUP_WORLD_SIZE") == "1" else "0"
+def _check_nothing_is_missing(found: list[tuple[Launcher, list[str | None]]]) -> None:
+    for launcher, names in found:
+        one = names[0] or names[1]
+        # A batch script has a SLURM_PROCID, too, before srun starts any task.
+        if one and launcher.name != "srun":
+            missing = " or ".join(launcher.world_size if names[0] else launcher.rank)
+            raise ValueError(f"environment variable {one} is set, but {missing} is not: a process group needs both a rank and a world size")
 
 
-def _sees_a_gpu_of_its_own() -> bool:
-    """Whether srun was told to give each task its GPUs."""
-    # The second is set for processors, too: "cpu=8,gres/gpu=1".
-    return "SLURM_GPUS_PER_TASK" in os.environ or "gres/gpu" in os.environ.get("SLURM_TRES_PER_TASK", "")
+def _number(env: Mapping[str, str], name: str | None) -> int | None:
+    if name is None:
+        return None
+    text = env[name]
+    if not text.isdecimal():
+        raise ValueError(f"environment variable {name} is {text!r}: it must be a whole number, 0 or greater")
+    return int(text)
 
 
-def export() -> Place:
-    """Sets the variables that torchrun would have set, and returns this process's place."""
-    here = place()
-    if here.launcher in (None, "torchrun"):
-        return here
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        host, port = _meeting_point(here)
-        os.environ.setdefault("MASTER_ADDR", host)
-        os.environ.setdefault("MASTER_PORT", str(port))
-    names = _LAUNCHERS["torchrun"]
-    os.environ.update(zip(names, map(str, (here.rank, here.world_size, here.local_rank, here.local_world_size)), strict=True))
-    return here
+def _local_world_size(env: Mapping[str, str], launcher: Launcher, name: str | None) -> int | None:
+    if name is None or launcher.name != "srun":
+        return _number(env, name)
+    counts = tasks_per_node(name, env[name])
+    node = _number(env, "SLURM_NODEID") if env.get("SLURM_NODEID") else 0
+    if len(counts) == 1:
+        return counts[0]
+    if node is None or node >= len(counts):
+        raise ValueError(f"environment variable SLURM_NODEID is {node}, but {name} is {env[name]!r}, which has {len(counts)} nodes")
+    return counts[node]
 
 
-def _meeting_point(here: Place) -> tuple[str, int]:
-    """The host of rank 0 and a free port there."""
-    if here.launcher == "srun":
-        return _first_host(os.environ["SLURM_STEP_NODELIST"]), _port_of_job()
-    try:
-        from mpi4py import MPI
-    except ImportError:
-        # MPICH does not name its jobs: two of them on a host would take one port.
-        if here.local_world_size < here.world_size or not any(name in os.environ for name in _JOB_IDS):
-            raise ValueError(
-                "MPICH's mpirun, and any over several hosts, needs mpi4py (pip install 'syncbn[mpi]'), or MASTER_ADDR and MASTER_PORT"
-            ) from None
-        return "127.0.0.1", _port_of_job()
-    if MPI.COMM_WORLD.Get_size() != here.world_size:
-        raise ValueError(
-            f"mpirun has started {here.world_size} ranks, but mpi4py ({MPI.Get_library_version().split(',')[0].split(chr(10))[0]})"
-            f" sees {MPI.COMM_WORLD.Get_size()}: it was built for another MPI"
-        )
-    message = bytearray(256)
-    if here.rank == 0:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            text = f"{socket.gethostname() if here.local_world_size < here.world_size else '127.0.0.1'} {s.getsockname()[1]}"
-        message[: len(text)] = text.encode()
-    MPI.COMM_WORLD.Bcast(message)
-    host, port = message.rstrip(b"\0").decode().split()
-    return host, int(port)
-
-
-def _port_of_job() -> int:
-    """A port from 20000 to 29999 that all processes of a job compute alike."""
-    job = "".join(os.environ.get(name, "") for name in _JOB_IDS)
-    return 20000 + zlib.crc32(job.encode()) % 10000
-
-
-def _first_host(nodes: str) -> str:
-    """gpu[03-07,12],cpu1 -> gpu03"""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    assert match, nodes
-    return "".join(part or "" for part in match.groups())
-
-
-def _tasks_per_node(counts: str) -> list[int]:
-    """4(x2),3 -> [4, 4, 3]; a plain number is the count on every node that matters, this one."""
+def tasks_per_node(name: str, counts: str) -> list[int]:
+    """4(x2),3 -> [4, 4, 3]"""
     tasks = []
     for part in counts.split(","):
         count, _, times = part.rstrip(")").partition("(x")
+        if not (count.isdecimal() and (times or "1").isdecimal()):
+            raise ValueError(f"environment variable {name} is {counts!r}: it must be a list of counts such as 4(x2),3")
         tasks += [int(count)] * int(times or 1)
     return tasks
+
+
+# ---- Further variables, and the tables of all --------------------------------------------------------------------------------
+
+MEETING = {
+    "MASTER_ADDR": "the host of rank 0, where the ranks meet; found from srun's variables or over MPI if not set",
+    "MASTER_PORT": "a free port there",
+    "TORCHELASTIC_RESTART_COUNT": "how often torchrun has restarted the ranks",
+    "GROUP_WORLD_SIZE": "torchrun's number of hosts",
+    "SLURM_NODEID": "the host's number in the list of tasks per node",
+    "SLURM_STEP_NODELIST": "srun's hosts, of which the first is rank 0's",
+    "SLURM_GPUS_PER_TASK": "whether each task has GPUs of its own",
+    "SLURM_TRES_PER_TASK": "the same, as newer versions of SLURM write it",
+    **dict.fromkeys(JOB_IDS, "identifies the job, to choose a port"),
+    "OMP_NUM_THREADS": "whether `python -m syncbn.check` reports that each rank uses all cores",
+}
+BUILD = {
+    "SYNCBN_BUILD_CPU": "0: leave the CPU kernels out; 1: fail if they cannot be built; not set: build them if there is a C++ compiler",
+    "SYNCBN_BUILD_CUDA": "the same for the CUDA kernels and nvcc",
+    "TORCH_CUDA_ARCH_LIST": 'the GPUs to compile for, such as "8.0;9.0+PTX"; if not set, all from 7.5 on that nvcc supports',
+    "CXX": "the C++ compiler",
+    "NVCC": "the CUDA compiler",
+    "MAX_JOBS": "how many compilers run at once; one per core if not set",
+}
+TESTS = {
+    "SYNCBN_TEST_TIMEOUT": "seconds after which a rank that waits for another one fails; 60 if not set",
+    "SYNCBN_TEST_BACKEND": "torch.distributed's backend; gloo if not set",
+    "SYNCBN_TEST_DEVICE": "the device of tensors that a test does not place itself, such as cuda",
+    "SYNCBN_TEST_JOB": "marks the processes of a job that a test has started; set by the tests",
+    "SYNCBN_FUZZ": "seconds of random layers; 9 if not set",
+}
+
+
+def get(name: str) -> str | None:
+    """A variable of MEETING; None if it is not set."""
+    assert name in MEETING, name
+    return os.environ.get(name) or None
+
+
+def export(values: Mapping[str, object]) -> None:
+    """Sets variables for other programs that read them."""
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def markdown() -> str:
+    """The tables of docs/environment.md: python -c 'from syncbn import environment; print(environment.markdown())'"""
+    own = [(v.name, v.allowed, v.default or "not set", v.meaning) for v in VARIABLES]
+    launchers = [(STARTED_BY.get(row.name, row.name), *(" or ".join(names) for names in row.columns)) for row in LAUNCHERS]
+    return "\n".join(
+        [
+            *_table("## Read when syncbn is imported", ("variable", "allowed", "default", "meaning"), own),
+            *_table("## A process's place", ("started by", "rank", "world size", "local rank", "ranks on its host"), launchers),
+            *_table("## Where the ranks meet", ("variable", "meaning"), MEETING.items()),
+            *_table("## Read when syncbn is built", ("variable", "meaning"), BUILD.items()),
+            *_table("## Read by the tests", ("variable", "meaning"), TESTS.items()),
+        ]
+    )
+
+
+def _table(title: str, head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    lines = [head, ("---",) * len(head), *rows]
+    return [title, "", *("| " + " | ".join(cells) + " |" for cells in lines), ""]

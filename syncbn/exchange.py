@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import time
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -16,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from . import agreement
+from . import agreement, environment
 from .comm import LOCAL, Communicator
 
 
@@ -75,7 +74,7 @@ class Exchange(NamedTuple):
         """
         if self.comm is LOCAL or torch.compiler.is_compiling():
             return self.comm.all_reduce_(tensor)
-        mode = agreement.mode()
+        mode = environment.settings.check
         try:
             self._agree(tensor, kind, mode)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
@@ -122,7 +121,7 @@ def _now(tensor: Tensor) -> float:
 
 
 def _debugs() -> bool:
-    return os.environ.get("SYNCBN_DEBUG") == "1"
+    return environment.settings.debug
 
 
 @functools.cache

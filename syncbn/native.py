@@ -1,19 +1,20 @@
 """Finds the compiled libraries beside this file and loads them, or says why not; then the reference runs on that device.
 
-Environment: SYNCBN_NATIVE=0 turns both off; SYNCBN_CPU_ISA=avx512|avx2|baseline is the widest instruction set that the CPU kernels use.
+SYNCBN_NATIVE=0 turns both off; SYNCBN_CPU_ISA is the widest instruction set that the CPU kernels use.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from . import environment
 
 FOLDER = Path(__file__).parent
 MINIMUM_TORCH = (2, 11)
@@ -61,7 +62,7 @@ def _load(device: str, why_not) -> Library:
 
 
 def _turned_off() -> bool:
-    return os.environ.get("SYNCBN_NATIVE") == "0"
+    return not environment.settings.native
 
 
 def _why_not_cpu(path: Path) -> str:
@@ -145,7 +146,7 @@ def _gpu_capabilities() -> tuple[int, ...]:
 
 
 def _cpu_isa(path: Path) -> str:
-    at_most = os.environ.get("SYNCBN_CPU_ISA", "")
+    at_most = environment.settings.cpu_isa
     name = cpu_isa(path, at_most)
     if name is None:
         raise ValueError(f"SYNCBN_CPU_ISA must be avx512, avx2 or baseline, got {at_most!r}")

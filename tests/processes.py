@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +20,13 @@ MARK = "SYNCBN_TEST_JOB"
 def torchrun(ranks: int = 2) -> list[str]:
     """What starts a script in as many ranks. Standalone, for jobs run side by side, and torch 2.11 would let all meet at one port."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """The variables that torchrun would set for two ranks of this host."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 @contextmanager

@@ -1,16 +1,20 @@
-"""What each launcher leaves in the environment, and the process group made of it."""
+"""The environment variables that are read: their values, a process's place among the others, and the documented tables."""
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from processes import run, torchrun
 
 import syncbn
 from syncbn import environment
 from syncbn.environment import Place, place
+
+ROOT = Path(__file__).parent.parent
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -32,148 +36,119 @@ SRUN = {
 }
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
 
+PLACES = {
+    "single process": ({}, Place()),
+    "torchrun": (TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
+    "Open MPI": (OPEN_MPI, Place("Open MPI", 5, 8, 1, 4)),
+    "MPICH": (MPICH, Place("MPICH", 5, 8, 1, 4)),
+    "srun": (SRUN, Place("srun", 5, 8, 1, 4)),
+    "srun, unequal nodes": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, Place("srun", 5, 8, 1, 3)),
+    "torchrun started by srun on each node": (SRUN | TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
+    "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Place("srun", 5, 8, 1, 4)),
+    "srun --mpi=pmix": (SRUN | {"PMIX_RANK": "5"}, Place("srun", 5, 8, 1, 4)),
+    "a batch script before srun": (BATCH_SCRIPT, Place()),
+    "PyTorchJob": ({"RANK": "1", "WORLD_SIZE": "2"}, Place("torchrun", 1, 2, None, None)),
+    "DeepSpeed": ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Place("torchrun", 1, 2, 1, None)),
+    "mp.spawn in a task of srun": (SRUN | {"RANK": "3", "WORLD_SIZE": "4"}, Place("torchrun", 3, 4, None, None)),
+    "MVAPICH2": (
+        {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "4"},
+        Place("MVAPICH2", 5, 8, 1, 4),
+    ),
+    "jsrun": (
+        {"JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_LOCAL_SIZE": "4"},
+        Place("jsrun", 5, 8, 1, 4),
+    ),
+    "PALS": (
+        {"PALS_RANKID": "5", "PMI_RANK": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"},
+        Place("PALS", 5, 8, 1, 4),
+    ),
+    "PMI of a Cray": ({"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}, Place("MPICH", 5, 8, 1, 4)),
+    "Flux": ({"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1"}, Place("Flux", 5, 8, 1, None)),
+    "PMIx with a world size": ({"PMIX_RANK": "5", "WORLD_SIZE": "8"}, Place("PMIx", 5, 8, None, None)),
+    "a world size that the user has exported": (OPEN_MPI | {"WORLD_SIZE": "8"}, Place("Open MPI", 5, 8, 1, 4)),
+    "an empty text is not set": (OPEN_MPI | {"RANK": "", "WORLD_SIZE": ""}, Place("Open MPI", 5, 8, 1, 4)),
+}
 
-@pytest.mark.parametrize(
-    ("env", "want"),
-    [
-        ({}, Place()),
-        (TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
-        (OPEN_MPI, Place("Open MPI", 5, 8, 1, 4)),
-        (MPICH, Place("MPICH", 5, 8, 1, 4)),
-        (SRUN, Place("srun", 5, 8, 1, 4)),
-        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, Place("srun", 5, 8, 1, 3)),
-        (SRUN | TORCHRUN, Place("torchrun", 5, 8, 1, 4)),  # torchrun started by srun on each node
-        (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Place("srun", 5, 8, 1, 4)),  # srun --mpi=pmi2
-        (BATCH_SCRIPT, Place()),  # the script itself, before any srun
-    ],
-)
-def test_place(env, want):
+
+@pytest.mark.parametrize("launcher", PLACES)
+def test_the_place_is_found_under_every_launcher(launcher):
+    env, want = PLACES[launcher]
     assert place(env) == want
 
 
-@pytest.mark.parametrize("env", [TORCHRUN, OPEN_MPI, MPICH, SRUN], ids=["torchrun", "Open MPI", "MPICH", "srun"])
-def test_an_incomplete_environment_is_named(env):
-    name = list(env)[2]
-    with pytest.raises(ValueError, match=name):
-        place({key: value for key, value in env.items() if key != name})
+WRONG_PLACES = {
+    "WORLD_SIZE is set, but RANK is not": {"WORLD_SIZE": "2"},
+    "RANK is set, but WORLD_SIZE is not": {"RANK": "0"},
+    "PMI_RANK is set, but PMI_SIZE is not": {"PMI_RANK": "0"},
+    "PMIX_RANK is set, but WORLD_SIZE is not": {"PMIX_RANK": "0"},
+    "WORLD_SIZE is 'two': it must be a whole number": {"RANK": "0", "WORLD_SIZE": "two"},
+    "RANK is '-1': it must be a whole number": {"RANK": "-1", "WORLD_SIZE": "2"},
+    "RANK is 2: it must be less than WORLD_SIZE, which is 2": {"RANK": "2", "WORLD_SIZE": "2"},
+    "LOCAL_RANK is 'a'": TORCHRUN | {"LOCAL_RANK": "a"},
+    "SLURM_STEP_TASKS_PER_NODE is '4(y2)': it must be a list": SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(y2)"},
+    "SLURM_NODEID is 7": SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4,4", "SLURM_NODEID": "7"},
+}
 
 
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[03-07,12],cpu1", "gpu03"), ("a1,b2", "a1"), ("n[1,5]-ib", "n1-ib"), ("rack-2-node[10-11]", "rack-2-node10")],
-)
-def test_first_host_of_a_slurm_list(nodes, first):
-    assert environment._first_host(nodes) == first
+@pytest.mark.parametrize("words", WRONG_PLACES)
+def test_a_missing_or_wrong_place_is_an_error_that_names_the_variable(words):
+    with pytest.raises(ValueError, match=f"environment variable {re.escape(words)}"):
+        place(WRONG_PLACES[words])
 
 
-def test_export_gives_srun_tasks_one_meeting_point(monkeypatch):
-    for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", *OPEN_MPI, *MPICH):
-        monkeypatch.delenv(name, raising=False)
-    seen = set()
-    for rank in ("0", "5"):
-        with monkeypatch.context() as m:
-            for name, value in (SRUN | {"SLURM_PROCID": rank}).items():
-                m.setenv(name, value)
-            for name in (*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"):
-                m.setenv(name, "restored afterwards")
-                m.delenv(name)
-            environment.export()
-            assert environment.os.environ["RANK"] == rank and environment.os.environ["LOCAL_WORLD_SIZE"] == "4"
-            seen.add((environment.os.environ["MASTER_ADDR"], environment.os.environ["MASTER_PORT"]))
-    assert len(seen) == 1 and seen.pop()[0] == "gpu03"
+WRONG_SETTINGS = {
+    "SYNCBN_NATIVE": ("off", "0 or 1"),
+    "SYNCBN_CPU_ISA": ("sse", "avx512, avx2 or baseline"),
+    "SYNCBN_CHECK": ("sometimes", "first, always or off"),
+    "SYNCBN_DEBUG": ("yes", "0 or 1"),
+    "SYNCBN_MPI_TIMEOUT": ("nan", "a positive number of seconds"),
+    "SYNCBN_MPI_CUDA_AWARE": ("true", "0 or 1"),
+}
 
 
-JOB = """
-import os, sys, torch, torch.distributed as dist, syncbn
-device = syncbn.init_process_group(timeout=30)
-x = torch.ones(1, device=device)
-dist.all_reduce(x)
-open(f"{sys.argv[1]}/{dist.get_rank()}", "w").write(f"sum {int(x)} of {dist.get_world_size()} on {device}, {os.environ.get('LOCAL_RANK')}")
+def test_every_setting_is_in_the_table_of_wrong_ones():
+    assert set(WRONG_SETTINGS) == {variable.name for variable in environment.VARIABLES}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, row[0]) for name, row in WRONG_SETTINGS.items()] + [("SYNCBN_MPI_TIMEOUT", "abc")])
+def test_a_wrong_setting_is_an_error_that_names_it_its_value_and_what_is_allowed(name, value):
+    before = environment.settings
+    with pytest.raises(ValueError, match=rf"environment variable {name} is '{value}': it must be {WRONG_SETTINGS[name][1]}$"):
+        environment.reload({name: value})
+    assert environment.settings is before
+
+
+@pytest.mark.world_size(1)
+def test_a_wrong_setting_fails_at_import_and_again_until_it_is_right(subprocess_env):
+    code = """
+import os
+for value in ("sometimes", "sometimes", "always"):
+    os.environ["SYNCBN_CHECK"] = value
+    try:
+        import syncbn
+        print(syncbn.environment.settings.check)
+    except ValueError as error:
+        print(error)
 """
+    done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True, timeout=100, check=True)
+    wrong = "environment variable SYNCBN_CHECK is 'sometimes': it must be first, always or off"
+    assert done.stdout.splitlines() == [wrong, wrong, "always"]
 
 
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize("launcher", ["none", "torchrun", "mpirun"])
-def test_init_process_group_under(launcher, tmp_path, subprocess_env):
-    (tmp_path / "job.py").write_text(JOB)
-    command = {
-        "none": [sys.executable],
-        "torchrun": torchrun(),
-        "mpirun": ["mpirun", "-n", "2", sys.executable],
-    }[launcher]
-    done = run([*command, str(tmp_path / "job.py"), str(tmp_path)], env=subprocess_env, timeout=100)
-    assert done.returncode == 0, done.stderr
-    size = 1 if launcher == "none" else 2
-    for rank in range(size):
-        said = (tmp_path / str(rank)).read_text()
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        assert said.startswith(f"sum {size} of {size} on {device}")
-        assert said.endswith(f", {None if launcher == 'none' else rank}")
-
-
-AGAIN = """
-import gc, sys, torch, torch.distributed as dist, syncbn
-from torch import nn
-model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"a": nn.BatchNorm1d(3), "b": nn.BatchNorm1d(3)}))
-a, b = model["a"], model["b"]
-whole = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
-for time in range(3):
-    syncbn.init_process_group("gloo", timeout=20)
-    rank = dist.get_rank()
-    x = whole.split([5, 2])[rank]
-    for group in (None, dist.new_group(), syncbn.new_group("node")):
-        a.process_group = b.process_group = group
-        try:
-            (a if rank == 0 else b)(x)  # both have agreed in the groups before
-            sys.exit("no mismatch: what the groups before have agreed on is taken for this one's")
-        except syncbn.RankMismatchError:
-            pass
-        for layer in (a, b):
-            want = nn.BatchNorm1d(3)(whole).split([5, 2])[rank]
-            torch.testing.assert_close(layer(x), want)
-    a.process_group = b.process_group = group = None
-    with syncbn.join(a):
-        for _ in range(rank + 1):
-            a(x).sum().backward()
-    dist.destroy_process_group()
-    gc.collect()
-    torch.testing.assert_close(a(x), nn.BatchNorm1d(3)(x))  # alone
-open(f"{sys.argv[1]}/{rank}", "w").close()
-"""
+def test_init_process_group_reads_the_settings_again(monkeypatch):
+    monkeypatch.setattr(environment, "settings", environment.settings)  # restored afterwards
+    monkeypatch.setenv("SYNCBN_MPI_TIMEOUT", "abc")
+    with pytest.raises(ValueError, match="SYNCBN_MPI_TIMEOUT is 'abc'"):
+        syncbn.init_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 @pytest.mark.world_size(1)
-def test_a_default_group_made_anew_starts_from_nothing(tmp_path, subprocess_env):
-    """Its subgroups and those of join, too."""
-    (tmp_path / "job.py").write_text(AGAIN)
-    command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]
-    done = run(command, env=subprocess_env, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
-
-
-@pytest.mark.process_group
-@pytest.mark.world_size(2, 3, 4)
-def test_new_group_is_this_ranks_part(world):
-    import torch.distributed as dist
-
-    node = syncbn.new_group("node")
-    assert node.size() == world.size  # the test's ranks share a host
-    alone = syncbn.new_group(1)
-    assert alone.size() == 1
-    if world.size == 4:
-        pair = syncbn.new_group(2)
-        t = torch.tensor([float(world.rank)])
-        dist.all_reduce(t, group=pair)
-        assert t.item() == (1 if world.rank < 2 else 5)
-    for bad in ("rack", 0, -1, world.size + 1, 1.5):
-        with pytest.raises(ValueError, match="ranks_per_group"):
-            syncbn.new_group(bad)
-
-
-@pytest.mark.world_size(1)
-def test_new_group_without_torch_distributed_says_what_to_call():
-    if torch.distributed.is_initialized():
-        pytest.skip("this run has a process group")
-    with pytest.raises(ValueError, match="init_process_group"):
-        syncbn.new_group(1)
+def test_the_documented_variables_are_those_that_are_read():
+    assert environment.markdown() in (ROOT / "docs/environment.md").read_text(), "see environment.markdown for how to write the tables"
+    build = set(re.findall(r'"([A-Z_]*[A-Z])"', (ROOT / "setup.py").read_text()))
+    assert set(environment.BUILD) <= build
+    assert {name for name in build if name.startswith("SYNCBN_")} <= set(environment.BUILD)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert set(re.findall(r"SYNCBN_(?:TEST_[A-Z]+|FUZZ)\b", tests)) == set(environment.TESTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from processes import job, left_behind, torchrun
+from processes import job, left_behind, torchrun, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 TIMEOUT = 6  # seconds, of the group
@@ -125,13 +124,6 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: 
         started = [subprocess.Popen(command, env=env | variables, stdout=null, stderr=null) for command, variables in commands]
         statuses = [process.wait(deadline - time.monotonic()) for process in started]
         return statuses[0], left_behind(env)
-
-
-def two_ranks() -> list[dict[str, str]]:
-    """The variables that torchrun would set."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
 
 
 def assert_says(error: Path, words: tuple[str, ...], at_once: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncbn import native
+from syncbn import environment, native
 
 CPU = native.load()[0]
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
@@ -33,7 +33,7 @@ def test_a_library_that_cannot_be_loaded_is_refused(monkeypatch, tmp_path):
 
 
 def test_the_environment_turns_the_libraries_off_without_a_warning(monkeypatch, recwarn):
-    monkeypatch.setenv("SYNCBN_NATIVE", "0")
+    monkeypatch.setattr(environment, "settings", environment.settings._replace(native=False))
     assert [library.loaded for library in native.load.__wrapped__()] == [False, False] and not recwarn.list
 
 

@@ -16,13 +16,14 @@ import syncbn
 pytestmark = pytest.mark.world_size(1)
 PACKAGE = Path(syncbn.__file__).parent
 ORDER = [
+    "environment",
     "layout",
     "native",
     "comm.process_group",
     "comm.mpi",
     "comm.recorded",
     "comm",
-    "environment",
+    "comm.rendezvous",
     "reference",
     "groups",
     "agreement",
@@ -70,6 +71,11 @@ def test_imports_go_one_way(path):
     assert name in ORDER, f"{name} has no place in the order of modules"
     for imported in imports_of(path):
         assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_only_one_module_reads_the_environment():
+    pattern = re.compile(r"\b(environ|getenv|putenv)\b")
+    assert [module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if pattern.search(path.read_text())] == ["environment"]
 
 
 def test_importing_the_package_imports_no_optional_dependency():

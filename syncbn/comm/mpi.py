@@ -5,7 +5,6 @@ CUDA tensors go through pinned host memory, or straight to MPI with SYNCBN_MPI_C
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from mpi4py import MPI
 from torch import Tensor
+
+from .. import environment
 
 
 class Clone:
@@ -63,7 +64,7 @@ class MPICommunicator:
         clone = self.group.comm
         if tensor.device.type == "cpu":
             _all_reduce(clone, tensor.numpy())
-        elif os.environ.get("SYNCBN_MPI_CUDA_AWARE") == "1":
+        elif environment.settings.mpi_cuda_aware:
             torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows no stream: the buffer must be written by now
             _all_reduce(clone, tensor)
         else:
@@ -81,7 +82,7 @@ def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
 
 def _wait(request: MPI.Request, buffer: Any = None) -> None:
     """Raises TimeoutError after SYNCBN_MPI_TIMEOUT seconds (default 1800); MPI itself never does."""
-    timeout = float(os.environ.get("SYNCBN_MPI_TIMEOUT", "1800"))
+    timeout = environment.settings.mpi_timeout
     deadline = time.monotonic() + timeout
     while not request.Test():
         if time.monotonic() > deadline:

@@ -1,0 +1,246 @@
+"""Starts torch.distributed from what the launcher has set: where the ranks meet, and which GPU belongs to this rank."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import functools
+import re
+import socket
+import time
+import warnings
+import zlib
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from .. import environment
+from ..environment import Place, place
+
+
+def init_process_group(backend: str | None = None, timeout: datetime.timedelta | float | None = None) -> torch.device:
+    """Starts torch.distributed from the launcher's variables, or for a single process, and returns this rank's device.
+
+    Under torchrun, mpirun (Open MPI, MPICH, Intel MPI, MVAPICH2), srun, jsrun, PALS, Flux, and wherever torch's own init finds RANK,
+    WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Args:
+        backend: "nccl", "gloo" or another of torch's. None takes NCCL where each rank of the host has a GPU of its own, else gloo.
+        timeout: after which a collective that some rank does not join fails; seconds or a timedelta. None is torch's default.
+
+    Returns:
+        cuda:<local rank>, set as the current device, where there are GPUs; else cpu.
+
+    Raises:
+        ValueError: an environment variable is missing or has a value that is not allowed, mpi4py belongs to another MPI than mpirun,
+            or torch.distributed has been initialized with another backend.
+        RuntimeError: the ranks did not meet within the timeout.
+
+    If torch.distributed is initialized already, this only returns the device. Under a launcher that does not set them itself, RANK,
+    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set for other tools.
+
+    >>> device = init_process_group()
+    >>> torch.distributed.get_world_size()
+    1
+    >>> torch.distributed.destroy_process_group()
+    """
+    environment.reload()
+    if isinstance(timeout, (int, float)):
+        timeout = datetime.timedelta(seconds=timeout)
+    if dist.is_initialized():
+        _check_backend(backend)
+        return torch.device("cuda", torch.cuda.current_device()) if _gpus() else torch.device("cpu")
+    here = export()
+    if here.world_size == 1 and environment.get("MASTER_ADDR") is None:  # no address and no port that could be taken
+        store: dist.Store = dist.HashStore()
+    else:
+        store = _store_of_this_group(here, timeout or dist.default_pg_timeout)
+        here = _with_local_rank(here, store)
+    device = _device(here)
+    backend = backend or _default_backend(here)
+    dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
+    if "gloo" in backend:
+        _pause_at_exit()
+    return device
+
+
+def export() -> Place:
+    """Sets the variables that torchrun would have set, as far as the launcher names them, and returns this process's place."""
+    here = place()
+    if here.launcher in (None, "torchrun"):
+        return here
+    if environment.get("MASTER_ADDR") is None or environment.get("MASTER_PORT") is None:
+        host, port = _meeting_point(here)
+        environment.export({"MASTER_ADDR": environment.get("MASTER_ADDR") or host, "MASTER_PORT": environment.get("MASTER_PORT") or port})
+    _export_place(here)
+    return here
+
+
+def _export_place(here: Place) -> None:
+    values = {"RANK": here.rank, "WORLD_SIZE": here.world_size, "LOCAL_RANK": here.local_rank, "LOCAL_WORLD_SIZE": here.local_world_size}
+    environment.export({name: value for name, value in values.items() if value is not None})
+
+
+# ---- The device and the backend ----------------------------------------------------------------------------------------------
+
+
+def _check_backend(backend: str | None) -> None:
+    """Raises ValueError if torch.distributed has been initialized with another backend."""
+    running = dist.get_backend_config()
+    if backend is not None and str(dist.BackendConfig(dist.Backend(backend))) != running:
+        raise ValueError(f"torch.distributed has been initialized with {running}: destroy that process group first, to use {backend!r}")
+
+
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _device(here: Place) -> torch.device:
+    """This rank's device, which becomes the current one."""
+    gpus = _gpus()
+    if not gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", (here.local_rank or 0) % gpus)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _default_backend(here: Place) -> str:
+    """NCCL if each rank of this host has a GPU of its own."""
+    gpus, ranks = _gpus(), here.local_world_size or 1
+    # A single visible GPU may be private to this rank or shared; fewer GPUs than ranks are always shared.
+    private = gpus >= ranks or (gpus == 1 and _sees_a_gpu_of_its_own())
+    if gpus and not private:
+        warnings.warn(
+            f"{ranks} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow."
+            " If each has a GPU of its own, pass backend='nccl'",
+            stacklevel=3,
+        )
+    return "nccl" if private else "gloo"
+
+
+def _sees_a_gpu_of_its_own() -> bool:
+    """Whether srun was told to give each task its GPUs."""
+    # SLURM_TRES_PER_TASK is also set for CPU requests: "cpu=8,gres/gpu=1".
+    return environment.get("SLURM_GPUS_PER_TASK") is not None or "gres/gpu" in (environment.get("SLURM_TRES_PER_TASK") or "")
+
+
+# ---- The store through which the ranks find each other -----------------------------------------------------------------------
+
+
+def _store_of_this_group(here: Place, timeout: datetime.timedelta) -> dist.Store:
+    """A store in which no earlier process group has left its addresses.
+
+    A store outlives its process group, and torchrun's store outlives restarted ranks: ranks would read the addresses of their
+    predecessors (pytorch issue 135712). Rank 0 opens a generation; another rank takes part in the first one in which no process
+    has its rank yet. So a process that replaces a dead one meets the survivors, in whatever generation they are.
+    """
+    _check_address()
+    try:
+        store, rank, _ = next(dist.rendezvous("env://", rank=here.rank, world_size=here.world_size, timeout=timeout))
+        store = dist.PrefixStore(f"restart {_restarts()}", store)
+        generation = store.add("generations", 1 if rank == 0 else 0)
+        while generation == 0 or store.add(f"generation {generation}, rank {rank}", 1) > 1:
+            generation += 1
+            store.wait([f"generation {generation}"], timeout)
+        if rank == 0:
+            store.set(f"generation {generation}", "open")
+    except dist.DistError as error:
+        address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+        raise RuntimeError(
+            f"{error}\nrank {here.rank} of {here.world_size} could not meet the others at {address} within {timeout.total_seconds():g} s:"
+            " rank 0 has not started or has failed, or the address cannot be reached"
+        ) from error
+    return dist.PrefixStore(f"generation {generation}", store)
+
+
+def _check_address() -> None:
+    """MASTER_ADDR and MASTER_PORT, or ValueError."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if environment.get(name) is None:
+            raise ValueError(f"environment variable {name} is not set, but RANK and WORLD_SIZE are: set it to where rank 0 listens")
+    port = environment.get("MASTER_PORT") or ""
+    if not (port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"environment variable MASTER_PORT is {port!r}: it must be a port, 0 to 65535")
+
+
+def _with_local_rank(here: Place, store: dist.Store) -> Place:
+    """`here` with its local values, by the names of the ranks' hosts if some launcher has not set them.
+
+    Every rank calls it: whether another rank knows its local values, this one cannot tell.
+    """
+    store.set(f"host of rank {here.rank}", socket.gethostname())
+    if here.local_rank is not None and here.local_world_size is not None:
+        return here
+    hosts = [bytes(host) for host in store.multi_get([f"host of rank {rank}" for rank in range(here.world_size)])]
+    earlier, host = hosts[: here.rank], hosts[here.rank]
+    local_rank = earlier.count(host) if here.local_rank is None else here.local_rank
+    here = replace(here, local_rank=local_rank, local_world_size=here.local_world_size or hosts.count(host))
+    _export_place(here)
+    return here
+
+
+def _restarts() -> str:
+    """The job's restart count; 0 on several hosts, whose agents count independently: see launch/torchrun.sh."""
+    counts = environment.get("TORCHELASTIC_RESTART_COUNT") if environment.get("GROUP_WORLD_SIZE") == "1" else None
+    return counts or "0"
+
+
+@functools.cache  # once a process
+def _pause_at_exit() -> None:
+    # A thread of gloo may still hold the last collective's tensor. If it releases the tensor during interpreter shutdown, torch aborts
+    # the process ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.
+    atexit.register(time.sleep, 0.05)
+
+
+# ---- Where the ranks meet ----------------------------------------------------------------------------------------------------
+
+
+def _meeting_point(here: Place) -> tuple[str, int]:
+    """The host of rank 0 and a free port there."""
+    hosts = environment.get("SLURM_STEP_NODELIST")
+    if here.launcher == "srun" and hosts:
+        return _first_host(hosts), _port_of_job()
+    try:
+        from mpi4py import MPI
+    except ImportError:
+        # MPICH does not name its jobs: two of them on a host would take one port.
+        if here.local_world_size != here.world_size or not _job():
+            raise ValueError(
+                f"{here.launcher} does not say where the ranks meet: install mpi4py (pip install 'syncbn[mpi]'),"
+                " or set MASTER_ADDR and MASTER_PORT"
+            ) from None
+        return "127.0.0.1", _port_of_job()
+    if MPI.COMM_WORLD.Get_size() != here.world_size:
+        library = MPI.Get_library_version().splitlines()[0].split(",")[0]
+        raise ValueError(
+            f"{here.launcher} has started {here.world_size} ranks, but mpi4py ({library}) sees {MPI.COMM_WORLD.Get_size()}:"
+            " it was built for another MPI"
+        )
+    message = bytearray(256)
+    if here.rank == 0:
+        with socket.socket() as s:
+            s.bind(("", 0))
+            host = "127.0.0.1" if here.local_world_size == here.world_size else socket.gethostname()
+            text = f"{host} {s.getsockname()[1]}"
+        message[: len(text)] = text.encode()
+    MPI.COMM_WORLD.Bcast(message)
+    host, port = message.rstrip(b"\0").decode().split()
+    return host, int(port)
+
+
+def _job() -> str:
+    return "".join(environment.get(name) or "" for name in environment.JOB_IDS)
+
+
+def _port_of_job() -> int:
+    """A port from 20000 to 29999 that all processes of a job compute alike."""
+    return 20000 + zlib.crc32(_job().encode()) % 10000
+
+
+def _first_host(nodes: str) -> str:
+    """gpu[03-07,12],cpu1 -> gpu03"""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    assert match, nodes
+    return "".join(part or "" for part in match.groups())
