@@ -1,5 +1,6 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
+from . import lightning as lightning
 from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
 from .comm.rendezvous import init_process_group
@@ -30,3 +31,8 @@ __all__ = [
     "update_bn_stats",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """The public names; submodules can be imported all the same."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

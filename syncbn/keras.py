@@ -37,6 +37,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             (shape, dtype=...) -> values, such as `torch.rand`.
         fused: accepted as False only, as in Horovod.
         name: of the layer, for messages.
+        trainable: False freezes the layer, as in Keras, and may be set later: it runs in inference mode whatever `training` says, without
+            an exchange, and beta and gamma require no gradient. Set it on every rank.
         num_features: builds the layer at once; else its first call does.
         process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
             DeviceMesh, or an mpi4py communicator.
@@ -44,7 +46,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
 
     Shape:
-        inputs, outputs: 2 or more dimensions, the features on `axis`. `training` in a call overrides `train()` and `eval()`.
+        inputs, outputs: 2 or more dimensions, the features on `axis`. `training` in a call overrides `train()` and `eval()`, unless the
+        layer is frozen.
 
     Raises:
         ValueError: `fused` is not False, an initializer is unknown, `axis` is no dimension of the input, and as `SyncBatchNorm`.
@@ -64,6 +67,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     moving_mean: Tensor
     moving_variance: Tensor
     cls_to_become = None  # built, it is the same class
+    _trainable = True
 
     def __init__(
         self,
@@ -79,6 +83,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         fused: bool | None = False,
         name: str | None = None,
         *,
+        trainable: bool = True,
         num_features: int | None = None,
         process_group: Any = None,
         weighting: str = "ranks",
@@ -114,6 +119,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             self.register_parameter(parameter, UninitializedParameter(**factory) if wanted else None)  # type: ignore[arg-type]
         for buffer in ("moving_mean", "moving_variance"):
             self.register_buffer(buffer, UninitializedBuffer(**factory))
+        self.trainable = trainable
         if num_features is not None:
             self._build(num_features)
 
@@ -124,13 +130,24 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     running_var = property(lambda self: self.moving_variance)  # type: ignore[assignment]
     epsilon = property(lambda self: self.eps)
 
+    @property
+    def trainable(self) -> bool:
+        return self._trainable
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._trainable = bool(value)
+        for parameter in self.parameters(recurse=False):
+            if not is_lazy(parameter):  # else when it is built
+                parameter.requires_grad_(self._trainable)
+
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
         if isinstance(inputs, torch.fx.Proxy):
             return call_of(self, inputs, training)
         x = self.channels_second(inputs)
         if x.shape[1] != self.num_features:
             raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")
-        y = self._batch_norm(x, None, self.training if training is None else bool(training))
+        y = self._batch_norm(x, None, self.trainable and (self.training if training is None else bool(training)))
         return y.movedim(1, self.axis)
 
     def channels_second(self, inputs: Tensor) -> Tensor:
@@ -158,6 +175,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             if is_lazy(tensor):  # not loaded from a state dict
                 tensor.materialize((num_features,))
                 self._reset(name)
+        if not self.trainable:
+            self.trainable = False
         for hook in ("_load_hook", "_initialize_hook"):
             if hook in vars(self):
                 getattr(self, hook).remove()
@@ -184,6 +203,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     def extra_repr(self) -> str:
         names = ["axis", "momentum", "epsilon", "center", "scale", "weighting", "num_features"]
         names += [name for name in ("name", "activation", "negative_slope") if getattr(self, name) != getattr(SyncBatchNorm, name, None)]
+        names += [] if self.trainable else ["trainable"]
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @classmethod

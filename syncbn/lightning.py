@@ -14,27 +14,31 @@ from torch import nn
 
 from .convert import convert_sync_batchnorm, revert_sync_batchnorm
 
-# One project under two names, whose classes are not each other's: the one that the program has imported, if any.
-if "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules:
-    try:
-        from lightning.pytorch.plugins import LayerSync as _LayerSync
-    except ImportError:
-        from pytorch_lightning.plugins import LayerSync as _LayerSync
-else:
-    from pytorch_lightning.plugins import LayerSync as _LayerSync
+# One project under two names, each with classes of its own. Importing them here would take seconds, and only one is used.
+PACKAGES = ("lightning.pytorch.plugins", "pytorch_lightning.plugins")
 
 
-class LayerSync(_LayerSync):
+class LayerSync:
     """Trainer's conversion to synchronized batch normalization.
 
     Args:
-        process_group: of the layers, as in `SyncBatchNorm`; a function that makes it, where torch.distributed does not run yet.
+        process_group: of the layers, as in `SyncBatchNorm`; or a function that makes it, if torch.distributed does not run yet.
         fuse_activation: as in `convert_sync_batchnorm`.
     """
 
     def __init__(self, process_group: Any = None, *, fuse_activation: bool = False) -> None:
         self.process_group = process_group
         self.fuse_activation = fuse_activation
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """`isinstance(plugin, lightning.pytorch.plugins.LayerSync)` asks for this first: by then the package that asks has been imported,
+        and the plugin can become one of its own, whichever of the two it is and whenever it was imported."""
+        for package in PACKAGES:
+            abstract = getattr(sys.modules.get(package), "LayerSync", None)
+            if abstract is not None:
+                abstract.register(type(self))
+        return type(self)
 
     def apply(self, model: nn.Module) -> nn.Module:
         group = self.process_group() if callable(self.process_group) else self.process_group

@@ -101,6 +101,20 @@ class SyncBatchNorm(_BatchNorm):
         resolve(process_group)  # an unknown type is an error here, not at the first step
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalizes by the batch of all ranks while training, by the running statistics in eval mode.
+
+        Args:
+            input: [N, C] or [N, C, *]. N may differ by rank and be 0.
+            residual: a tensor of the input's shape, dtype and device, which is added before the activation; None adds nothing.
+
+        Returns:
+            a tensor of the input's shape, dtype and memory format.
+
+        Raises:
+            ValueError: a tensor does not fit; while training, a single value per channel over all ranks (on every rank).
+            RankMismatchError: the other ranks are about to exchange something else; on every rank.
+            RuntimeError: another rank has not come within the group's timeout.
+        """
         if isinstance(input, torch.fx.Proxy):
             return call_of(self, input, residual)
         self._check_input_dim(input)

@@ -146,8 +146,8 @@ class _Observation:
         self.active = False
         for module in self.buffers:
             self._put_back(module)
-        for module, training in self.flags.items():
-            module.training = training
+        for each, training in self.flags.items():
+            each.training = training
         torch.set_grad_enabled(self.grad)
         if self.stance is not None:
             self.stance.__exit__(None, None, None)

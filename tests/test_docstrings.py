@@ -25,12 +25,7 @@ RUNNER_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE | doctest.FAIL_FA
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
     torch.manual_seed(0)
-    try:
-        module = importlib.import_module(name)
-    except ImportError as missing:
-        if name != "syncbn.lightning":
-            raise
-        pytest.skip(f"{missing}")
+    module = importlib.import_module(name)
     runner = doctest.DocTestRunner(optionflags=RUNNER_FLAGS)
     report: list[str] = []
     for example in FINDER.find(module, globs=GLOBALS.copy()):
@@ -43,3 +38,13 @@ def test_every_public_name_has_an_example(name):
     public = getattr(syncbn, name)
     if callable(public) and not (isinstance(public, type) and issubclass(public, Exception)):
         assert ">>> " in (public.__doc__ or ""), f"syncbn.{name} has no example"
+
+
+def test_dir_shows_the_public_names_only():
+    names = [name for name in dir(syncbn) if not name.startswith("__")]
+    assert names == sorted(syncbn.__all__)
+    assert {"__all__", "__version__", "__doc__"} <= set(dir(syncbn))
+
+
+def test_help_of_the_layer_says_what_a_residual_is():
+    assert "residual: " in (syncbn.SyncBatchNorm.forward.__doc__ or "")

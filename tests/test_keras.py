@@ -178,6 +178,36 @@ def test_training_argument_overrides_the_mode(world, mode, training):
     assert (layer.moving_mean.abs().max() > 0) == (mode if training is None else training)
 
 
+def frozen_at_once(**options):
+    return SyncBatchNormalization(trainable=False, **options)
+
+
+def frozen_later(**options):
+    layer = SyncBatchNormalization(**options)
+    layer.trainable = False
+    return layer
+
+
+@pytest.mark.parametrize("training", [None, True, False])
+@pytest.mark.parametrize("num_features", [None, 3], ids=["lazy", "built"])
+@pytest.mark.parametrize("make", [frozen_at_once, frozen_later])
+def test_a_frozen_layer_runs_in_inference_mode_and_does_not_train(world, make, num_features, training):
+    """As in Keras: trainable=False prevails over training=True. Ranks that exchanged something would wait here: rank 0 is alone."""
+    layer = make(num_features=num_features, moving_mean_initializer="ones", process_group=world.group)
+    x = torch.randn(8, 3, requires_grad=True)
+    if world.rank == 0:
+        y = layer(x, training=training)
+        assert_close(y, ((x - 1) / (1 + layer.epsilon) ** 0.5).double().detach(), 2e-6, "outputs")
+        assert torch.equal(layer.moving_mean, torch.ones(3)) and torch.equal(layer.moving_variance, torch.ones(3))
+        y.sum().backward()
+        assert layer.gamma.grad is None and layer.beta.grad is None and x.grad.abs().sum() > 0
+        assert "trainable=False" in repr(layer) and not copy.deepcopy(layer).trainable
+    if num_features:
+        layer.trainable = True
+        layer(x, training=True).square().sum().backward()
+        assert layer.gamma.grad is not None and not torch.equal(layer.moving_mean, torch.ones(3))
+
+
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("scale", [True, False])
