@@ -77,6 +77,14 @@ def compile_translated(text: str, op: str, target: Path) -> None:
     _compile(["-O1", "-fwrapv", "-ffp-contract=off", "-I", str(EMULATION), str(source)], target)
 
 
+def build_sweep(op: str, target: Path) -> None:
+    """benchmarks/sweep.cu for this op, as a program."""
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h")]
+    folders = [flag for folder in (EMULATION / "include", EMULATION, KERNELS) for flag in ("-I", str(folder))]
+    sources = [str(HERE.parent / "benchmarks" / "sweep.cu"), str(EMULATION / "scheduler.cpp")]
+    _run([COMPILER, *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
+
+
 def _compile_emulation(folder: Path, *names: str) -> None:
     compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
     for name in names:
