@@ -16,8 +16,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
-from .comm import resolve
+from .comm import check_type
 from .fuse import Fusible, find_fusible, fuse, unfuse
+from .guards import options_of_ours
 from .modules import Conversion, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_of
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -65,20 +66,26 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     >>> convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))[1]
     SyncBatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
     """
-    resolve(process_group)  # an unknown type is an error before anything has changed
+    check_type(process_group)  # an error before anything has changed
     fusible: list[Fusible] = find_fusible(module) if fuse_activation else []
     left_alone = {m.original_name for m in module.modules() if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name}
-    for name, child in _batch_norms(module):
+    batch_norms = list(_batch_norms(module))
+    for name, child in batch_norms:
         if isinstance(child, SyncBatchNorm):
             child.process_group = child.process_group if process_group is None else process_group
-            child.layer_name = child.layer_name or name or None
         elif (type(child).forward in _TORCH_FORWARDS or _tail(type(child))) and not _own_names(child):
-            _convert(child, name, process_group)
+            _convert(child, process_group)
         else:
             left_alone.add(type(child).__name__)
+            continue
+        _name(child, name)
     if left_alone:
         names = ", ".join(sorted(left_alone))
         warnings.warn(f"not converted, because they have a forward or options of their own, or are scripted: {names}", stacklevel=2)
+    elif not batch_norms:
+        others = sorted({type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__})
+        instead = f"its normalization layers are {', '.join(others)}" if others else "it has no normalization layer at all"
+        warnings.warn(f"nothing to convert: {type(module).__name__} contains no batch norm; {instead}", stacklevel=2)
     for pair in fusible:
         fuse(pair)
     return module
@@ -97,7 +104,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
-            if child.activation is not None or not child.unbiased or child.weighting != "samples":
+            if options_of_ours(child):
                 left_alone.append(name or type(child).__name__)
             else:
                 _revert(child)
@@ -120,14 +127,19 @@ def _own_names(child: _BatchNorm) -> set[str]:
     return names & own
 
 
-def _convert(child: _BatchNorm, name: str, process_group: Any) -> None:
+def _convert(child: _BatchNorm, process_group: Any) -> None:
     attributes = vars(child)
     original = _class_below(child)
     attributes["_conversion"] = Conversion(original, {key: attributes[key] for key in ("process_group",) if key in attributes})
     _become(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
-    attributes["layer_name"] = name or None
     if process_group is not None:
         child.process_group = process_group
+
+
+def _name(child: Any, name: str) -> None:
+    """Names a layer by its place in the model. A name given by hand stays; one that a part of the model gave becomes the whole one's."""
+    if name and (not child.layer_name or name.endswith(f".{child.layer_name}")):
+        child.layer_name = name
 
 
 def _revert(child: SyncBatchNorm) -> None:
@@ -174,7 +186,7 @@ def _synchronized(original: Any) -> type[SyncBatchNorm]:
         return _SYNCHRONIZED[original]
     members: dict[str, Any] = {
         "_check_input_dim": original._check_input_dim,
-        "__reduce_ex__": lambda self, protocol: (_rebuild, (original,), vars(self)),
+        "__reduce_ex__": lambda self, protocol: (_rebuild, (original,), *SyncBatchNorm.__reduce_ex__(self, protocol)[2:]),
     }
     if issubclass(original, _LazyNormBase) and original.cls_to_become is not None:
         members["cls_to_become"] = _synchronized(original.cls_to_become)

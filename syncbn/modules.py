@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from .comm import LOCAL, resolve
+from .comm import LOCAL, NotAMember, check_type, resolve
 from .exchange import agreed_by
 from .function import Options, eval_batch_norm, train_batch_norm
+from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
 from .keras_weights import copy_tensors, named_tensors, to_keras
 
 
@@ -44,6 +45,7 @@ class SyncBatchNorm(_BatchNorm):
         process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
             DeviceMesh, or an mpi4py communicator.
         device, dtype: of parameters and buffers.
+        bias: learn the bias, if affine.
         activation: None, "relu", "leaky_relu" or "silu", applied to the output at no extra cost.
         negative_slope: of leaky_relu.
         weighting: "samples" for the statistic of the whole batch; "ranks" to weigh every rank the same, as Horovod's TensorFlow
@@ -55,8 +57,8 @@ class SyncBatchNorm(_BatchNorm):
         and be 0.
 
     Raises:
-        ValueError: an unknown activation, weighting or process_group; an input that does not fit; a single value per channel over
-            all ranks while training (on every rank).
+        ValueError: an unknown activation, weighting or process_group; an input that does not fit; a training step with a group that
+            this rank is not a member of; a single value per channel over all ranks while training (on every rank).
 
     The state dict is that of `torch.nn.BatchNorm*d`. `SyncBatchNorm1d`, `2d` and `3d` are this layer for code that asks for a class.
 
@@ -86,19 +88,22 @@ class SyncBatchNorm(_BatchNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         activation: str | None = None,
         negative_slope: float = 0.01,
         weighting: str = "samples",
         unbiased: bool = True,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:
+            self.register_parameter("bias", None)
         self.process_group = process_group
         self.activation = activation
         self.negative_slope = negative_slope
         self.weighting = weighting
         self.unbiased = unbiased
         self._options()
-        resolve(process_group)  # an unknown type is an error here, not at the first step
+        check_type(process_group)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalizes by the batch of all ranks while training, by the running statistics in eval mode.
@@ -131,7 +136,10 @@ class SyncBatchNorm(_BatchNorm):
         if not training and running_mean is not None and running_var is not None:
             return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
         # Without running statistics eval mode uses this rank's batch, as torch does.
-        comm = resolve(self.process_group) if training else LOCAL
+        try:
+            comm = resolve(self.process_group) if training else LOCAL
+        except NotAMember as error:
+            raise NotAMember(f"{options.name}: {error}") from None
         return train_batch_norm(
             input,
             residual,
@@ -212,12 +220,30 @@ class SyncBatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions from 2 on: the function checks it."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            check_activation(value)
+        super().__setattr__(name, value)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        check_no_other_converter(self)
+        return super().named_children()
+
     def extra_repr(self) -> str:
         extra = super().extra_repr()
         for name in ("activation", "negative_slope", "weighting", "unbiased"):
             if getattr(self, name) != getattr(SyncBatchNorm, name):
                 extra += f", {name}={getattr(self, name)!r}"
         return extra
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_group_can_be_pickled(self, groups_of(self))
+        return super().__reduce_ex__(protocol)
+
+    def __copy__(self) -> SyncBatchNorm:  # else copy.copy would ask __reduce_ex__, as pickle does
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         for group in groups_of(self):  # a copy exchanges with the same ranks; groups cannot be copied

@@ -164,17 +164,56 @@ def test_a_subclass_that_uses_our_words_is_left_alone():
         assert type(convert_sync_batchnorm(WithAnAttribute(4))) is WithAnAttribute
 
 
-def test_layers_that_were_built_learn_their_names():
-    assert convert_sync_batchnorm(nn.ModuleDict({"stem": SyncBatchNorm(4)}))["stem"].layer_name == "stem"
+BUILT = {  # layers that have no name until they are converted
+    "SyncBatchNorm": lambda: SyncBatchNorm(4),
+    "SyncBatchNorm2d": lambda: syncbn.SyncBatchNorm2d(4),
+    "Keras": lambda: syncbn.SyncBatchNormalization(num_features=4),
+    "converted alone": lambda: convert_sync_batchnorm(nn.BatchNorm2d(4)),
+}
 
 
-def test_nothing_else_is_touched():
+@pytest.mark.parametrize("convert", [convert_sync_batchnorm, SyncBatchNorm.convert_sync_batchnorm], ids=["function", "classmethod"])
+@pytest.mark.parametrize("name", BUILT)
+def test_layers_that_were_built_get_names(name, convert):
+    assert convert(nn.ModuleDict({"stem": BUILT[name]()}))["stem"].layer_name == "stem"
+
+
+def test_names_survive_copies_pickles_and_lazy_building():
+    model = convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d(), SyncBatchNorm(4)))
+    model(torch.randn(2, 4, 3, 3))
+    for copied in (model, copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+        assert [m.layer_name for m in copied] == ["0", "1"]
+
+
+def test_the_whole_model_renames_what_a_part_has_named_and_not_what_the_user_has():
+    """Two parts that are converted one by one both have a layer "0"; on the wire they must not be the same."""
+    parts = nn.ModuleDict({"left": nn.Sequential(nn.BatchNorm1d(4)), "right": nn.Sequential(nn.BatchNorm1d(4), SyncBatchNorm(4))})
+    for part in parts.values():
+        convert_sync_batchnorm(part)
+    parts["right"][1].layer_name = "by hand"
+    convert_sync_batchnorm(parts)
+    names = [m.layer_name for m in parts.modules() if isinstance(m, SyncBatchNorm)]
+    assert names == ["left.0", "right.0", "by hand"]
+    convert_sync_batchnorm(parts["left"])
+    assert parts["left"][0].layer_name == "left.0"
+
+
+def test_a_model_without_batch_norms_is_left_alone_with_a_warning_that_names_its_norms():
     model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
     classes = [type(m) for m in model]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="Sequential contains no batch norm; .* GroupNorm, InstanceNorm2d, LayerNorm"):
         convert_sync_batchnorm(model)
     assert [type(m) for m in model] == classes
+    with pytest.warns(UserWarning, match="Linear contains no batch norm; it has no normalization layer"):
+        convert_sync_batchnorm(nn.Linear(2, 2))
+
+
+def test_a_model_that_converts_or_is_converted_already_does_so_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4)))
+        convert_sync_batchnorm(model)
+    assert type(model[1]) is nn.LayerNorm
 
 
 def test_a_built_layer_reverts_to_plain_batch_norm_or_is_named():

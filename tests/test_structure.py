@@ -33,6 +33,7 @@ ORDER = [
     "double_backward",
     "function",
     "keras_weights",
+    "guards",
     "modules",
     "keras",
     "fuse",

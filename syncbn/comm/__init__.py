@@ -7,12 +7,13 @@ total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, wi
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
 
-from .process_group import ProcessGroupCommunicator
+from .process_group import NotAMember, ProcessGroupCommunicator
 
 
 class Communicator(Protocol):
@@ -69,15 +70,24 @@ def resolve(process_group: Any = None) -> Communicator:
     elif _is_device_mesh(process_group):
         if process_group.ndim != 1:
             raise ValueError(f"process_group must be a one-dimensional DeviceMesh, got {process_group.ndim} dimensions: slice it first")
+        if process_group.get_coordinate() is None:
+            raise NotAMember("process_group is a DeviceMesh that does not contain this rank")
         process_group = process_group.get_group()
     if dist.is_available() and isinstance(process_group, dist.ProcessGroup):
         return ProcessGroupCommunicator(process_group) if process_group.size() > 1 else LOCAL
     if dist.is_available() and process_group is dist.GroupMember.NON_GROUP_MEMBER:  # what torch's new_group gives the others
-        raise ValueError("process_group does not contain this rank: build the layer with the group that this rank belongs to")
+        raise NotAMember("process_group does not contain this rank: build the layer with the group that this rank belongs to")
     raise ValueError(
         "process_group must be None, a torch.distributed ProcessGroup, a one-dimensional DeviceMesh or an mpi4py communicator,"
         f" got {type(process_group).__name__}"
     )
+
+
+def check_type(process_group: Any) -> None:
+    """Raises ValueError for what `resolve` does not accept on any rank. A group that this rank is not a member of passes: such a layer
+    may be built, and is an error only if it is used."""
+    with suppress(NotAMember):
+        resolve(process_group)
 
 
 def _is_mpi(group: Any) -> bool:

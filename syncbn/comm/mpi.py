@@ -14,6 +14,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from .. import environment
+from .process_group import NotAMember
 
 
 class Clone:
@@ -57,7 +58,7 @@ class MPICommunicator:
 
     def _check(self) -> None:
         if self.comm == MPI.COMM_NULL:
-            raise ValueError("process_group is MPI.COMM_NULL: it does not contain this rank, or it has been freed")
+            raise NotAMember("process_group is MPI.COMM_NULL: it does not contain this rank, or it has been freed")
 
     @torch.compiler.disable
     def all_reduce_(self, tensor: Tensor) -> Tensor:

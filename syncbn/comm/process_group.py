@@ -10,6 +10,10 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
 
+class NotAMember(ValueError):
+    """A process group that does not contain this rank."""
+
+
 @dataclass(frozen=True)
 class ProcessGroupCommunicator:
     group: dist.ProcessGroup

@@ -1,0 +1,72 @@
+"""What a layer refuses because it could only be lost in silence, each with the remedy."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .reference import ACTIVATIONS
+
+# Options that torch's layers do not have, with the value that makes a layer the same as torch's.
+OPTIONS_OF_OURS = {"activation": None, "weighting": "samples", "unbiased": True}
+
+
+def options_of_ours(layer: nn.Module) -> str:
+    """`activation='relu', unbiased=False`: those in which `layer` differs from torch's; empty if it does not."""
+    values = {name: getattr(layer, name) for name in OPTIONS_OF_OURS}
+    return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != OPTIONS_OF_OURS[name])
+
+
+def check_activation(value: Any) -> None:
+    """Raises ValueError if `value` is a module, a class or a function: torch.nn.Module would keep a module as a child, never called."""
+    if value is None or isinstance(value, str):
+        return
+    cls = value if isinstance(value, type) else type(value)
+    names = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
+    name = names.get(cls, getattr(value, "__name__", None))
+    if name not in ACTIVATIONS[1:]:
+        remedy = f"put it after the layer, or write one of {ACTIVATIONS[1:]}"
+    elif hasattr(value, "negative_slope"):
+        remedy = f'write activation="{name}", negative_slope={value.negative_slope}'
+    else:
+        remedy = f'write activation="{name}"'
+    raise ValueError(f"activation must be None or a name, got {value!r}: {remedy}")
+
+
+def check_group_can_be_pickled(layer: nn.Module, groups: list[Any]) -> None:
+    """Raises TypeError, as pickle does, but names the layer and the remedy."""
+    for group in groups:
+        try:
+            group.__reduce_ex__(4)
+        except Exception as error:
+            raise TypeError(
+                f"{name_of(layer)} cannot be pickled, because it has a process group ({error}): save model.state_dict(), or a whole model"
+                " after setting layer.process_group = None, or syncbn.revert_sync_batchnorm(copy.deepcopy(model)) if it was converted"
+                " without a group before"
+            ) from error
+
+
+def check_no_other_converter(layer: nn.Module) -> None:
+    """Raises RuntimeError if the caller's caller has made another batch norm of this layer's tensors, as the converters of torch, timm,
+    apex and Lightning do before they ask for its children: what only our class knows would be lost."""
+    if torch.compiler.is_compiling() or not (lost := options_of_ours(layer)):
+        return
+    tensors = [t for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var) if t is not None]
+    for value in sys._getframe(2).f_locals.values():
+        if not isinstance(value, _BatchNorm) or hasattr(value, "weighting"):
+            continue
+        if any(t is other for t in tensors for other in (value.weight, value.bias, value.running_mean, value.running_var)):
+            raise RuntimeError(
+                f"{name_of(layer)} cannot become a {type(value).__name__}, which has no {lost}: to convert the model to another kind of"
+                " batch norm, call syncbn.revert_sync_batchnorm(model) first, which brings fused activations back, and build layers"
+                " without such options"
+            )
+
+
+def name_of(layer: nn.Module) -> str:
+    name, cls = getattr(layer, "layer_name", None), type(layer).__name__
+    return f'layer "{name}" ({cls})' if name else f"this {cls}"
