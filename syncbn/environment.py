@@ -27,6 +27,7 @@ class Settings(NamedTuple):
     debug: bool
     mpi_timeout: float
     mpi_cuda_aware: bool
+    shared_memory: bool
 
 
 class Variable(NamedTuple):
@@ -83,6 +84,7 @@ VARIABLES = (
     Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
     Variable("mpi_cuda_aware", "0", "0 or 1", _switch, "1: hand CUDA tensors to MPI directly, instead of a copy in host memory"),
+    Variable("shared_memory", "1", "0 or 1", _switch, "0: the ranks of a host exchange over their group, not in memory that they share"),
 )  # fmt: skip
 
 

@@ -103,6 +103,7 @@ WRONG_SETTINGS = {
     "SYNCBN_DEBUG": ("yes", "0 or 1"),
     "SYNCBN_MPI_TIMEOUT": ("nan", "a positive number of seconds"),
     "SYNCBN_MPI_CUDA_AWARE": ("true", "0 or 1"),
+    "SYNCBN_SHARED_MEMORY": ("off", "0 or 1"),
 }
 
 

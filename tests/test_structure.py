@@ -19,6 +19,8 @@ ORDER = [
     "environment",
     "layout",
     "native",
+    "comm.shared_memory",
+    "comm.meeting",
     "comm.process_group",
     "comm.mpi",
     "comm.recorded",

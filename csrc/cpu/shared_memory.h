@@ -1,0 +1,73 @@
+// Sums over the ranks of one host in memory that all of them have mapped. Plain C++, without torch and without Python.
+//
+//   publish   write values, length and signature into slot[epoch % 2]; store the epoch (release); wake the ranks that sleep on it
+//   wait      for each rank, until it has published this epoch (acquire)
+//   verify    length and signature of every rank, before any number is added
+//   combine   add the slots in rank order: the same additions, hence the same bits, on every rank
+//
+// Two slots are enough: a rank that publishes epoch e + 2 has seen every rank publish e + 1, and each of them published e + 1 only
+// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. Where every rank reading every slot would
+// be quadratic, rank r adds segment r of all slots into a result area, publishes a second epoch, and all ranks copy the result.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(__linux__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define SYNCBN_HAS_SHARED_MEMORY 1
+#endif
+
+namespace syncbn::shared_memory {
+
+constexpr int kSignatureBytes = 256;  // what a rank is about to exchange, in words, for messages
+constexpr int kSlotNumbers = 8192;    // 64 KB
+constexpr int kAllReadAll = 8;        // up to this many ranks, each of them reads all slots
+
+// What a rank is about to exchange. The digest is compared, the words are shown where the digests differ.
+struct Signature {
+  uint64_t digest;
+  char words[kSignatureBytes];
+};
+
+// Of one call of all_reduce.
+enum Status : int64_t {
+  done = 0,
+  waiting = 1,    // a slice of time is over, or a signal has come: call again with the same arguments
+  mismatch = 2,   // the ranks do not exchange the same: every rank gets this, and the next exchange may follow
+  abandoned = 3,  // some rank, perhaps this one, has given up an exchange: nothing can follow
+  forked = 4,     // this process is a fork of the one that joined
+};
+
+// Of a rank, as another one sees it.
+enum Presence : int64_t { arrived = 0, late = 1, ended = 2, gave_up = 3 };
+
+// What `ranks` ranks need. The memory must be zero at first.
+size_t bytes(int ranks);
+// Where the slots begin, for tests that poison them.
+size_t slots_offset(int ranks);
+
+// By one rank, before the others join. `by_segments`: see above.
+void create(void* memory, int ranks, bool by_segments);
+// By each rank. `random` is what the other ranks must see here.
+void join(void* memory, int rank, uint64_t random);
+uint64_t random_of(const void* memory, int rank);
+// By each rank after all have joined.
+void start(void* memory, int rank);
+
+// Adds `values` of all ranks, in place. Returns after at most 50 ms; progress is kept in the memory.
+//
+//   channels = 0   plain sums
+//   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples], the sums about this rank's shift; the result is about the
+//                  shift of the first rank that has samples
+Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, const Signature& signature);
+
+// Ends all exchanges: the other ranks get `abandoned`.
+void abandon(void* memory, int rank);
+
+// `fd` is the file of the memory: each rank has a record lock on its byte, which the kernel drops when the process ends.
+Presence presence(const void* memory, int rank, int other, int fd);
+// The words of this rank's last publication, and the number of that exchange. Valid until this process publishes again.
+const char* words(const void* memory, int rank, int other);
+uint64_t exchange_number(const void* memory, int rank);
+
+}  // namespace syncbn::shared_memory

@@ -1,0 +1,152 @@
+"""The ranks of a group agree on memory that those of a host share, or on the reason why they do not use any.
+
+    gather a host's identity ──► first rank makes the file ──► gather its name ──► all map it ──► gather random numbers ──► all compare
+
+Each arrow that gathers is one exchange over the group itself, which carries this rank's reason to give up, too: all ranks go on, or none.
+The file has a name only until all ranks have mapped it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from .. import environment, native
+from .shared_memory import SharedMemory, bytes_for, library
+
+FOLDER = Path("/dev/shm")
+VERSION = b"1"  # of the protocol: ranks may run different builds
+PAYLOAD, REASON = 64, 192  # bytes in a row of `gather`
+STALE = 60  # seconds after which a file that no process has locked belongs to a job that was killed while it set up
+Gather = Callable[[bytes], list[bytes]]
+
+
+class Unusable(Exception):
+    """Why the ranks do not share memory. The same words on every rank."""
+
+
+class Hosts(NamedTuple):
+    """The hosts of a group's ranks, and this rank's memory on its own: None if it is alone there."""
+
+    ranks: list[list[int]]  # for each host its ranks, in the order of first ranks
+    memory: SharedMemory | None
+
+
+def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
+    """Every rank calls it. Raises Unusable on every rank if one of them cannot share memory.
+
+    Args:
+        gather: returns the bytes, PAYLOAD + REASON, of every rank.
+    """
+    why = _why_not()
+    identities = _agree(gather, b"" if why else _identity(), why)
+    hosts = list({host: [r for r in range(world_size) if identities[r] == host] for host in identities}.values())
+    if len(hosts) == world_size:
+        raise Unusable("each rank is on a host, or in a container, of its own")
+    here = next(ranks for ranks in hosts if rank in ranks)
+    path: Path | None = None
+    memory: SharedMemory | None = None
+    try:
+        why = ""
+        if rank == here[0] and len(here) > 1:
+            path = FOLDER / f"syncbn-{secrets.token_hex(16)}"
+            memory, why = _try(_create, path, here)
+        names = _agree(gather, path.name.encode() if path and not why else b"", why)
+        path = FOLDER / names[here[0]].rstrip(b"\0").decode()
+        if len(here) > 1 and memory is None:
+            memory, why = _try(_map, path, here, rank)
+        random = secrets.randbits(63) + 1
+        if memory is not None:
+            memory.join(random)
+        randoms = _agree(gather, random.to_bytes(8, "little"), why)
+        if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
+            why = f"{FOLDER} of the ranks {here} is not the same memory"
+        _agree(gather, b"", why)
+    finally:  # all ranks of the host have it by now, or will not use it; and the first one may have been killed
+        if path is not None and len(here) > 1:
+            path.unlink(missing_ok=True)
+    if memory is not None:
+        memory.start()
+    return Hosts(hosts, memory)
+
+
+def _agree(gather: Gather, payload: bytes, reason: str) -> list[bytes]:
+    """The payload of each rank. Raises Unusable on every rank if one has a reason."""
+    rows = gather(payload.ljust(PAYLOAD, b"\0") + reason.encode()[:REASON].ljust(REASON, b"\0"))
+    reasons: dict[str, list[str]] = {}
+    for rank, row in enumerate(rows):
+        if text := row[PAYLOAD:].rstrip(b"\0").decode(errors="replace"):
+            reasons.setdefault(text, []).append(str(rank))
+    if reasons:
+        raise Unusable("; ".join(text if len(of) == len(rows) else f"rank {', '.join(of)}: {text}" for text, of in reasons.items()))
+    return [row[:PAYLOAD] for row in rows]
+
+
+def _why_not() -> str:
+    if not environment.settings.shared_memory:
+        return "turned off by SYNCBN_SHARED_MEMORY=0"
+    if not native.load()[0].loaded:
+        return f"the compiled library is not loaded: {native.load()[0].reason}"
+    if library() is None:
+        return "the compiled library was built without it, which needs Linux"
+    return "" if FOLDER.is_dir() else f"there is no {FOLDER}"
+
+
+def _identity() -> bytes:
+    """Equal for the ranks that may share memory: the same kernel, running since the same moment, host name, and file system.
+
+    Containers of one machine have their own host names or their own /dev/shm.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    parts = VERSION, boot, socket.gethostname().encode(), str(FOLDER.stat().st_dev).encode()
+    return hashlib.sha256(b"\0".join(parts)).digest()
+
+
+def _try(make: Callable[..., SharedMemory], *arguments: object) -> tuple[SharedMemory | None, str]:
+    try:
+        return make(*arguments), ""
+    except (OSError, ValueError) as error:
+        return None, f"{FOLDER}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+
+
+def _create(path: Path, ranks: list[int]) -> SharedMemory:
+    _remove_stale()
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(file, 0, bytes_for(len(ranks)))  # an error now, instead of SIGBUS at the first page that does not fit
+        memory = SharedMemory(file, 0, _names(ranks))
+    except BaseException:
+        os.close(file)
+        path.unlink()
+        raise
+    memory.create()
+    return memory
+
+
+def _map(path: Path, ranks: list[int], rank: int) -> SharedMemory:
+    file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if os.fstat(file).st_size != bytes_for(len(ranks)):
+        os.close(file)
+        raise ValueError(f"{FOLDER}: the first rank's file has another size")
+    return SharedMemory(file, ranks.index(rank), _names(ranks))
+
+
+def _names(ranks: list[int]) -> list[str]:
+    return [f"rank {rank}" for rank in ranks]
+
+
+def _remove_stale() -> None:
+    """Files of this user's jobs that were killed, with all their ranks, in the milliseconds between making and removing the name."""
+    for path in FOLDER.glob("syncbn-*"):
+        with suppress(OSError):
+            status = path.lstat()
+            if re.fullmatch(r"syncbn-[0-9a-f]{32}", path.name) and status.st_uid == os.getuid() and status.st_mtime < time.time() - STALE:
+                path.unlink()

@@ -1,0 +1,205 @@
+"""Memory that all ranks of a host have mapped, and the sums that travel through it: a microsecond instead of a collective's hundreds.
+
+The protocol is in csrc/cpu/shared_memory.h: every rank publishes its values and waits for the others in compiled code, without the
+GIL, in slices of 50 ms. Between slices this file looks after signals, the timeout, and the life of the other ranks. Before any number is
+added, each rank has compared what all of them are about to exchange.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import mmap
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+WORDS = 256  # bytes of a signature in words; kSignatureBytes
+ALL_READ_ALL = 8  # up to this many ranks, each of them reads all slots; with more, each adds one segment
+
+_DONE, _WAITING, _MISMATCH, _ABANDONED, _FORKED = range(5)
+_ARRIVED, _LATE, _ENDED, _GAVE_UP = range(4)
+
+_library = torch.library.Library("syncbn", "FRAGMENT")
+_library.define("all_reduce_shared(Tensor(a!) memory, Tensor(b!) values, Tensor signature, int rank, int channels) -> int")
+_all_reduce = torch.ops.syncbn.all_reduce_shared.default
+
+
+class SharedExchangeError(RuntimeError):
+    """An exchange in shared memory that cannot be completed: says which rank is missing, and whether its process lives."""
+
+
+class Mismatch(Exception):
+    """The ranks do not exchange the same. `words` of each rank, and the number of the exchange."""
+
+    def __init__(self, words: list[str], number: int) -> None:
+        super().__init__(words, number)
+        self.words, self.number = words, number
+
+
+def signature(compared: str, details: str = "") -> Tensor:
+    """What a rank is about to exchange, as the op wants it. Ranks that differ in `compared` do not fit; `details` are only shown."""
+    digest = hashlib.sha256(compared.encode()).digest()[:8]
+    words = f"{compared}, {details}" if details else compared
+    return torch.frombuffer(bytearray(digest + shortened(words, WORDS - 1).ljust(WORDS, b"\0")), dtype=torch.uint8)
+
+
+def shortened(text: str, size: int) -> bytes:
+    """At most `size` bytes. The end says more than the middle: names differ in their last parts."""
+    data = text.encode()
+    return data if len(data) <= size else data[: size // 4] + b"..." + data[-(size - size // 4 - 3) :]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled side, or None where there is none."""
+    cpu = native.load()[0]
+    if not cpu.loaded:
+        return None
+    functions = ctypes.CDLL(str(cpu.path))
+    if not hasattr(functions, "syncbn_shared_bytes"):
+        return None
+    address, rank = ctypes.c_void_p, ctypes.c_int
+    for name, result, arguments in (
+        ("bytes", ctypes.c_int64, [rank]),
+        ("slots_offset", ctypes.c_int64, [rank]),
+        ("create", None, [address, rank, ctypes.c_int]),
+        ("join", None, [address, rank, ctypes.c_uint64]),
+        ("random_of", ctypes.c_uint64, [address, rank]),
+        ("start", None, [address, rank]),
+        ("abandon", None, [address, rank]),
+        ("presence", ctypes.c_int64, [address, rank, rank, ctypes.c_int]),
+        ("words", ctypes.c_char_p, [address, rank, rank]),
+        ("exchange_number", ctypes.c_uint64, [address, rank]),
+    ):
+        function = getattr(functions, f"syncbn_shared_{name}")
+        function.restype, function.argtypes = result, arguments
+    return functions
+
+
+class SharedMemory:
+    """This rank's place in the memory. `file` is a descriptor of it, which this object closes once it has been made.
+
+    Args:
+        file: of `bytes_for(len(names))` bytes, zero before the first rank has called `create`.
+        rank: of this process among those of the host.
+        names: how messages call each rank of the host.
+    """
+
+    def __init__(self, file: int, rank: int, names: list[str]) -> None:
+        functions = library()
+        assert functions is not None
+        self._functions, self.file, self.rank, self.names = functions, file, rank, names
+        self.memory = torch.frombuffer(mmap.mmap(file, bytes_for(len(names))), dtype=torch.uint8)
+        self._address = self.memory.data_ptr()
+        # A lock of this process on byte `rank`, not on the open file: flock's would live on in forked children, as data loaders have.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
+        self._turn = threading.Lock()
+        weakref.finalize(self, os.close, file)
+
+    def create(self, by_segments: bool | None = None) -> None:
+        """By one rank, before any other maps the file."""
+        ranks = len(self.names)
+        self._functions.syncbn_shared_create(self._address, ranks, ranks > ALL_READ_ALL if by_segments is None else by_segments)
+
+    def join(self, random: int) -> None:
+        """By each rank. `random` (64 bits) is what the other ranks must see."""
+        self._functions.syncbn_shared_join(self._address, self.rank, random)
+
+    def randoms(self) -> list[int]:
+        return [self._functions.syncbn_shared_random_of(self._address, rank) for rank in range(len(self.names))]
+
+    def start(self) -> None:
+        """By each rank, once all have joined."""
+        self._functions.syncbn_shared_start(self._address, self.rank)
+
+    def all_reduce_(self, values: Tensor, signature: Tensor, timeout: float, channels: int = 0) -> Tensor:
+        """The sum of `values`, contiguous float64, over the ranks of the host, in place, bitwise identical on all of them.
+
+        With `channels` they are statistics [3 * channels + 2], each rank's about its own shift; see csrc/cpu/shared_memory.h.
+
+        Raises:
+            Mismatch: on every rank, if their signatures or lengths differ. The next exchange may follow.
+            SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has raised this.
+                No exchange can follow.
+        """
+        if not self._turn.acquire(timeout=timeout):
+            raise SharedExchangeError(f"another thread of this process has been exchanging for {timeout:g} s")
+        try:
+            status = _all_reduce(self.memory, values, signature, self.rank, channels)
+            if status == _WAITING:
+                status = self._wait(lambda: _all_reduce(self.memory, values, signature, self.rank, channels), timeout)
+            if status != _DONE:
+                raise self._error(status)
+        except Mismatch:
+            raise
+        except BaseException:  # Ctrl-C as well: the others may have this exchange's values, and this rank has no result
+            self.abandon()
+            raise
+        finally:
+            self._turn.release()
+        return values
+
+    def abandon(self) -> None:
+        """The other ranks' exchanges fail from now on, and this one's."""
+        self._functions.syncbn_shared_abandon(self._address, self.rank)
+
+    def _wait(self, go_on: Callable[[], int], timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := go_on()) == _WAITING:
+            presence = self._presence()
+            if _ENDED in presence.values():
+                raise SharedExchangeError(self._missing(presence))
+            if time.monotonic() > deadline:
+                raise SharedExchangeError(f"{self._missing(presence)}, after {timeout:g} s")
+        return status
+
+    def _presence(self) -> dict[str, int]:
+        """Of each other rank."""
+        look = self._functions.syncbn_shared_presence
+        return {name: look(self._address, self.rank, r, self.file) for r, name in enumerate(self.names) if r != self.rank}
+
+    def _missing(self, presence: dict[str, int]) -> str:
+        ended = [name for name, state in presence.items() if state == _ENDED]
+        late = [name for name, state in presence.items() if state == _LATE]
+        parts = [f"{', '.join(ended)}: the process has ended or has destroyed the group"] if ended else []
+        return "; ".join(parts + ([f"{', '.join(late)}: not there yet, but alive"] if late else []))
+
+    def _error(self, status: int) -> Exception:
+        if status == _MISMATCH:
+            words = [self._functions.syncbn_shared_words(self._address, self.rank, r) for r in range(len(self.names))]
+            return Mismatch(
+                [text.decode(errors="replace") for text in words], self._functions.syncbn_shared_exchange_number(self._address, self.rank)
+            )
+        if status == _FORKED:
+            return SharedExchangeError(
+                "this process was forked after its parent's ranks had begun to exchange in shared memory:"
+                " start processes by spawn or forkserver, or make a process group after the fork"
+            )
+        presence = self._presence()
+        gave_up = [name for name, state in presence.items() if state == _GAVE_UP]
+        ended = f"{self._missing(presence)}; " if _ENDED in presence.values() else ""
+        who = f"{', '.join(gave_up)} gave up an exchange" if gave_up else "this rank gave up an earlier exchange"
+        return SharedExchangeError(f"{ended}{who}, so no other can follow in this group")
+
+
+def bytes_for(ranks: int) -> int:
+    functions = library()
+    assert functions is not None
+    return functions.syncbn_shared_bytes(ranks)
+
+
+def slots_offset(ranks: int) -> int:
+    """Where the values begin: what lies from here on is never read before it is written."""
+    functions = library()
+    assert functions is not None
+    return functions.syncbn_shared_slots_offset(ranks)

@@ -1,0 +1,80 @@
+// The exchange in shared memory with threads as ranks, for ThreadSanitizer: random lengths, sums and statistics, mismatches, and random
+// delays. The slots are NaN at first, so that nothing is read before it was written.
+//
+//   shared_memory_threads RANKS BY_SEGMENTS EXCHANGES
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/cpu/shared_memory.h"
+
+namespace shared = syncbn::shared_memory;
+
+namespace {
+
+int ranks, by_segments, exchanges;
+void* memory;
+
+double value(int rank, int exchange, int64_t i) { return rank + 1 + 0.25 * exchange + static_cast<double>(i % 97); }
+
+void fail(const char* what, int rank, int exchange) {
+  fprintf(stderr, "rank %d, exchange %d: %s\n", rank, exchange, what);
+  exit(1);
+}
+
+void run(int rank) {
+  std::mt19937 same(7), own(rank);  // the first gives the same on every rank
+  shared::Signature signature{};
+  for (int exchange = 0; exchange < exchanges; ++exchange) {
+    const int64_t lengths[] = {1, 5, 129, 8192, 8193, 20000};
+    const bool statistics = same() % 2;
+    const int64_t n = lengths[same() % 6], channels = statistics ? n : 0, count = statistics ? 3 * n + 2 : n;
+    const bool differs = same() % 16 == 0;
+    signature.digest = exchange + (differs && rank == ranks - 1);
+    std::vector<double> values(count);
+    for (int64_t i = 0; i < count; ++i) values[i] = value(rank, exchange, i);
+    const int64_t weight = 3 * n;
+    if (statistics) values[weight] = values[weight + 1] = rank;  // rank 0 has no samples
+    if (own() % 4 == 0) usleep(own() % 50);
+    shared::Status status;
+    while ((status = shared::all_reduce(memory, rank, values.data(), count, channels, signature)) == shared::waiting) {
+    }
+    if (differs) {
+      if (status != shared::mismatch) fail("a mismatch was not seen", rank, exchange);
+      continue;
+    }
+    if (status != shared::done) fail("not done", rank, exchange);
+    for (int64_t i = 0; i < (statistics ? n : count); ++i) {
+      double sum = 0, shift = value(1, exchange, i);
+      for (int r = 0; r < ranks; ++r) {
+        sum += statistics ? value(r, exchange, n + i) + r * (value(r, exchange, i) - shift) : value(r, exchange, i);
+      }
+      if (values[statistics ? n + i : i] != sum) fail("a wrong sum", rank, exchange);
+      if (statistics && values[i] != shift) fail("a wrong shift", rank, exchange);
+    }
+    if (statistics && values[weight] != ranks * (ranks - 1) / 2) fail("a wrong weight", rank, exchange);
+  }
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  ranks = atoi(arguments[1]), by_segments = atoi(arguments[2]), exchanges = atoi(arguments[3]);
+  const size_t size = (shared::bytes(ranks) + 63) / 64 * 64;
+  memory = std::aligned_alloc(64, size);
+  memset(memory, 0, size);
+  memset(static_cast<char*>(memory) + shared::slots_offset(ranks), 0xff, shared::bytes(ranks) - shared::slots_offset(ranks));  // NaN
+  shared::create(memory, ranks, by_segments);
+  for (int rank = 0; rank < ranks; ++rank) shared::join(memory, rank, rank);
+  std::vector<std::thread> threads;
+  for (int rank = 0; rank < ranks; ++rank) shared::start(memory, rank);
+  for (int rank = 0; rank < ranks; ++rank) threads.emplace_back(run, rank);
+  for (std::thread& thread : threads) thread.join();
+  puts("ok");
+}
