@@ -19,6 +19,9 @@ OFF_ALIGNMENT = [
     Case((33, 24, 2, 2), True, torch.bfloat16, activation="silu", residual=True),
 ]
 
+# On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
+MANY_BLOCKS = (40, Case((4500, 64), dtype=torch.bfloat16, activation="relu", residual=True))
+
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
@@ -63,6 +66,11 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(kernels, op, case):
             same = a.flatten().view(torch.uint8) == b.flatten().view(torch.uint8)
             # Idle bits of the mask are nobody's, and stay as they were: poisoned alike.
             assert bool(same.all())
+
+
+@pytest.mark.parametrize("op", CHECKS)
+def test_a_group_may_have_more_blocks_than_partial_sums_read_in_one_step(kernels, op):
+    CHECKS[op](replace(kernels, sm_count=MANY_BLOCKS[0]), MANY_BLOCKS[1])
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 64, 65), (900, 8)], ids=str)

@@ -14,7 +14,7 @@ import emulated
 import pytest
 import torch
 from op_cases import CHECKS, EXTREMES, Case
-from test_emulation import library  # noqa: F401
+from test_emulation import MANY_BLOCKS, library  # noqa: F401
 
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 
@@ -65,14 +65,25 @@ CHANGED = [
     Mutant("walk.cuh", "int64_t{piece} * config.piece", "int64_t{piece} * (config.piece - 8)", "stats"),
     Mutant("walk.cuh", "lane * V", "lane", "backward_input"),
     Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input"),
-    Mutant("walk.cuh", "channel < layout.C ?", "channel <= layout.C ?", "normalize"),
+    Mutant("walk.cuh", "channel < layout.C &&", "channel <= layout.C &&", "normalize"),
+    Mutant("walk.cuh", "row + u * rows < layout.outer", "row + u * rows <= layout.outer", "backward_input"),
     Mutant("walk.cuh", "runs - 1 - i", "runs - i", "backward_input"),
     Mutant("walk.cuh", "steps - 1 - i", "i - split", "backward_input"),
-    Mutant("reduce.cuh", "w * columns + threadIdx.x", "threadIdx.x * columns + w", "stats"),
-    Mutant("reduce.cuh", "k * C + channel + j", "(channel + j) * splits + k", "stats"),
+    Mutant("reduce.cuh", "(w * N + t % N) * stride + t / N", "(w * N + t / width) * stride + t % width", "stats"),
+    Mutant("reduce.cuh", "split * C + first + column", "(first + column) * splits + split", "stats"),
+    Mutant("reduce.cuh", "split < splits &&", "", "stats"),
+    Mutant("reduce.cuh", "first + threadIdx.x < C", "true", "stats"),
+    Mutant("reduce.cuh", "loaded[u] = {0, 0};", "", "stats"),
+    Mutant("reduce.cuh", "r < rows &&", "", "backward_reduce"),
+    Mutant("reduce.cuh", "&& r < splits", "&& r < splits - 1", "stats"),
+    Mutant("reduce.cuh", "sums[r * columns + threadIdx.x]", "sums[threadIdx.x * rows + r]", "backward_reduce"),
+    Mutant("launch.cuh", "warps * (width + 1) * vector", "warps * width * vector", "stats"),
+    Mutant("launch.cuh", ", warps * WARP) * 16", ", 0) * 16", "backward_reduce"),
     Mutant("reduce.cuh", "offset = width;", "offset = 1;", "stats"),
     Mutant("reduce.cuh", "[walk.group], splits - 1)", "[walk.group], splits)", "stats"),
-    Mutant("reduce.cuh", "k += blockDim.x / width", "k += blockDim.x", "backward_reduce"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "backward_reduce"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += rows", "stats"),
+    Mutant("reduce.cuh", "k + u * rows", "k + u", "stats"),
     Mutant("reduce.cuh", "workspace.counters[walk.group]", "workspace.counters[0]", "stats"),
     Mutant("mask.cuh", "bits << (f & 7)", "bits", "normalize"),
     Mutant("mask.cuh", "offset < 8 / V", "offset < 4 / V", "normalize"),
@@ -146,11 +157,12 @@ CASES = [
 
 
 def survives(path: str, op: str) -> None:
-    """Exits with 0 if no comparison fails."""
+    """Raises if a comparison fails."""
     kernels = emulated.Emulated.load(path)
     for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):
         for case in CASES:
             CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
+    CHECKS[op](replace(kernels, sm_count=MANY_BLOCKS[0]), MANY_BLOCKS[1])
 
 
 def is_noticed(library, op: str) -> bool:  # noqa: F811

@@ -35,17 +35,18 @@ __device__ inline void activate(acc_t (&z)[N], Activation activation, acc_t nega
   }
 }
 
-// The bits of a step's vectors, 0 without a mask. Loaded together, before any store that they could come from.
+// The mask's bytes of a step's vectors, 0 without a mask. They are loaded together, before any store that they could alias; gradient()
+// shifts them, for the compiler puts a shift right after its load, and all later loads would wait for it.
 template <int U, class Step>
-__device__ inline void load_bits(unsigned (&bits)[U], const uint8_t* mask, const Step& step) {
+__device__ inline void load_bytes(unsigned (&bytes)[U], const uint8_t* mask, const Step& step) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) bits[u] = mask && u < step.count ? mask[step.mask_byte(u)] >> (step.index(u) & 7) : 0;
+  for (int u = 0; u < U; ++u) bytes[u] = mask && u < step.count ? mask[step.mask_byte(u)] : 0;
 }
 
-// dz of the vector u of a step. z is recomputed by the expression of the forward pass, or its sign comes from the bits of the mask;
+// dz of the vector u of a step. z is recomputed by the expression of the forward pass, or its sign comes from the mask's byte;
 // args.residual is read for silu only.
 template <typename scalar_t, class Args, class Step, class Affines, typename acc_t, int W, int N>
-__device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, const Vec<scalar_t, W>& x, unsigned bits, const Args& args,
+__device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, const Vec<scalar_t, W>& x, unsigned byte, const Args& args,
                                 const Step& step, int u, const Affines (&affine)[N]) {
 #pragma unroll
   for (int j = 0; j < W; ++j) dz[j] = dy.get(j);
@@ -63,6 +64,7 @@ __device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, cons
     }
     return;
   }
+  unsigned bits = byte >> (step.index(u) & 7);
   if (!args.mask) {
 #pragma unroll
     for (int j = 0; j < W; ++j) bits |= unsigned{positive(affine[j % N](x.get(j)))} << j;

@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     Vec<scalar_t, W> in_dy[U], in_x[U];
     load(in_dy, dy, step);
     load(in_x, x, step);
-    unsigned bits[U];
-    load_bits(bits, args.mask, step);
+    unsigned bytes[U];
+    load_bytes(bytes, args.mask, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-      gradient(g, in_dy[u], in_x[u], bits[u], args, step, u, affine);
+      gradient(g, in_dy[u], in_x[u], bytes[u], args, step, u, affine);
       if (dz) store<W>(dz + step.index(u), g);
 #pragma unroll
       for (int j = 0; j < W; ++j) {

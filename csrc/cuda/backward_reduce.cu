@@ -22,6 +22,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   SHARED(Affine<acc_t>, table, Walk::max_columns);
   SHARED(Moments, moments, Walk::max_columns);
+  static_assert(Walk::max_columns * (sizeof(Affine<acc_t>) + sizeof(Moments)) + Walk::max_sum_bytes < SHARED_BYTES, "the launch would fail");
   const int64_t channel = walk.first_channel() + threadIdx.x;
   const bool owns_channel = threadIdx.x < config.width * N && channel < C;
   if (owns_channel) {
@@ -39,13 +40,13 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     Vec<scalar_t, W> in_dy[U], in_x[U];
     load(in_dy, dy, step);
     load(in_x, x, step);
-    unsigned bits[U];
-    load_bits(bits, args.mask, step);
+    unsigned bytes[U];
+    load_bytes(bytes, args.mask, step);
 #pragma unroll
     for (int u = 0; u < U; ++u) {
       if (u >= step.count) continue;
       acc_t g[W];
-      gradient(g, in_dy[u], in_x[u], bits[u], args, step, u, affine);
+      gradient(g, in_dy[u], in_x[u], bytes[u], args, step, u, affine);
 #pragma unroll
       for (int j = 0; j < W; ++j) {
         s1[j % S] += g[j];
@@ -56,10 +57,12 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   fold<N>(s1);
   fold<N>(s2);
-  Pair mine[N];
+  warp_sums<N>(s1, config.width);
+  warp_sums<N>(s2, config.width);
+  Pair sums[N];
 #pragma unroll
-  for (int j = 0; j < N; ++j) mine[j] = {warp_sum(s1[j], config.width), warp_sum(s2[j], config.width)};
-  Pair total = block_sum(mine, config.width);
+  for (int j = 0; j < N; ++j) sums[j] = {s1[j], s2[j]};
+  Pair total = block_sum(sums, config.width);
   if (owns_channel) {
     const Moments& m = moments[threadIdx.x];
     const double lo = m.mean - static_cast<double>(table[threadIdx.x].hi);

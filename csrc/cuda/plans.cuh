@@ -3,7 +3,7 @@
 //   planes_blocks, pixels_blocks   blocks that are resident on an SM: their number bounds a thread's registers, and must not make it
 //                                  spill. 4 blocks leave 64 registers, 3 leave 80, 2 leave 128.
 //   planes_unroll, pixels_unroll   vectors of each tensor that a thread loads in one step, before it uses the first
-//   pixels_width                   vectors in a tile of channels, a power of 2 up to 32
+//   pixels_width                   vectors of 16 bytes in a tile of channels, at most: a power of 2 up to 8, a memory line
 //   reversed                       the blocks walk from the last element to the first
 //   sums                           the op adds up: its blocks have shared memory for that
 //
@@ -23,28 +23,28 @@ namespace syncbn::cuda {
 template <int bytes>
 struct StatsPlan {
   static constexpr int planes_blocks = 3, planes_unroll = 4;
-  static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 32;
+  static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 8;
   static constexpr bool reversed = false, sums = true;
 };
 
 template <int bytes>
 struct NormalizePlan {
   static constexpr int planes_blocks = 4, planes_unroll = 2;
-  static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 32;
+  static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 8;
   static constexpr bool reversed = true, sums = false;
 };
 
 template <int bytes>
 struct BackwardReducePlan {
   static constexpr int planes_blocks = 3, planes_unroll = 2;
-  static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 32;
+  static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 8;
   static constexpr bool reversed = false, sums = true;
 };
 
 template <int bytes>
 struct BackwardInputPlan {
   static constexpr int planes_blocks = 4, planes_unroll = 2;
-  static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 32;
+  static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 8;
   static constexpr bool reversed = true, sums = false;
 };
 

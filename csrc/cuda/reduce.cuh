@@ -34,60 +34,90 @@ __device__ void fold(T (&sums)[S]) {
   for (int j = N; j < S; ++j) sums[j % N] += sums[j];
 }
 
-// The sum over the lanes of a warp that lie on the same columns: lanes that differ by a multiple of `width`.
-template <typename T>
-__device__ T warp_sum(T value, int width) {
-  for (int offset = width; offset < WARP; offset *= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
-  return value;
+// The first N values become their sums over the lanes of a warp that lie on the same columns: lanes that differ by a multiple of
+// `width`. The N shuffles of one offset are independent of each other, so they share one latency.
+template <int N, typename T, int S>
+__device__ void warp_sums(T (&values)[S], int width) {
+  for (int offset = width; offset < WARP; offset *= 2) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] += __shfl_xor_sync(ALL_LANES, values[j], offset);
+  }
 }
 
-// Thread t gets the sum of column t over the warps of the block, `mine` being a warp's sums of the columns that a lane lies on.
+template <typename T>
+__device__ T warp_sum(T value, int width) {
+  T values[1] = {value};
+  warp_sums<1>(values, width);
+  return values[0];
+}
+
+// Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of N columns in `lane_sums`.
 template <int N>
-__device__ Pair block_sum(const Pair (&mine)[N], int width) {
-  DYNAMIC_SHARED(Pair, sums);  // [warps, columns]
-  const int columns = width * N, lane = threadIdx.x % WARP;
+__device__ Pair block_sum(const Pair (&lane_sums)[N], int width) {
+  DYNAMIC_SHARED(Pair, sums);  // [warps, N, width + 1]: in no bank do two lanes meet that write, nor two that read
+  const int stride = width + 1, t = threadIdx.x, lane = t % WARP;
   if (lane < width) {
-    for (int j = 0; j < N; ++j) sums[threadIdx.x / WARP * columns + lane * N + j] = mine[j];
+#pragma unroll
+    for (int j = 0; j < N; ++j) sums[(t / WARP * N + j) * stride + lane] = lane_sums[j];
   }
   __syncthreads();
   Pair total{0, 0};
-  if (threadIdx.x < columns) {
-    for (int w = 0; w < blockDim.x / WARP; ++w) total.add(sums[w * columns + threadIdx.x]);
+  if (t < width * N) {
+    for (int w = 0; w < blockDim.x / WARP; ++w) total.add(sums[(w * N + t % N) * stride + t / N]);
   }
   return total;
 }
 
-// True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Who is
-// last varies, the order of the additions does not: partial sums are added by index.
+// Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
+// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums.
+__device__ inline Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
+  const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
+  constexpr int BATCH = 8;  // loads that are under way together: the compiler moves no __ldcg() across what stands before it
+  Pair row_sum{0, 0};
+  for (int k = row; k < splits; k += BATCH * rows) {
+    double2 loaded[BATCH];
+#pragma unroll
+    for (int u = 0; u < BATCH; ++u) {
+      const int split = k + u * rows;
+      loaded[u] = {0, 0};
+      if (split < splits && first + column < C) {
+        loaded[u] = __ldcg(reinterpret_cast<const double2*>(&partials[split * C + first + column]));
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < BATCH; ++u) row_sum.add({loaded[u].x, loaded[u].y});
+  }
+  DYNAMIC_SHARED(Pair, sums);  // [rows, columns]
+  sums[threadIdx.x] = row_sum;
+  __syncthreads();
+  Pair total{0, 0};
+  if (threadIdx.x < columns) {
+    for (int r = 0; r < rows && r < splits; ++r) total.add(sums[r * columns + threadIdx.x]);
+  }
+  return total;
+}
+
+// True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Which block
+// is last varies, the order of the additions does not: partial sums are added by index.
 template <class Walk>
 __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspace) {
-  constexpr int N = Walk::channels;
-  const int splits = walk.config.splits, width = walk.config.width;
+  const int splits = walk.config.splits, columns = walk.config.width * Walk::channels;
   if (splits == 1) return true;
 
   const int64_t C = walk.layout.C, first = walk.first_channel();
-  if (threadIdx.x < width * N && first + threadIdx.x < C) workspace.partials[walk.split * C + first + threadIdx.x] = total;
-  __threadfence();
+  if (threadIdx.x < columns && first + threadIdx.x < C) workspace.partials[walk.split * C + first + threadIdx.x] = total;
   __syncthreads();
   SHARED(bool, last, 1);
-  // atomicInc wraps to 0 after the last block: ready for the next launch.
-  if (threadIdx.x == 0) last[0] = atomicInc(&workspace.counters[walk.group], splits - 1) == splits - 1;
+  if (threadIdx.x == 0) {
+    // One thread's fences order the whole block's writes and reads, with the barriers around them: fences are cumulative.
+    __threadfence();
+    // atomicInc wraps to 0 after the last block: ready for the next launch.
+    last[0] = atomicInc(&workspace.counters[walk.group], splits - 1) == splits - 1;
+    __threadfence();
+  }
   __syncthreads();
   if (!last[0]) return false;
-  __threadfence();
-
-  Pair mine[N] = {};
-  const int64_t channel = first + walk.column();
-  for (int k = threadIdx.x / width; k < splits; k += blockDim.x / width) {
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (channel + j >= C) continue;
-      const Pair* partial = &workspace.partials[k * C + channel + j];
-      mine[j].add({__ldcg(&partial->a), __ldcg(&partial->b)});
-    }
-  }
-  for (Pair& p : mine) p = {warp_sum(p.a, width), warp_sum(p.b, width)};
-  total = block_sum(mine, width);
+  total = sum_partials(workspace.partials, splits, C, first, columns);
   return true;
 }
 

@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   constexpr int N = Walk::channels, S = Walk::sums;
   const auto* x = static_cast<const scalar_t*>(args.x);
   const Walk walk(args.layout, config);
+  static_assert(Walk::max_sum_bytes < SHARED_BYTES, "the launch would fail");
 
   acc_t shift[N] = {}, s1[S] = {}, s2[S] = {};
   int n = 0;
@@ -54,14 +55,16 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   fold<N>(s1);
   fold<N>(s2);
-  Pair mine[N];
+  warp_sums<N>(s1, config.width);
+  warp_sums<N>(s2, config.width);
+  const double all = warp_sum(static_cast<double>(n), config.width);
+  Pair sums[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const double K = shift[j], all = warp_sum(static_cast<double>(n), config.width);
-    const double sum = warp_sum(s1[j], config.width), sumsq = warp_sum(s2[j], config.width);
-    mine[j] = {all * K + sum, sumsq + K * (2 * sum + all * K)};
+    const double K = shift[j], sum = s1[j], sumsq = s2[j];
+    sums[j] = {all * K + sum, sumsq + K * (2 * sum + all * K)};
   }
-  Pair total = block_sum(mine, config.width);
+  Pair total = block_sum(sums, config.width);
   if (!grid_sum(total, walk, workspace)) return;
 
   const int64_t C = args.layout.C, channel = walk.first_channel() + threadIdx.x;

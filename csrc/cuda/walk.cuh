@@ -55,6 +55,7 @@ struct Walk {
 template <int V, int U, int B, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = V, channels = 1, max_columns = 1, unroll = U, blocks_per_sm = B;
+  static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
   static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
   static constexpr int sums = V < 4 ? V : 4;  // that a thread keeps: independent ones, for the latency of an addition
   static constexpr int shift_vectors = 1;  // behind a shift of stats: 512 bytes of the channel
@@ -97,7 +98,8 @@ struct Planes : Walk {
 template <int V, int U, int B, int max_width, bool reversed>
 struct Pixels : Walk {
   static constexpr int vector = V, channels = V, max_columns = max_width * V, unroll = U, blocks_per_sm = B;
-  static_assert(max_width <= WARP && (max_width & (max_width - 1)) == 0, "a power of 2 divides a warp");
+  static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, max_width, V);
+  static_assert(max_width <= 8 && (max_width & (max_width - 1)) == 0, "a tile is at most a memory line, and divides a warp");
   static constexpr bool shares_bytes = V == 1;
   static constexpr int sums = V;
   static constexpr int shift_vectors = unroll;  // one could be a single value of the channel
@@ -116,7 +118,9 @@ struct Pixels : Walk {
     const int64_t steps = (layout.outer + rows * unroll - 1) / (rows * unroll);
     for (int64_t i = split; i < steps; i += config.splits) {
       const int64_t row = (reversed ? steps - 1 - i : i) * rows * unroll + threadIdx.x / config.width;
-      const int count = channel < layout.C ? clamped((layout.outer - row + rows - 1) / rows, unroll) : 0;
+      int count = 0;  // by comparisons: the loads would wait for a division of 64 bits
+#pragma unroll
+      for (int u = 0; u < unroll; ++u) count += channel < layout.C && row + u * rows < layout.outer;
       body(Step<V, unroll>{row * layout.C + channel, rows * layout.C, row, rows, count});
     }
   }

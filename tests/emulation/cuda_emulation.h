@@ -93,7 +93,10 @@ inline unsigned atomicInc(unsigned* counter, unsigned limit) {
   return old;
 }
 
-inline double __ldcg(const double* p) { return *p; }
+struct alignas(16) double2 {
+  double x, y;
+};
+inline double2 __ldcg(const double2* p) { return *p; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned bits) {
   float value;
