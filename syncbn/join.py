@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,16 +19,15 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from .comm import resolve
-from .comm.process_group import ProcessGroupCommunicator
+from .comm.duplicates import duplicate_of
+from .comm.process_group import DefaultGroupCommunicator, ProcessGroupCommunicator
 from .comm.recorded import Note, RecordedCommunicator
-from .groups import twin
 from .modules import SyncBatchNorm
 
 _NO_BATCH = (
     "rank {} has no batch at all inside syncbn.join, so it cannot know which exchanges to answer:"
     " give every rank at least one batch, which may be empty ([0, C, *])"
 )
-_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -85,7 +83,7 @@ class _SyncBatchNorms(Joinable):
         before = [layer.process_group for layer in self.layers]
         handle = self.model.register_forward_pre_hook(self._call, prepend=True)
         for layer in self.layers:
-            layer.process_group = RecordedCommunicator(_own_group(resolve(layer.process_group)), self.exchanges)
+            layer.process_group = RecordedCommunicator(_group_inside(resolve(layer.process_group)), self.exchanges)
         try:
             yield
         finally:
@@ -165,10 +163,10 @@ def _own(model: nn.Module) -> list[Joinable]:
     return [model] if isinstance(model, Joinable) else []
 
 
-def _own_group(comm: Any) -> dist.ProcessGroup:
-    """A second group of the same ranks, made once."""
+def _group_inside(comm: Any) -> dist.ProcessGroup:
+    """The group in which a layer exchanges inside join: one that it shares with no other user."""
+    if isinstance(comm, DefaultGroupCommunicator):
+        return comm.group
     if not isinstance(comm, ProcessGroupCommunicator):
         raise ValueError("syncbn.join needs layers whose process_group belongs to torch.distributed, not to MPI")
-    if comm.group not in _own_groups:
-        _own_groups[comm.group] = twin(comm.group)
-    return _own_groups[comm.group]
+    return duplicate_of(comm.group)

@@ -21,6 +21,7 @@ ORDER = [
     "native",
     "comm.shared_memory",
     "comm.meeting",
+    "comm.duplicates",
     "comm.process_group",
     "comm.mpi",
     "comm.recorded",

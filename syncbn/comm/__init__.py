@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from .process_group import NotAMember, ProcessGroupCommunicator
+from .process_group import DefaultGroupCommunicator, NotAMember, ProcessGroupCommunicator
 
 
 class Communicator(Protocol):
@@ -23,7 +23,7 @@ class Communicator(Protocol):
 
     @property
     def group(self) -> Any:
-        """What it was made from, which lives as long as the group."""
+        """The group in which the exchanges run; its lifetime is the group's. The first call may be collective: it makes the group."""
 
     @property
     def rank(self) -> int: ...
@@ -53,7 +53,7 @@ LOCAL = LocalCommunicator()
 def resolve(process_group: Any = None) -> Communicator:
     """The communicator of what a user passes as `process_group`.
 
-    None is the default group where torch.distributed is initialized, else this process alone. Raises ValueError for anything
+    None is a duplicate of the default group if torch.distributed is initialized, else this process alone. Raises ValueError for anything
     that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
     """
     if isinstance(process_group, ProcessGroupCommunicator):  # as syncbn.join gives its layers
@@ -61,13 +61,15 @@ def resolve(process_group: Any = None) -> Communicator:
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):  # compiled by torch 2.11, WORLD never is None
             return LOCAL
-        process_group = dist.group.WORLD
-    elif _is_mpi(process_group):
+        default = dist.group.WORLD
+        assert default is not None
+        return DefaultGroupCommunicator(default) if default.size() > 1 else LOCAL
+    if _is_mpi(process_group):
         from .mpi import MPICommunicator  # only here: mpi4py starts MPI when it is imported
 
         mpi = MPICommunicator(process_group)
         return mpi if mpi.world_size > 1 else LOCAL
-    elif _is_device_mesh(process_group):
+    if _is_device_mesh(process_group):
         if process_group.ndim != 1:
             raise ValueError(f"process_group must be a one-dimensional DeviceMesh, got {process_group.ndim} dimensions: slice it first")
         if process_group.get_coordinate() is None:

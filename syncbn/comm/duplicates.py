@@ -1,0 +1,79 @@
+"""Duplicates of process groups: the same ranks, whose messages cannot be confused with those of the group itself.
+
+DistributedDataParallel sums its buckets in the default group, whenever a gradient is ready. Two ranks that skip different branches of a
+model reach a bucket and a layer's exchange in different orders; in one group, the bucket of one rank would be added to the sums of
+another rank's layer. So the layers exchange in a duplicate of the default group.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from contextlib import suppress
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+_duplicates: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+_lock = threading.Lock()  # two threads of a rank may reach the first exchange together
+
+
+def duplicate_of_default() -> dist.ProcessGroup:
+    """The duplicate of the default group. Every rank makes the first call, which makes it; it is destroyed with the default group."""
+    default = dist.group.WORLD
+    assert default is not None
+    duplicate = _duplicates.get(default)
+    if duplicate is None:
+        with _lock:
+            duplicate = _duplicates.get(default)
+            if duplicate is None:
+                duplicate = _duplicates[default] = dist.new_group(timeout=timeout_of(default))
+    return duplicate
+
+
+def duplicate_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A duplicate of this rank's group, made once. Every rank of the default group calls it, with its group."""
+    duplicate = _duplicates.get(group)
+    if duplicate is None:
+        duplicate = _duplicates[group] = split(all_gather(min(dist.get_process_group_ranks(group))))
+        # torch keeps every group until it is destroyed, with its connections and threads.
+        weakref.finalize(group, _destroy, duplicate).atexit = False
+    return duplicate
+
+
+def _destroy(group: dist.ProcessGroup) -> None:
+    with suppress(ValueError, AssertionError):  # it has been destroyed with the default group
+        dist.destroy_process_group(group)
+
+
+def split(colours: list[int]) -> dist.ProcessGroup:
+    """The group of the ranks that have this rank's colour. Every rank of the default group calls it, with the colours of all."""
+    groups = {}
+    for colour in dict.fromkeys(colours):  # torch requires every rank to make every group in the same order
+        ranks = [rank for rank, other in enumerate(colours) if other == colour]
+        groups[colour] = dist.new_group(ranks, timeout=timeout_of(dist.group.WORLD))
+    return groups[colours[dist.get_rank()]]
+
+
+def all_gather(number: int) -> list[int]:
+    """Each rank's number, over the default group."""
+    local = torch.tensor([number], device=_device())
+    numbers = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(numbers, local)
+    return [int(other) for other in numbers]
+
+
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """The group's timeout: a new group would get torch's default. None for a backend that has none."""
+    assert group is not None
+    try:
+        return group._get_backend(torch.device(_device())).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def _device() -> str:
+    """The device type whose tensors the default group exchanges."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
