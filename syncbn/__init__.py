@@ -4,14 +4,14 @@ from . import lightning as lightning
 from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
 from .comm.rendezvous import init_process_group
-from .convert import convert_sync_batchnorm, revert_sync_batchnorm
-from .fold import fold_batchnorm
 from .function import sync_batch_norm
 from .groups import new_group
 from .join import join
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .statistics import update_bn_stats
+from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .surgery.fold import fold_batchnorm
 
 __all__ = [
     "RankMismatchError",

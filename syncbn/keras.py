@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from .function import Options
 from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
-from .modules import SyncBatchNorm, call_of
+from .modules import SyncBatchNorm
+from .surgery.trace import record_in_fx_graph
 
 Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras' are
 
@@ -143,7 +144,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
 
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
         if isinstance(inputs, torch.fx.Proxy):
-            return call_of(self, inputs, training)
+            return record_in_fx_graph(self, inputs, training)
         x = self.channels_second(inputs)
         if x.shape[1] != self.num_features:
             raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .convert import convert_sync_batchnorm, revert_sync_batchnorm
+from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 
 # One project under two names, each with classes of its own. Importing them here would take seconds, and only one is used.
 PACKAGES = ("lightning.pytorch.plugins", "pytorch_lightning.plugins")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,8 @@ from .exchange import agreed_by
 from .function import Options, eval_batch_norm, train_batch_norm
 from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
 from .keras_weights import copy_tensors, named_tensors, to_keras
-
-
-@dataclass
-class Conversion:
-    """What `convert_sync_batchnorm` has changed in a layer: `revert_sync_batchnorm` needs no more than this to undo it."""
-
-    original_class: type[_BatchNorm] | None  # None if the layer was built as a SyncBatchNorm
-    original_attributes: dict[str, Any]  # those that the conversion has replaced
-    fused_activation: nn.Module | None = None
+from .surgery.record import Conversion, groups_of
+from .surgery.trace import record_in_fx_graph
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -121,7 +113,7 @@ class SyncBatchNorm(_BatchNorm):
             RuntimeError: another rank has not come within the group's timeout.
         """
         if isinstance(input, torch.fx.Proxy):
-            return call_of(self, input, residual)
+            return record_in_fx_graph(self, input, residual)
         self._check_input_dim(input)
         return self._batch_norm(input, residual, self.training)
 
@@ -154,7 +146,7 @@ class SyncBatchNorm(_BatchNorm):
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
         """`syncbn.convert_sync_batchnorm`, where torch's users look for it."""
-        from .convert import convert_sync_batchnorm
+        from .surgery.convert import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group, fuse_activation=fuse_activation)
 
@@ -263,19 +255,6 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     dropped each time and takes as long as a small kernel. Parametrized or replicated, it is not among them."""
     tensors = module._parameters if name in module._parameters else module._buffers
     return tensors[name] if name in tensors else getattr(module, name)
-
-
-def call_of(module: nn.Module, *inputs: Any) -> Any:
-    """What torch.fx writes down for a layer of torch's own: a call of the module, whatever it does inside. None is not given."""
-    tracer, given = inputs[0].tracer, tuple(value for value in inputs if value is not None)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
-
-
-def groups_of(module: nn.Module) -> list[Any]:
-    """The process group of a layer, and the one that its conversion has replaced."""
-    conversion = vars(module).get("_conversion")
-    replaced = conversion.original_attributes if conversion else {}
-    return [getattr(module, "process_group", None), *replaced.values()]
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

@@ -295,9 +295,21 @@ class Untraceable(Tap):
         return self.act(self.bn(x)) if x.sum() > 0 else x
 
 
-def hooked():
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())
-    model[0].register_forward_hook(lambda *args: None)
+class TappedIdentity(Tap):
+    """As timm's ResNets have it, an identity in between, whose output is used twice here."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Identity()
+
+    def forward(self, x):
+        y = self.drop(self.bn(x))
+        return self.act(y) + y
+
+
+def hooked(i=0, *between):
+    model = nn.Sequential(nn.BatchNorm2d(4), *between, nn.ReLU())
+    model[i].register_forward_hook(lambda *args: None)
     return model
 
 
@@ -311,6 +323,9 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "a feature tap": (Tap, 0),
     "a path that eval does not take": (OnlyInTraining, 0),
     "a hook in between": (hooked, 0),
+    "identities in between": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.Identity(), nn.ReLU()), 1),
+    "a hook on an identity in between": (lambda: hooked(1, nn.Identity()), 0),
+    "a feature tap on an identity in between": (TappedIdentity, 0),
     "a path for an optional argument": (OptionalTap, 0),
 }
 
@@ -337,8 +352,8 @@ def test_fusing_changes_nothing_but_the_number_of_layers(name):
     assert_close(fused.eval()(x), plain.eval()(x).double(), 1e-5, "y after the reversal")
 
 
-def test_what_cannot_be_traced_is_not_fused_and_says_so():
-    with pytest.warns(UserWarning, match="cannot trace"):
+def test_what_cannot_be_traced_is_not_fused_and_the_warning_names_the_line():
+    with pytest.warns(UserWarning, match=r"fuse_activation: torch.fx cannot trace .*Untraceable, test_convert.py:\d+ .*x.sum\(\) > 0"):
         model = convert_sync_batchnorm(Untraceable(), fuse_activation=True)
     assert model.bn.activation is None and type(model.act) is nn.ReLU and model.training
 
@@ -348,6 +363,17 @@ def test_reverting_a_part_brings_its_activation_back():
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), fuse_activation=True)
     revert_sync_batchnorm(model[0])
     assert type(model[0]) is nn.BatchNorm2d and type(model[1]) is nn.ReLU
+
+
+def test_a_fused_activation_stays_a_node_of_fx_graphs_and_is_in_both_reprs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    nodes = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
+    convert_sync_batchnorm(model, fuse_activation=True)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes] == nodes
+    assert "activation='relu'" in repr(model[1]) and repr(model[2]) == "FusedActivation(ReLU)"
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(traced.eval()(x), model.eval()(x))
 
 
 def test_names_reach_the_layers():

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import syncbn
 from syncbn import SyncBatchNorm, SyncBatchNormalization, fold_batchnorm
-from syncbn.fold import FoldedBatchNorm
+from syncbn.surgery.fold import FoldedBatchNorm
 
 pytestmark = pytest.mark.world_size(1)
 # Of the greatest output: one rounding of each weight, and sums of up to 256 products in another order.
@@ -179,8 +179,8 @@ class TrainingArgument(nn.Module):
         return self.bn(self.linear(x), training=True)
 
 
-def hooked(i):
-    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))
+def hooked(i, *between):
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), *between, nn.BatchNorm1d(3))
     model[i].register_forward_hook(lambda module, args, y: y + 1)
     return model
 
@@ -193,6 +193,7 @@ STAYS = {  # (model, names of the batch norms that stay)
     "forward of its own": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), OwnForward(3)), ["1"]),
     "hook on the layer": (lambda: hooked(0), ["1"]),
     "hook on the batch norm": (lambda: hooked(1), ["1"]),
+    "hook on an identity between": (lambda: hooked(1, nn.Identity()), ["2"]),
     "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 5, 1), SyncBatchNormalization(num_features=5)), ["1"]),
     "weights computed from others": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(3, 3, 1)), nn.BatchNorm1d(3)),
@@ -217,7 +218,7 @@ def test_a_model_that_cannot_be_traced_stays_with_a_warning():
         def forward(self, x):
             return super().forward(x) if x.sum() > 0 else x
 
-    with pytest.warns(UserWarning, match=r"cannot trace this model, so nothing is folded"):
+    with pytest.warns(UserWarning, match=r"fold_batchnorm: torch.fx cannot trace the whole model.*test_fold.py:\d+ \"return super"):
         check(randomized(Branch(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))), torch.ones(2, 3, 4), left=["1"])
 
 
@@ -228,6 +229,18 @@ def test_input_for_which_the_two_are_not_one_layer_is_an_error():
     with pytest.raises(ValueError, match=r"2 dimensions for a batch norm that has been folded, got \[2, 3, 3\]"):
         folded(torch.randn(2, 3, 3))
     assert isinstance(folded[1], FoldedBatchNorm)
+
+
+def test_a_folded_model_traces_with_its_layers_as_nodes():
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), SyncBatchNorm(4, activation="relu"), nn.Flatten()))
+    folded = check(model, x := torch.randn(2, 3, 5, 5))
+    traced = torch.fx.symbolic_trace(folded)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert torch.equal(traced(x), folded(x))
+
+
+def test_identities_between_a_layer_and_its_batch_norm_are_passed_over():
+    check(randomized(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Identity(), nn.Identity(), nn.BatchNorm1d(4))), torch.randn(2, 3, 5))
 
 
 class OptionalTap(nn.Module):

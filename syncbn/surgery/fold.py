@@ -7,7 +7,6 @@ activation(gamma * (W x + b - mean) / sqrt(var + eps) + beta)
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .fuse import has_hooks, traces
-from .keras import SyncBatchNormalization
-from .modules import SyncBatchNorm, groups_of
+from ..keras import SyncBatchNormalization
+from ..modules import SyncBatchNorm
+from .record import groups_of
+from .trace import has_hooks, producer, record_in_fx_graph, regions, warn_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -41,6 +41,8 @@ class FoldedBatchNorm(nn.Module):
         self.dim = dim
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return record_in_fx_graph(self, input, residual)
         if self.dim is not None and input.dim() != self.dim:  # dimension 1 is not what the layer before has as its channels
             raise ValueError(f"input must have {self.dim} dimensions for a batch norm that has been folded, got {list(input.shape)}")
         return self.activation(input if residual is None else input + residual)
@@ -52,7 +54,8 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     Joined are convolutions (1-D, 2-D, 3-D, transposed, grouped) and linear layers with a batch norm, plain or synchronized, that
     `torch.fx` shows to be the only one to use their output. The outputs are the same up to rounding; weights are computed in float64.
     The activation of a `SyncBatchNorm` stays, as a module. A batch norm stays as it is where it has no running statistics, hooks, a
-    forward of its own, or anything but such a layer before it. Where `module` cannot be traced all stay, with a warning.
+    forward of its own, or anything but such a layer before it. If `torch.fx` cannot trace `module`, the submodules that it can trace
+    are folded, with a warning that names the line.
 
     `module` itself is left as found: it may go on training. DistributedDataParallel is looked through.
 
@@ -70,15 +73,14 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module, {id(group): group for group in groups}).eval()  # groups cannot be copied
     if isinstance(module, _BatchNorm):
         return module  # alone
-    try:
-        pairs = [_find_foldable(module, graph) for graph in traces(module)]
-    except Exception as error:  # whatever the model's own code raises at a traced value
-        warnings.warn(f"fold_batchnorm: torch.fx cannot trace this model, so nothing is folded ({error})", stacklevel=2)
-        return module
-    for pair in pairs[0]:
-        if all(pair in others for others in pairs):
-            _fold(pair)
-            _replace(module, pair.batch_norm, FoldedBatchNorm(_activation(pair.batch_norm), pair.dim).eval())
+    found, failures = regions(module, modes=(False,))
+    warn_of(failures, "fold_batchnorm", "folded")
+    for region in found:
+        first, *others = [_find_foldable(region.module, graph) for graph in region.graphs]
+        for pair in first:
+            if all(pair in pairs for pairs in others) and region.owned.issuperset((pair.layer, pair.batch_norm)):
+                _fold(pair)
+                _replace(module, pair.batch_norm, FoldedBatchNorm(_activation(pair.batch_norm), pair.dim).eval())
     return module
 
 
@@ -88,13 +90,13 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:
-        inputs = [*node.args, *node.kwargs.values()]
-        source = node.args[0] if node.args else None
-        if not (node.op == "call_module" and isinstance(source, fx.Node) and source.op == "call_module"):
+        source = producer(node, modules) if node.op == "call_module" else None
+        if source is None:
             continue
-        layer, batch_norm = modules[source.target], modules[node.target]
+        inputs = [*node.args, *node.kwargs.values()]
+        layer, batch_norm = modules[str(source.target)], modules[str(node.target)]
         shared = any(str(target).startswith((f"{source.target}.", f"{node.target}.")) for target in read)
-        alone = len(source.users) == 1 and inputs.count(source) == 1 and not shared
+        alone = inputs.count(node.args[0]) == 1 and not shared
         if alone and all(calls.count(m) == 1 and not has_hooks(m) for m in (layer, batch_norm)) and _known(batch_norm, len(inputs)):
             fits, dim = _channels(layer, batch_norm)
             if fits:

@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
-from .comm import check_type
+from ..comm import check_type
+from ..guards import options_of_ours
+from ..modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .fuse import Fusible, find_fusible, fuse, unfuse
-from .guards import options_of_ours
-from .modules import Conversion, SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, call_of
+from .record import Conversion
+from .trace import record_in_fx_graph
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 # Classes whose forward is torch's, followed by these submodules: converted together with them. By name: nothing here is imported.
@@ -56,9 +58,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     Args:
         module: a model, or a batch norm itself.
         process_group: of the converted layers, as in `SyncBatchNorm`. None keeps the group of a layer that has one.
-        fuse_activation: also make one layer of a batch norm and the ReLU, LeakyReLU or SiLU module behind it, where `torch.fx` can
-            trace `module` and shows that nothing else sees the value in between. The activation then passes its input on. An
-            activation that is called more than once, or behind an addition, and `F.relu` stay.
+        fuse_activation: also make one layer of a batch norm and the ReLU, LeakyReLU or SiLU module after it, if `torch.fx` shows that
+            nothing else sees the value in between. The activation module stays in the model, as a node of fx graphs, too, and passes its
+            input on. An activation that is called more than once, or after an addition, and `F.relu` stay. If `torch.fx` cannot trace
+            `module`, the submodules that it can trace are fused, with a warning that names the line.
 
     Raises:
         ValueError: `process_group` is of an unknown type.
@@ -195,7 +198,7 @@ def _synchronized(original: Any) -> type[SyncBatchNorm]:
 
         def forward(self: SyncBatchNorm, input: Tensor) -> Tensor:
             if isinstance(input, fx.Proxy):
-                return call_of(self, input)
+                return record_in_fx_graph(self, input)
             y = SyncBatchNorm.forward(self, input)
             for name in tail:
                 y = getattr(self, name)(y)

@@ -6,15 +6,14 @@ hook, not a second call of a shared activation.
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .modules import Conversion, SyncBatchNorm, call_of
+from ..modules import SyncBatchNorm
+from .record import Conversion
+from .trace import Region, has_hooks, producer, record_in_fx_graph, regions, warn_of
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
@@ -30,25 +29,23 @@ class FusedActivation(nn.Identity):
     original_class: type[nn.Module]
 
     def forward(self, input: Any) -> Any:
-        return call_of(self, input) if isinstance(input, fx.Proxy) else input
+        return record_in_fx_graph(self, input) if isinstance(input, fx.Proxy) else input
 
     def extra_repr(self) -> str:
         return self.original_class.__name__
 
 
 def find_fusible(module: nn.Module) -> list[Fusible]:
-    """The pairs of batch norm and activation that are the same as one layer, in training and in eval; none, with a warning, where
-    `module` cannot be traced."""
-    flags = {m: m.training for m in module.modules()}
-    try:
-        pairs = [_adjacent(module, graph) for mode in (True, False) for graph in traces(module.train(mode))]
-    except Exception as error:  # whatever the model's own code raises at a traced value
-        warnings.warn(f"fuse_activation: torch.fx cannot trace this model, so nothing is fused ({error})", stacklevel=3)
-        return []
-    finally:
-        for m, training in flags.items():
-            m.training = training
-    return [pair for pair in pairs[0] if all(pair in others for others in pairs)]
+    """The pairs of batch norm and activation that are the same as one layer, in training and in eval; with a warning if torch.fx cannot
+    trace all of `module`."""
+    found, failures = regions(module, modes=(True, False))
+    warn_of(failures, "fuse_activation", "fused")
+    return [pair for region in found for pair in _in_every_graph(region)]
+
+
+def _in_every_graph(region: Region) -> list[Fusible]:
+    first, *others = [_adjacent(region.module, graph) for graph in region.graphs]
+    return [pair for pair in first if all(pair in pairs for pairs in others) and region.owned.issuperset(pair)]
 
 
 def fuse(pair: Fusible) -> None:
@@ -75,35 +72,17 @@ def unfuse(batch_norm: SyncBatchNorm) -> None:
         batch_norm.negative_slope = SyncBatchNorm.negative_slope
 
 
-def traces(module: nn.Module) -> list[fx.Graph]:
-    """The data flow of `module` where all arguments are given, and where the optional ones are not: code may ask `if y is None`."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    return [Tracer().trace(module), *([Tracer().trace(module, concrete_args=defaults)] if defaults else [])]
-
-
 def _adjacent(module: nn.Module, graph: fx.Graph) -> list[Fusible]:
     modules = dict(module.named_modules())
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or type(modules[node.target]) not in _ACTIVATIONS:
+        if node.op != "call_module" or type(modules[node.target]) not in _ACTIVATIONS or len(node.args) != 1 or node.kwargs:
             continue
-        source = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        if not (isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1):
+        source = producer(node, modules)
+        if source is None:
             continue
         pair = Fusible(modules[source.target], modules[node.target])
         if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not has_hooks(m) for m in pair):
             pairs.append(pair)
     return pairs
-
-
-class Tracer(fx.Tracer):
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Hooks see a module's input and output, which fusing would change."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks) or isinstance(module, torch.jit.ScriptModule)

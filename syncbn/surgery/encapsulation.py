@@ -1,0 +1,123 @@
+"""Which submodules does a module use in no other way than by calling them?
+
+torch.fx answers this for a module that it can trace. For one that it cannot, the source of its class does: a submodule that the code
+only calls, or whose elements it only calls in a loop, is a unit. No layer in it is seen by anything but the unit's own forward, so two
+layers that are neighbours there may become one. Whatever this reading does not understand counts as a look inside.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+# Methods of nn.Module, and functions, that give a module's code its submodules in other ways than by their names.
+_OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "getattr", "vars", "__dict__"}
+_HARMLESS = {"hasattr", "isinstance", "type", "super"}  # functions of `self` that reach no submodule
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may look inside
+
+
+def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, submodule) of the units directly in `module`, or in a list of modules that it loops over."""
+    if type(module) in _CONTAINERS:
+        return list(module.named_children())
+    if "forward" in vars(module):
+        return []
+    try:
+        code = _Code(type(module))
+    except (OSError, TypeError, SyntaxError):  # a class without source, as typed into an interpreter
+        return []
+    found: list[tuple[str, nn.Module]] = []
+    for name, child in module.named_children():
+        if code.only_calls(name) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            found.append((name, child))
+        elif code.only_calls_elements(name) and isinstance(child, _CONTAINERS):
+            found += [(f"{name}.{element}", unit) for element, unit in child.named_children()]
+    return found
+
+
+class _Code:
+    """The methods of a class that its forward reaches, those of its bases outside torch included."""
+
+    def __init__(self, cls: type) -> None:
+        self.parents: dict[ast.AST, ast.AST] = {}
+        self.nodes: list[ast.AST] = []
+        bases = [base for base in cls.__mro__ if base not in _KNOWN_BASES]
+        self.opened = any(base.__module__.startswith("torch.") for base in bases)
+        pending = ["forward"]
+        for name in pending:  # grows while it is walked over
+            for base in bases:
+                for node in self._read(vars(base).get(name)):
+                    if isinstance(node, ast.Attribute) and node.attr not in pending and any(node.attr in vars(b) for b in bases):
+                        pending.append(node.attr)
+        self.opened = self.opened or any(self._opens(node) for node in self.nodes)
+
+    def _read(self, method: Any) -> list[ast.AST]:
+        """The nodes of a method's source, which are kept; of anything else none."""
+        method = method.fget if isinstance(method, property) else getattr(method, "func", method)  # a cached_property
+        if not inspect.isfunction(method):
+            return []
+        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
+        arguments = tree.body[0].args.args if isinstance(tree.body[0], ast.FunctionDef) else []
+        self.opened = self.opened or not arguments or arguments[0].arg != "self"
+        nodes = list(ast.walk(tree))
+        for parent in nodes:
+            self.parents.update(dict.fromkeys(ast.iter_child_nodes(parent), parent))
+        self.nodes += nodes
+        return nodes
+
+    def only_calls(self, name: str) -> bool:
+        return not self.opened and all(self._is_called(use) or self._is_tested(use) for use in self._uses(name))
+
+    def only_calls_elements(self, name: str) -> bool:
+        return not self.opened and all(self._is_called_by_index(use) or self._is_looped_over(use) for use in self._uses(name))
+
+    def _opens(self, node: ast.AST) -> bool:
+        """Whether `node` may reach any submodule: a method that lists them, or `self` used other than for an attribute."""
+        if isinstance(node, ast.Name) and node.id == "self":
+            parent = self.parents[node]
+            return not isinstance(parent, ast.Attribute) and not (isinstance(parent, ast.Call) and ast.unparse(parent.func) in _HARMLESS)
+        return (node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "") in _OPENERS
+
+    def _uses(self, name: str) -> Iterator[ast.AST]:
+        return (node for node in self.nodes if isinstance(node, ast.Attribute) and node.attr == name and _is_self(node.value))
+
+    def _is_called(self, node: ast.AST) -> bool:
+        parent = self.parents[node]
+        return isinstance(parent, ast.Call) and parent.func is node
+
+    def _is_tested(self, node: ast.AST) -> bool:
+        """`if self.name:` or `self.name is not None`."""
+        parent = self.parents[node]
+        if isinstance(parent, ast.Compare):
+            return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+        return isinstance(parent, (ast.If, ast.IfExp)) and parent.test is node
+
+    def _is_called_by_index(self, node: ast.AST) -> bool:
+        parent = self.parents[node]
+        return isinstance(parent, ast.Subscript) and not isinstance(parent.slice, ast.Slice) and self._is_called(parent)
+
+    def _is_looped_over(self, node: ast.AST) -> bool:
+        """`for element in self.name:`, also with enumerate, where the code only calls `element`."""
+        loop, iterated = self.parents[node], node
+        enumerated = isinstance(loop, ast.Call) and ast.unparse(loop.func) == "enumerate"
+        if enumerated:
+            loop, iterated = self.parents[loop], loop
+        if not isinstance(loop, (ast.For, ast.comprehension)) or loop.iter is not iterated:
+            return False
+        target = loop.target
+        if enumerated:
+            target = target.elts[1] if isinstance(target, ast.Tuple) and len(target.elts) == 2 else ast.Tuple([])
+        if not isinstance(target, ast.Name):
+            return False
+        uses = [n for n in self.nodes if isinstance(n, ast.Name) and n.id == target.id and isinstance(n.ctx, ast.Load)]
+        return all(self._is_called(use) for use in uses)
+
+
+def _is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"

@@ -1,0 +1,111 @@
+"""What torch.fx sees of a model: the whole if it can trace it, else each submodule that it can trace."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .encapsulation import units
+
+_LIBRARIES = tuple(str(Path(path).parent) for path in (torch.__file__, __file__))
+
+
+class Region(NamedTuple):
+    """A part of a model that torch.fx can trace."""
+
+    module: nn.Module
+    graphs: list[fx.Graph]  # one for each mode, and for each way to call it
+    owned: set[nn.Module]  # the modules in it that the model holds nowhere else
+
+
+def record_in_fx_graph(module: nn.Module, *inputs: Any) -> Any:
+    """What torch.fx records for a layer of torch's own: one call of the module, whatever it does inside. None is left out."""
+    tracer, given = inputs[0].tracer, tuple(value for value in inputs if value is not None)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
+
+
+def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
+    """The parts of `root` with a batch norm that torch.fx can trace, and a line for each module that it cannot.
+
+    `modes` are the training flags to trace with. The flags of the modules are left as they were.
+    """
+    flags = {m: m.training for m in root.modules()}
+    places = _places(root)
+    found: list[Region] = []
+    failures: dict[str, str] = {}  # by line: a module fails at the line at which one in it does
+    pending = [root]
+    for module in pending:  # grows while it is walked over
+        if not any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module):
+            continue
+        try:
+            graphs = [graph for mode in modes for graph in _traces(module.train(mode))]
+        except Exception as error:  # whatever the model's code raises at a traced value
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which have no forward
+                line = _line(error)
+                failures[line] = f"{type(module).__name__}{line}: {str(error).partition(chr(10))[0]}"
+            pending += [unit for _, unit in units(module)]
+        else:
+            inside = _places(module)
+            found.append(Region(module, graphs, {m for m in inside if places[m] == inside[m] * places[module]}))
+    for m, training in flags.items():
+        m.training = training
+    return found, list(failures.values())
+
+
+def warn_of(failures: list[str], function: str, done: str) -> None:
+    """Warns the caller of the public function that torch.fx could not trace the whole model."""
+    if failures:
+        reasons = "; ".join(failures)
+        warnings.warn(
+            f"{function}: torch.fx cannot trace the whole model, so only traceable submodules are {done} ({reasons})", stacklevel=4
+        )
+
+
+def _places(root: nn.Module) -> Counter[nn.Module]:
+    """How often `root` holds each module."""
+    return Counter(m for _, m in root.named_modules(remove_duplicate=False))
+
+
+def _traces(module: nn.Module) -> list[fx.Graph]:
+    """The data flow of `module` if all arguments are given, and if the optional ones are not: code may ask `if y is None`."""
+    if "forward" in vars(module):
+        raise ValueError("torch.fx would trace the forward of its class, which this instance has replaced")
+    parameters = inspect.signature(module.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return [Tracer().trace(module), *([Tracer().trace(module, concrete_args=defaults)] if defaults else [])]
+
+
+def _line(error: Exception) -> str:
+    """`, model.py:12 "if x.sum() > 0:"`: the last line of the model's own code."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
+    return f', {Path(frames[-1].filename).name}:{frames[-1].lineno} "{frames[-1].line}"' if frames else ""
+
+
+class Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The module call whose output is the first input of `node`, identities passed over; None if anything else uses a value between."""
+    source = node.args[0] if node.args else None
+    while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
+        module = modules[str(source.target)]
+        if type(module) is not nn.Identity or has_hooks(module) or len(source.args) != 1 or source.kwargs:
+            return source
+        source = source.args[0]
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Hooks see a module's input and output, which joining two layers would change."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name) for name in hooks) or isinstance(module, torch.jit.ScriptModule)
