@@ -6,6 +6,7 @@ The cases are those of PyTorch's own tests of SyncBatchNorm under DDP, on the CP
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -138,6 +139,35 @@ def test_process_group_of_its_own(world):
         y = model.module(x)
     assert seen == []
     assert_close(y, Net()(x).detach(), TOLERANCE, "y")
+
+
+@several
+def test_a_whole_ddp_model_saved_and_loaded_trains_on(world):
+    """As PyTorch's own tests do it; the loaded layers exchange in the default group again."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
+    x = torch.randn(4, 2, dtype=torch.float64) + world.rank
+    model(x).sum().backward()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert type(loaded.module.norm) is syncbn.SyncBatchNorm1d and loaded.module.norm.layer_name == "norm"
+    assert torch.equal(loaded(x), model(x))
+    for part in world.all_gather(loaded.module.norm.running_mean):
+        assert torch.equal(part, loaded.module.norm.running_mean)
+
+
+@several
+def test_early_termination_by_ddps_join_raises_on_every_rank(world):
+    """DDP's own way to stop all ranks with the first that has no batch left needs no answer from its layers."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    steps = 0
+    with pytest.raises(RuntimeError, match="exhausted"), model.join(throw_on_early_termination=True):
+        for _ in range(6 if world.rank == 0 else 3):
+            model(x).sum().backward()
+            steps += 1
+    assert steps == 3
 
 
 @several
