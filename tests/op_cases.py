@@ -6,6 +6,7 @@ gets its inputs from the reference, so that one op's error is not another's.
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -147,11 +148,13 @@ def doubled(t: Tensor | None) -> Tensor | None:
 
 
 def make(case: Case, device: str = "cpu") -> Data:
-    random = torch.Generator().manual_seed(zlib.crc32(repr(case).encode()))
+    # The same values on every device; but a real layer is drawn where it is used, since float64 of it takes seconds on the CPU.
+    where = device if math.prod(case.shape) > 1 << 20 else "cpu"
+    random = torch.Generator(where).manual_seed(zlib.crc32(repr(case).encode()))
     c = case.shape[1]
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype | None, mean: float = 0.0) -> Tensor | None:
-        return None if dtype is None else (torch.randn(shape, generator=random) + mean).to(dtype)
+        return None if dtype is None else (torch.randn(shape, generator=random, device=where) + mean).to(dtype)
 
     def like_x(wanted: bool = True, mean: float = 0.0) -> Tensor | None:
         t = draw(case.shape, case.dtype if wanted else None, mean)
@@ -163,7 +166,7 @@ def make(case: Case, device: str = "cpu") -> Data:
     weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
     # The group has another rank, with 3 samples of its own: statistics are not those of x, and not empty.
-    other = torch.randn((3, c), generator=random, dtype=torch.float64) + case.mean
+    other = torch.randn((3, c), generator=random, device=where, dtype=torch.float64) + case.mean
     stats = reference.stats(x.double(), case.rank_weighted)
     if case.group in ("others", "negative"):
         stats += reference.stats(other, case.rank_weighted)
@@ -179,7 +182,10 @@ def make(case: Case, device: str = "cpu") -> Data:
         dy[y == 0] = torch.inf
     tracked = torch.tensor(4)
     data = Data(x, dy, residual, weight, bias, running_mean, running_var, tracked, stats, mask, torch.empty(0))
-    data.sums = reference.backward_reduce(*_backward_arguments(data, case, doubled))[0] + torch.randn(2 * c, generator=random).double()
+    data.sums = (
+        reference.backward_reduce(*_backward_arguments(data, case, doubled))[0]
+        + torch.randn(2 * c, generator=random, device=where).double()
+    )
     for name, value in vars(data).items():
         setattr(data, name, None if value is None else value.to(device))
     return data
@@ -244,7 +250,12 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     assert mask.shape == want_mask.shape, "mask"
     if case.keeps_mask:
         got_bits, want_bits = reference._unpack_bits(mask, d.x), reference._unpack_bits(want_mask, d.x)
-        assert torch.equal(got_bits, want_bits), f"mask: {int((got_bits != want_bits).sum())} bits differ"
+        z, _ = reference.normalize(
+            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, "none", SLOPE
+        )
+        # The sign of a z that is 0 within its rounding is undecided: of 25 million values that happens to one or two.
+        wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(TOLERANCE, reference.acc_type(case.dtype)))
+        assert not wrong.any(), f"mask: {int(wrong.sum())} bits differ"
 
 
 def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:

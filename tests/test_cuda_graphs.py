@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from oracle import assert_close
+from processes import run
 from torch import nn
 
 import syncbn
 
+ROOT = Path(__file__).parent.parent
 pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 
@@ -54,6 +58,37 @@ def test_captured_step_equals_the_eager_one(rows, group_of_one):
             assert_close(p.grad, q.grad.double(), 1e-4, "gradient", scale)
         for got, other in zip(model.buffers(), eager.buffers(), strict=True):
             assert_close(got, other.double(), 1e-5, "buffer")
+
+
+# Nothing of this library has run in the process, and float16 has 4 kernels of its own: the runtime loads each at its first launch.
+FIRST_LAUNCH = """
+import torch
+from syncbn import ops
+
+x, dy = torch.randn(2, 8, 16, 12, 12, device="cuda").half().unbind()
+torch.cuda.synchronize()
+
+def step():
+    stats = ops.stats(x, False)
+    y, mask = ops.normalize(x, stats, None, None, dy, None, None, None, 0.1, 1e-5, True, "relu", 0.0)
+    sums, *_ = ops.backward_reduce(dy, x, stats, None, None, None, mask, 1e-5, "relu", 0.0)
+    return stats, y, sums, *ops.backward_input(dy, x, stats, sums, None, None, None, mask, 1e-5, "relu", 0.0)
+
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    captured = step()
+for t in captured:
+    t.fill_(-1)
+graph.replay()
+torch.cuda.synchronize()
+assert all(map(torch.equal, captured, step()))
+print("equal")
+"""
+
+
+def test_the_first_launch_of_a_kernel_may_be_captured(subprocess_env):
+    done = run([sys.executable, "-c", FIRST_LAUNCH], env=subprocess_env, cwd=ROOT, timeout=100)
+    assert done.returncode == 0 and done.stdout == "equal\n", done.stdout + done.stderr
 
 
 def test_graphed_callable():

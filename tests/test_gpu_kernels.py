@@ -13,6 +13,13 @@ from syncbn import native, ops, reference
 pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 SOME = [Case((40, 256), dtype=torch.bfloat16, activation="relu", residual=True), Case((8, 24, 31, 31), activation="silu", momentum=None)]
+# Layers of ResNet-50 at batch 32: the table's tensors have at most 1e5 elements, and no grid as large as these have.
+REAL = [
+    Case((32, 64, 112, 112), dtype=torch.bfloat16, activation="relu"),
+    Case((32, 64, 112, 112), True, torch.bfloat16, activation="relu"),
+    Case((32, 256, 56, 56), dtype=torch.bfloat16, activation="relu", residual=True),
+    Case((32, 256, 56, 56), True, torch.bfloat16, activation="relu", residual=True),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +44,12 @@ def step(case: Case):
 @pytest.mark.parametrize("case", table(), ids=str)
 @pytest.mark.parametrize("op", CHECKS)
 def test_kernel_equals_the_reference(op, case):
+    CHECKS[op](ops, case, "cuda")
+
+
+@pytest.mark.parametrize("case", REAL, ids=str)
+@pytest.mark.parametrize("op", CHECKS)
+def test_a_map_as_large_as_in_a_real_network_is_right_too(op, case):
     CHECKS[op](ops, case, "cuda")
 
 
