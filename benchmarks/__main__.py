@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from syncbn import native
 from .cases import KINDS, LARGE, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls, peak_megabytes, rotations
 from .networks import NETWORKS
 from .report import Row, geometric_mean, save, table
-from .timing import copy_rate, host_microseconds, keep_memory, machine, medians, rotated, use_processor_time
+from .timing import clocks, copy_rate, host_microseconds, keep_memory, machine, medians, rotated, use_processor_time
 
 
 def shapes(device: str) -> list[tuple[int, ...]]:
@@ -144,24 +145,28 @@ def over_runs(summaries: list[list[Row]]) -> list[Row]:
     return rows
 
 
-def measure(args: argparse.Namespace, repeats: int, limit: float) -> dict[str, list[Row]]:
-    """All sections of one run."""
-    sections = {"ops": ops_rows(args.device, repeats, limit), "layers": layer_rows(args.device, repeats, args.compile)}
-    sections["networks"] = []
+def measure(args: argparse.Namespace, repeats: int, limit: float) -> Iterator[tuple[str, list[Row]]]:
+    """The sections of one run, each as soon as it is measured: a run that is cut short has shown what it measured."""
+    ops = ops_rows(args.device, repeats, limit)
+    yield "ops", ops
+    layers = layer_rows(args.device, repeats, args.compile)
+    yield "layers", layers
+    networks: list[Row] = []
     if args.networks:
         small = args.device == "cpu"
         names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
-        sections["networks"] = network_rows(args.device, repeats, kinds, names)
-    sections["host and memory"] = other_rows(args.device)
+        networks = network_rows(args.device, repeats, kinds, names)
+    yield "networks", networks
+    yield "host and memory", other_rows(args.device)
     if args.device == "cuda":
-        sections["summary"] = summary_cuda(sections["ops"], sections["networks"])
+        yield "summary", summary_cuda(ops, networks)
     else:
-        sections["ops, times torch"] = ops_speedups(sections["ops"])
-        sections["summary"] = summary(sections["layers"], sections["networks"], sections["ops, times torch"])
-    return sections
+        speedups = ops_speedups(ops)
+        yield "ops, times torch", speedups
+        yield "summary", summary(layers, networks, speedups)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
@@ -171,8 +176,26 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=1, help="of everything: the summary has the median, the rest is the last run's")
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def describe(args: argparse.Namespace, limit: float) -> Row:
+    """What the figures depend on."""
+    kernels = next(library for library in native.status() if library.device == args.device)
+    return {
+        "machine": machine(args.device),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "copy GB/s": limit,
+        "runs": args.runs,
+        "time": "of the processor" if args.processor_time else "of the clock",
+        "kernels": kernels.reason if kernels.loaded else f"reference: {kernels.reason}",
+        **clocks(args.device, "before"),
+    }
+
+
+def main() -> None:
+    args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     keep_memory()
@@ -181,26 +204,23 @@ def main() -> None:
     dist.init_process_group("nccl" if args.device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     repeats = 3 if args.quick else 15
     limit = copy_rate(args.device, repeats)
-    kernels = next(library for library in native.status() if library.device == args.device)
-    header: Row = {
-        "machine": machine(args.device),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "copy GB/s": limit,
-        "runs": args.runs,
-    }
-    header["time"] = "of the processor" if args.processor_time else "of the clock"
-    header["kernels"] = kernels.reason if kernels.loaded else f"reference: {kernels.reason}"
+    header = describe(args, limit)
     table("machine", [header])
 
-    runs = [measure(args, repeats, limit) for _ in range(args.runs)]
-    sections = {**runs[-1], "summary": over_runs([run["summary"] for run in runs])}
-    for name, rows in sections.items():
-        if rows:
-            table(name, rows)
+    summaries: list[list[Row]] = []
+    sections: dict[str, list[Row]] = {}
+    for run in range(args.runs):
+        for name, rows in measure(args, repeats, limit):
+            sections[name] = rows
+            if rows and name != "summary" and run == args.runs - 1:
+                table(name, rows)
+        summaries.append(sections["summary"])
+    sections["summary"] = over_runs(summaries)
+    after = clocks(args.device, "after")
+    table("summary", sections["summary"])
     name = re.sub(r"\W+", "-", f"{header['machine']} {args.threads} threads" if args.device == "cpu" else header["machine"]).strip("-")
-    save(args.out / name, header, sections)
-    print(f"written: {args.out / name}.json and .png")
+    save(args.out / name, header | after, sections)
+    print(*after.items(), f"written: {args.out / name}.json and .png", sep="\n")
     dist.destroy_process_group()
 
 

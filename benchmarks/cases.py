@@ -147,7 +147,23 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
         }
         moved |= {"torch batch_norm_stats": 1.0, "torch gather_stats_with_counts": 0.0, "torch batch_norm_elemt": 2.0}
         moved |= {"torch backward_reduce": 2.0, "torch backward_elemt": 3.0}
+        calls |= cudnn_calls(x, dy, weight, mean, var)
+        moved |= {"torch cuDNN forward": 3.0, "torch cuDNN backward": 5.0}
     return calls, moved
+
+
+def cudnn_calls(x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> Calls:
+    """cuDNN's kernels alone, which know no other ranks. None if cuDNN refuses this input."""
+    forward = lambda: torch.ops.aten.cudnn_batch_norm(x, weight, weight, mean, var, True, 0.1, EPS)  # noqa: E731
+    try:
+        _, m, invstd, reserve = forward()
+    except RuntimeError:
+        return {}
+    backward = torch.ops.aten.cudnn_batch_norm_backward
+    return {
+        "torch cuDNN forward": forward,
+        "torch cuDNN backward": lambda: backward(x, dy, weight, mean, var, m, invstd, EPS, reserve),
+    }
 
 
 def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:

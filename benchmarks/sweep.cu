@@ -19,7 +19,6 @@
 #include "sweep.h"
 
 namespace syncbn::cuda {
-namespace {
 
 // ---- Plans ------------------------------------------------------------------------------------------------------------------
 
@@ -35,6 +34,8 @@ struct SweptPlan {
   static constexpr int pixels_blocks = blocks, pixels_unroll = unroll, pixels_width = width;
   static constexpr bool sums = SUMS, reversed = !SUMS;
 };
+
+namespace {
 
 // The Plan that the library is built with.
 template <int bytes>

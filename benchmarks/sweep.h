@@ -139,7 +139,8 @@ class Stopwatch {
 
 // ---- The table --------------------------------------------------------------------------------------------------------------
 
-// Of each type and shape a row with the share that each plan reaches; then the geometric means over the shapes.
+// Of each type and shape a row with the share that each plan reaches; then the geometric means over the shapes, and the
+// plan of the greatest beside the first one.
 struct Table {
   std::vector<std::string> plans;
   std::vector<std::pair<std::string, std::vector<double>>> rows;
@@ -156,6 +157,12 @@ struct Table {
     std::printf("\n");
     for (const auto& [name, shares] : rows) print_row(name, shares);
     for (const auto& [type, all] : by_type) print_row(type + " geometric mean", geometric_means(all));
+    for (const auto& [type, all] : by_type) {
+      const std::vector<double> means = geometric_means(all);
+      const size_t best = std::max_element(means.begin(), means.end()) - means.begin();
+      std::printf("# best %s %s: plan %s %.3f, plan %s %.3f\n", title.c_str(), type.c_str(), plans[best].c_str(), means[best],
+                  plans[0].c_str(), means[0]);
+    }
   }
 
  private:

@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -112,3 +113,16 @@ def machine(device: str) -> str:
         if line.startswith("model name"):
             return line.split(":")[1].strip()
     return platform.processor() or platform.machine()
+
+
+def clocks(device: str, when: str) -> dict[str, str]:
+    """The card's clocks and temperature, as nvidia-smi tells them now; nothing on the CPU."""
+    if device != "cuda":
+        return {}
+    query = "clocks.sm,clocks.mem,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        return {f"SM clock, memory clock, °C {when}": (done.stdout or done.stderr).strip()}
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return {f"SM clock, memory clock, °C {when}": str(error)}

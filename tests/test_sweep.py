@@ -60,6 +60,8 @@ def test_every_plan_has_a_row_with_its_share_of_the_copy_rate_and_a_column_of_th
             both = [float(row["share"]) for row in rows if (row["layout"], row["dtype"], row["plan"]) == (layout, dtype, "built")]
             assert line.startswith(f"# {dtype} geometric mean")
             assert [float(share) for share in line.split()[4:]] == pytest.approx([math.prod(both) ** 0.5] * len(plans), abs=1e-3)
+            # All replays take the same time: the first plan is the best.
+            assert f"# best {op} {layout} {dtype}: plan built {line.split()[4]}, plan built {line.split()[4]}" in lines
 
 
 @pytest.mark.parametrize(

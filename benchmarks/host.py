@@ -1,0 +1,104 @@
+"""The host's time of a layer that exchanges, split into where it is spent: measured in place, in the layer's own calls."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import syncbn
+from syncbn import ops
+from syncbn.comm import ProcessGroupCommunicator
+from syncbn.exchange import Exchange
+
+from . import timing
+from .cases import Inputs
+from .report import Row
+
+OPS = ("stats", "normalize", "backward_reduce", "backward_input")
+
+
+class Clock:
+    """Seconds and calls by name."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            begin = timing.now()
+            try:
+                return function(*args, **keywords)
+            finally:
+                self.seconds[name] += timing.now() - begin
+                self.calls[name] += 1
+
+        return call
+
+    @contextmanager
+    def on(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
+        """Times all calls of an attribute of a module or class."""
+        original = getattr(owner, attribute)
+        setattr(owner, attribute, self.timed(name, original))
+        try:
+            yield
+        finally:
+            setattr(owner, attribute, original)
+
+
+@contextmanager
+def split(clock: Clock) -> Iterator[None]:
+    """While it lasts, the ops, the exchanges and the collectives inside these are timed."""
+    with clock.on(Exchange, "all_reduce_", "exchange"), clock.on(ProcessGroupCommunicator, "all_reduce_", "collective"):
+        originals = {name: getattr(ops, name) for name in OPS}
+        try:
+            for name, original in originals.items():
+                setattr(ops, name, clock.timed("ops", original))
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(ops, name, original)
+
+
+def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:
+    """µs of a layer's forward and backward pass until they return: all, the four ops, the two exchanges' collectives, what surrounds
+    these, and the rest; beside it the plain layer, which has no parts. Medians of `repeats` samples of `calls` calls."""
+    channels, device = inputs.shape[1], inputs.device
+    comm = ProcessGroupCommunicator(dist.group.WORLD)
+    layer = syncbn.SyncBatchNorm(channels, process_group=comm).to(device)
+    plain = torch.nn.BatchNorm2d(channels).to(device)
+
+    def step(module: torch.nn.Module) -> None:
+        torch.autograd.grad(module(inputs.x), [inputs.x, *module.parameters()], inputs.dy)
+
+    samples: list[Row] = []
+    for module in (layer, plain):  # ranks compare what they exchange in the first step
+        for _ in range(3):
+            step(module)
+    for _ in range(repeats):
+        row: Row = {"syncbn": sample(step, layer, calls, device), "BatchNorm2d": sample(step, plain, calls, device)}
+        clock = Clock()
+        with split(clock):
+            whole = sample(step, layer, calls, device)
+        parts = {name: clock.seconds[name] / calls * 1e6 for name in ("ops", "exchange", "collective")}
+        row |= {"ops": parts["ops"], "collectives": parts["collective"], "around the collectives": parts["exchange"] - parts["collective"]}
+        row["rest"] = whole - parts["ops"] - parts["exchange"]
+        assert clock.calls == {"ops": 4 * calls, "exchange": 2 * calls, "collective": 2 * calls}, clock.calls
+        samples.append(row)
+    return [{"shape": str(inputs.shape), **{name: statistics.median(row[name] for row in samples) for name in samples[0]}}]
+
+
+def sample(step: Callable[[torch.nn.Module], None], module: torch.nn.Module, calls: int, device: str) -> float:
+    """µs of one of `calls` steps, on the host."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = timing.now()
+    for _ in range(calls):
+        step(module)
+    return (timing.now() - begin) / calls * 1e6

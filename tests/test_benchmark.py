@@ -1,0 +1,104 @@
+"""What python -m benchmarks.launches computes, as far as a machine without a GPU can tell."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("rich", reason="the benchmark prints tables")
+
+from benchmarks import cases, host, launches, timing
+from syncbn import ops
+from syncbn.exchange import Exchange
+
+pytestmark = pytest.mark.world_size(1)
+
+
+@pytest.fixture
+def inputs():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield cases.Inputs((2, 8, 2, 2), "contiguous float32", "cpu")
+    dist.destroy_process_group()
+
+
+def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
+    """Of its own four ops and two exchanges: host_split() counts them. Afterwards nothing is timed any more."""
+    before = (ops.stats, Exchange.all_reduce_)
+    (row,) = host.host_split(inputs, repeats=3, calls=5)
+    parts = [row[name] for name in ("ops", "collectives", "around the collectives", "rest")]
+    assert all(part > 0 for part in parts)
+    assert row["shape"] == "(2, 8, 2, 2)" and row["syncbn"] > 0 and row["BatchNorm2d"] > 0
+    assert (ops.stats, Exchange.all_reduce_) == before
+
+
+def test_a_call_that_the_layer_does_not_make_is_no_part_of_it(inputs, monkeypatch):
+    """Were the layer to exchange without Exchange, its time would be called the rest: that is noticed."""
+    monkeypatch.setattr(host, "Exchange", type("Unused", (), {"all_reduce_": None}))
+    with pytest.raises(AssertionError, match="'ops': 20"):
+        host.host_split(inputs, repeats=1, calls=5)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
+def test_a_pair_is_compared_with_both_of_its_ops(layout, inputs):
+    rows = [row for row in launches.pair_rows("cpu", 1, [((2, 8, 4, 4), "float32")]) if row["kind"].startswith(layout)]
+    assert [row["ops"] for row in rows] == ["stats + normalize", "backward_reduce + backward_input"]
+    for row in rows:
+        assert row["same input / cold"] == pytest.approx(row["same input µs"] / row["cold µs"]) and row["cold µs"] > 0
+
+
+def test_without_a_device_a_layer_launches_nothing(inputs):
+    rows = launches.launch_rows("cpu")
+    assert [row["layer"] for row in rows] == ["syncbn", "torch"]
+    assert all(row["launches, forward"] == row["launches, backward"] == 0 for row in rows)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Graphs that run what they hold when it is captured. A replay takes 3 ms."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda s: contextlib.nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda g: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(timing, "clock", lambda call, device, times: 3.0)
+
+
+def test_a_graph_s_time_is_shared_by_its_layers(fake_cuda):
+    calls = []
+    assert launches.graph_microseconds(lambda: calls.append(1), repeats=2, layers=20) == 150
+    assert len(calls) == 3 + 20  # three before the capture
+
+
+def test_a_layer_that_cannot_be_captured_has_its_reason_in_the_table(fake_cuda, inputs, monkeypatch):
+    rows = launches.graph_rows("cpu", 1, [(2, 8, 4, 4)])
+    assert [row["syncbn, µs"] for row in rows] == [150, 150]
+
+    def refuse(graph):
+        raise RuntimeError("operation not permitted\nwhen capturing")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    rows = launches.graph_rows("cpu", 1, [(2, 8, 4, 4)])
+    assert [row["torch, µs"] for row in rows] == ["operation not permitted"] * 2
+
+
+def test_cudnn_is_called_as_torch_declares_it():
+    """On meta tensors: without cuDNN its results have shapes only."""
+    x, vector = torch.empty(2, 8, 4, 4, device="meta", dtype=torch.bfloat16), torch.empty(8, device="meta")
+    calls = cases.cudnn_calls(x, x, vector, vector, vector)
+    assert [call()[0].shape for call in calls.values()] == [x.shape] * 2 and len(calls) == 2
+
+
+def test_a_card_without_nvidia_smi_has_the_reason_for_its_clocks(monkeypatch):
+    assert timing.clocks("cpu", "before") == {}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("PATH", "")
+    ((when, reading),) = timing.clocks("cuda", "before").items()
+    assert when.endswith("before") and "nvidia-smi" in reading
