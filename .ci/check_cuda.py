@@ -1,5 +1,4 @@
-"""Compiles the CUDA kernels and reads the machine code: no spilled register, and 128-bit loads and stores where the time goes. Compiles
-benchmarks/sweep.cu for every op, too.
+"""Compiles the CUDA kernels and reads the machine code: no spilled register, and 128-bit loads and stores where the time goes.
 
     python .ci/check_cuda.py [architecture ...]        default: sm_80 sm_90 sm_100
 
@@ -19,9 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-SWEEP, SWEEP_ARCHITECTURE = ROOT / "benchmarks" / "sweep.cu", "sm_90"  # that it compiles for one shows that it fits the kernels
+KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
 # Tensors that each op reads and writes, a residual and its gradient included: of each, a step has as many vectors as its Plan unrolls.
 TENSORS = {"stats": (1, 0), "normalize": (2, 1), "backward_reduce": (3, 0), "backward_input": (3, 2)}
 VECTORS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}  # elements in 16 bytes
@@ -95,14 +92,6 @@ def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
     return problems
 
 
-def compile_sweep(nvcc: str, op: str, folder: str) -> list[str]:
-    """The swept kernels of this op that spill: not for use, but no mistake."""
-    flags = ["-std=c++17", "-O3", f"-arch={SWEEP_ARCHITECTURE}", "-Xptxas", "-v", "-I", KERNELS[0].parent, f"-DSWEPT_OP={op}"]
-    log = demangled(run(nvcc, *flags, "-c", SWEEP, "-o", Path(folder) / f"sweep_{op}.o"))
-    spilling = re.findall(r"entry function '[^']*?(\w+_kernel<[^']+?>>)[^']*' for.*?([1-9]\d*) bytes spill stores", log)
-    return [f"{kernel} {stores} bytes" for kernel, stores in spilling]
-
-
 def main(architectures: list[str]) -> None:
     nvcc = shutil.which(os.environ.get("NVCC", "")) or shutil.which("nvcc")
     if not nvcc:
@@ -124,8 +113,6 @@ def main(architectures: list[str]) -> None:
             results = list(pool.map(lambda source, architecture=architecture: look(architecture, source), KERNELS))
             problems += [problem for _, found in results for problem in found]
             print(f"check_cuda: {architecture}: {len(KERNELS)} files, at most {max(most for most, _ in results)} registers")
-        spilling = [kernel for kernels in pool.map(lambda source: compile_sweep(nvcc, source.stem, folder), KERNELS) for kernel in kernels]
-        print(f"check_cuda: {SWEEP.name} compiles for {len(KERNELS)} ops; its plans that spill: {', '.join(spilling) or 'none'}")
     if problems:
         sys.exit("check_cuda:\n  " + "\n  ".join(problems))
 

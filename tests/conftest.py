@@ -57,6 +57,10 @@ class World:
         return tensors
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--assume-gpu", action="store_true", help="with --collect-only: list the tests that a machine with a GPU would run")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
     config.addinivalue_line("markers", "process_group: needs torch.distributed")
@@ -68,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(1)
-    if HERE.launcher == "torchrun":
+    if HERE.launcher == "torchrun" and not session.config.option.collectonly:
         syncbn.init_process_group(os.environ.get("SYNCBN_TEST_BACKEND", "gloo"), timeout=TIMEOUT)
 
 
@@ -80,20 +84,23 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.assume_gpu and not config.option.collectonly:
+        raise pytest.UsageError("--assume-gpu needs --collect-only: without a GPU its tests do not run")
+    has_gpu = torch.cuda.is_available() or config.option.assume_gpu
     kept, left_out = [], []
     for item in items:
-        (kept if _fits(item) else left_out).append(item)
+        (kept if _fits(item, has_gpu) else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 
 
-def _fits(item: pytest.Item) -> bool:
+def _fits(item: pytest.Item, has_gpu: bool) -> bool:
     sizes = [size for marker in item.iter_markers("world_size") for size in marker.args]
     if sizes and HERE.world_size not in sizes:
         return False
     if item.get_closest_marker("process_group") and HERE.launcher != "torchrun":
         return False
-    return torch.cuda.is_available() or not item.get_closest_marker("gpu")
+    return has_gpu or not item.get_closest_marker("gpu")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,150 @@
+"""Runs the parts of gpu_parts.py, each within its limit, or checks that they could run: see gpu_day.sh."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from gpu_parts import DAYS, ENVIRONMENT, LIBRARY, OUT, ROOT, Part
+
+WIDTH = 170  # of a line of the summary
+
+
+# ---- Running ------------------------------------------------------------------------------------------------------------------
+
+
+def run(part: Part) -> tuple[bool, str]:
+    """(whether it succeeded, one line about it); its output is in OUT."""
+    env = os.environ | ENVIRONMENT | part.env
+    began, why = time.monotonic(), ""
+    with (OUT / f"{part.name}.txt").open("w", errors="replace") as file:
+        for command in part.commands:
+            left = part.limit - (time.monotonic() - began)
+            try:
+                status = run_command(command, env, file, left)
+                why = why or (f"{command[0]} exits with {status}" if status else "")
+            except subprocess.TimeoutExpired:
+                why = f"stopped at its limit of {part.limit} s"
+                break
+            except OSError as error:
+                why = why or str(error)
+    if not why and not re.search(part.requires, output(part), re.MULTILINE):
+        why = f"no line of its output has {part.requires!r}"
+    return not why, f"== {part.name}: {'FAILED, ' + why if why else 'ok'}, {time.monotonic() - began:.0f} s"
+
+
+def run_command(command: tuple[str, ...], env: dict[str, str], file, limit: float) -> int:
+    """Its exit status. At the limit its whole session is killed: launchers have children."""
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        return process.wait(max(limit, 0))
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def output(part: Part) -> str:
+    return (OUT / f"{part.name}.txt").read_text(errors="replace")
+
+
+def summary(part: Part, line: str) -> list[str]:
+    shown = [row.strip() for row in output(part).splitlines() if re.search(part.shows, row)]
+    return [row[:WIDTH] for row in (line, *shown[-part.lines :])]
+
+
+def run_day(parts: list[Part]) -> int:
+    OUT.mkdir(parents=True, exist_ok=True)
+    lines, failed = [], False
+    for part in parts:
+        succeeded, line = run(part)
+        print(line, flush=True)
+        lines += summary(part, line)
+        failed = failed or not succeeded
+        if part.vital and not succeeded:
+            lines.append(f"== {part.name} has failed: what follows would show nothing, and was left out")
+            break
+    print("\n".join(["", "-- summary", *lines]), flush=True)
+    return int(failed)
+
+
+# ---- Checking without a card --------------------------------------------------------------------------------------------------
+
+
+def dry_run(days: dict[str, tuple[int, list[Part]]]) -> int:
+    """Prints each command with its limit; then what is missing, if anything is."""
+    problems = [] if LIBRARY.exists() else [f"{LIBRARY.relative_to(ROOT)} is missing: run launch/gpu_build.sh"]
+    for day, (limit, parts) in days.items():
+        total = sum(part.limit for part in parts)
+        print(f"-- gpu_day.sh {day}: at most {total} s")
+        problems += [f"the limits of {day} add up to {total} s, more than {limit}"] if total > limit else []
+        commands = [(part, command) for part in parts for command in part.commands]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for (part, command), (remark, wrong) in zip(commands, pool.map(lambda each: check(*each), commands), strict=True):
+                print(f"{part.limit:4} s  {part.name:9}  {shlex.join([*(f'{k}={v}' for k, v in part.env.items()), *command])}{remark}")
+                problems += [f"{part.name}: {problem}" for problem in wrong]
+    print("\n".join(problems) or "everything is there")
+    return int(bool(problems))
+
+
+def check(part: Part, command: tuple[str, ...]) -> tuple[str, list[str]]:
+    """(a remark, what is wrong) of one command."""
+    program = ROOT / command[0]
+    if "pytest" in command:
+        ranks = int(command[command.index("--nproc-per-node") + 1]) if "--nproc-per-node" in command else 1
+        return check_selection(command[command.index("pytest") + 1 :], ranks)
+    if command[0] == sys.executable:
+        return "", check_options(["-m", command[2]], command[3:])
+    if "/" not in command[0]:
+        return "  (of the driver)", []
+    if not os.access(program, os.X_OK):
+        return "", [f"{command[0]} is missing: run launch/gpu_build.sh" if ".gpu" in command[0] else f"{command[0]} is no program"]
+    if program.suffix == ".sh":
+        unread = [name for name in part.env if f"{name}=${{{name}:-" not in program.read_text()]
+        remark, wrong = check_selection(("tests/test_gpu_kernels.py", "-k", part.env["CASES"]), 1)
+        return remark, [*wrong, *(f"{command[0]} reads no {name}" for name in unread)]
+    help = subprocess.run([program, "--help"], capture_output=True, text=True)
+    return "", [] if help.returncode == 0 else [f"{command[0]} --help: {help.stderr.strip()}"]
+
+
+def check_selection(arguments: tuple[str, ...], ranks: int) -> tuple[str, list[str]]:
+    """How many tests pytest collects for these arguments in the first of `ranks` ranks, as on a machine with a GPU."""
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
+    quiet = [] if "-q" in arguments else ["-q"]  # twice, it leaves out the count
+    command = [sys.executable, "-m", "pytest", "--collect-only", "--assume-gpu", *quiet, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True)
+    if done.returncode == 0 and (count := re.search(r"^(\d+)(?:/\d+)? tests? collected", done.stdout, re.MULTILINE)):
+        return f"  ({count[1]} tests)", []
+    return "", [f"pytest collects no test for {shlex.join(arguments)}:\n{(done.stdout + done.stderr).strip()[-600:]}"]
+
+
+def check_options(module: list[str], arguments: tuple[str, ...]) -> list[str]:
+    help = subprocess.run([sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    if help.returncode:
+        return [f"{shlex.join(module)} --help: {help.stderr.strip()[-300:]}"]
+    return [
+        f"{shlex.join(module)} has no {name}" for name in arguments if name.startswith("--") and not re.search(rf"{name}\b", help.stdout)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="launch/gpu_day.sh")
+    parser.add_argument("day", nargs="?", choices=list(DAYS))
+    parser.add_argument("--dry-run", action="store_true", help="print each command, and check that what it names exists")
+    args = parser.parse_args()
+    if args.dry_run:
+        return dry_run({day: DAYS[day] for day in ([args.day] if args.day else DAYS)})
+    if args.day is None:
+        parser.error("which of the two scripts, 1 or 2?")
+    return run_day(DAYS[args.day][1])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

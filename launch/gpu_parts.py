@@ -1,0 +1,82 @@
+"""The commands of a day with a GPU, with their limits. gpu_day.py runs and checks them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = ROOT / ".gpu"  # by launch/gpu_build.sh
+OUT = Path(os.environ.get("OUT", "out/gpu"))  # the results
+LIBRARY = ROOT / "syncbn" / "libsyncbn_cuda.so"
+OPS = ("stats", "normalize", "backward_reduce", "backward_input")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Commands that share a limit and a file of results.
+
+    The summary has the last `lines` lines of their output that `shows`, a regular expression, matches. The part has failed if a command
+    exits with another status than 0, if the limit ends it, or if its output has no match of `requires`.
+    """
+
+    name: str
+    limit: int  # seconds
+    commands: tuple[tuple[str, ...], ...]
+    lines: int
+    shows: str = r"\S"
+    requires: str = ""
+    vital: bool = False  # without it, the results of all that follow would be worthless
+    env: dict[str, str] = field(default_factory=dict)
+
+
+def pytest_command(*arguments: str) -> tuple[str, ...]:
+    return sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments
+
+
+def torchrun(ranks: int, command: tuple[str, ...], environment: str = "") -> tuple[str, ...]:
+    """`command` in this many ranks; each exports `environment`, in which bash replaces $RANK."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--no-python")
+    return *launcher, "bash", "-c", f'export {environment}; exec "$0" "$@"', *command
+
+
+def sanitizer(tool: str) -> Part:
+    """Planes in pieces, channels in vectors and misaligned tensors, of the two kernels that share sums: a dozen tests."""
+    cases = "kernel_equals and (stats or reduce) and (97 and first or 256 and last) and bfloat16 or alignment and last"
+    env = {"TOOLS": tool, "CASES": cases, "PYTHON": sys.executable}
+    return Part(tool, 55, (("launch/sanitize.sh",),), 3, r"passed|failed|=====|sanitize.sh:", " passed", env=env)
+
+
+def sweeps() -> tuple[tuple[str, ...], ...]:
+    """The code as it is first, then that of an earlier revision where there is one."""
+    programs = [BUILT / f"sweep_{op}_now" for op in OPS] + [BUILT / f"sweep_{op}_before" for op in OPS]
+    return tuple((str(path.relative_to(ROOT)),) for path in programs if path.exists() or path.stem.endswith("_now"))
+
+
+TWO_RANKS = pytest_command("tests/test_layer.py", "-m", "gpu")
+NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
+CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
+TESTS = {"lines": 4, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
+GRAPHS_AND_LAUNCHES = ("-k", "captured or graphed or launches or wait or plain")
+DAYS: dict[str, tuple[int, list[Part]]] = {
+    "1": (330, [
+        Part("card", 5, (("nvidia-smi", CLOCKS, "--format=csv"),), 2),
+        Part("check", 30, ((sys.executable, "-m", "syncbn.check"),), 2, "^cuda|layer", r"cuda +compiled kernels", vital=True),
+        Part("kernels", 60, (pytest_command("-n", "6", "tests/test_gpu_kernels.py", "-k", "not more_than and not memory"),), **TESTS),
+        Part("sweep", 70, sweeps(), 32, "^# best", "# best"),
+        Part("layer", 55, (pytest_command("tests/test_cuda_graphs.py", "tests/test_gpu_layer.py", *GRAPHS_AND_LAUNCHES),), **TESTS),
+        sanitizer("memcheck"),
+        sanitizer("racecheck"),
+    ]),
+    "2": (270, [
+        Part("benchmark", 95, ((sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick", "--networks", "--out", str(OUT)),), 18),
+        Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 24),
+        Part("large", 30, (pytest_command("tests/test_gpu_kernels.py", "-k", "more_than or memory or streams or graph"),), **TESTS),
+        Part("gloo", 50, (torchrun(2, TWO_RANKS, "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
+        Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
+                                   f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),
+    ]),
+}  # fmt: skip
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "SYNCBN_TEST_TIMEOUT": "40", "OMP_NUM_THREADS": "2"}
