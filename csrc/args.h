@@ -15,16 +15,16 @@ struct Layout {
   int64_t outer, C, inner;
 };
 
-// [C] of any floating type, or absent (data is null).
+// [C] of any floating type, or absent (data is null). The stride is in elements.
 struct ChannelVector {
   void* data;
   DType dtype;
+  int64_t stride = 1;
 };
 
-// The group's summed `stats`: sum(C), sumsq(C), count, and with rank_weighted the sum of the ranks' weights.
+// The group's summed `stats`, [3C + 2]: shift(C), then sum(C) and sumsq(C) of x - shift, weight, samples.
 struct Statistics {
   const double* data;
-  bool rank_weighted;
   double eps;
 };
 
@@ -32,7 +32,8 @@ struct StatsArgs {
   DType dtype;  // of x, as in all of them
   Layout layout;
   const void* x;
-  bool rank_weighted;
+  bool rank_weighted;  // sums over this rank's samples per channel, weight 1
+  bool shifted;        // the shift of a channel is its first value in x, else 0
   double* stats;
 };
 
@@ -79,8 +80,12 @@ struct BackwardInputArgs {
   const uint8_t* mask;
   Activation activation;
   double negative_slope;
+  bool rank_weighted;
   void *dx, *dz;  // dz is null unless a residual was added before the activation
 };
+
+// Numbers in `stats`.
+static inline int64_t stats_numel(const Layout& layout) { return 3 * layout.C + 2; }
 
 // Bytes of the bit mask: see syncbn/layout.py.
 static inline int64_t mask_bytes(const Layout& layout) {

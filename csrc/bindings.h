@@ -122,6 +122,13 @@ Tensor empty(const Tensor& x, int64_t numel, int32_t dtype) {
   return empty<Device>(x, 1, &numel, &stride, dtype);
 }
 
+// A tensor whose memory was freed, as FSDP frees parameters, has a null pointer: kernels would take an optional one for absent.
+inline const void* readable(const char* name, const Tensor& t) {
+  const void* data = t.const_data_ptr();
+  SYNCBN_CHECK(data || t.numel() == 0, name, " ", show(t.sizes()), " has no memory: its storage has been freed");
+  return data;
+}
+
 // x, and what the other arguments must be to match it.
 template <class Device>
 struct Input {
@@ -130,6 +137,7 @@ struct Input {
   bool contiguous;
   Layout layout;
   int64_t mask_numel;
+  const void* data;
 
   explicit Input(const Tensor& t) : x(t), dtype(dtype_of("x", t)), contiguous(t.is_contiguous()) {
     Device::check("x", x, x);
@@ -143,6 +151,7 @@ struct Input {
     layout = contiguous ? Layout{sizes[0], sizes[1], inner} : Layout{sizes[0] * inner, sizes[1], 1};
     mask_numel = mask_bytes(layout);
     if (x.numel() == 0) layout = {0, sizes[1], 1};
+    data = readable("x", x);
   }
 
   const void* same(const char* name, const Tensor& t) const {
@@ -151,16 +160,16 @@ struct Input {
     SYNCBN_CHECK(t.sizes().equals(x.sizes()), name, " must be ", show(x.sizes()), ", as x, got ", show(t.sizes()));
     SYNCBN_CHECK(t.numel() == 0 || (contiguous ? t.is_contiguous() : is_channels_last(t)), name,
                  " must lie in memory as x with strides ", show(x.strides()), ", got strides ", show(t.strides()));
-    return t.const_data_ptr();
+    return readable(name, t);
   }
   const void* same(const char* name, const OptionalTensor& t) const { return t ? same(name, *t) : nullptr; }
 
   ChannelVector vector(const char* name, const OptionalTensor& t) const {
     if (!t) return {};
     Device::check(name, *t, x);
-    SYNCBN_CHECK(t->dim() == 1 && t->size(0) == layout.C && t->is_contiguous(), name, " must be contiguous [", layout.C,
-                 "] to match x ", show(x.sizes()), ", got ", show(t->sizes()), " with strides ", show(t->strides()));
-    return {const_cast<void*>(t->const_data_ptr()), dtype_of(name, *t)};
+    SYNCBN_CHECK(t->dim() == 1 && t->size(0) == layout.C, name, " must be [", layout.C, "] to match x ", show(x.sizes()), ", got ",
+                 show(t->sizes()));
+    return {const_cast<void*>(readable(name, *t)), dtype_of(name, *t), t->stride(0)};
   }
   // The same for what is written.
   ChannelVector updated(const char* name, const OptionalTensor& t) const {
@@ -169,24 +178,22 @@ struct Input {
     return found;
   }
 
-  // A flat tensor of one dtype whose number of elements is one of two.
-  const void* flat(const char* name, const Tensor& t, ScalarType type, int64_t numel, int64_t or_numel) const {
+  // A flat tensor of one dtype and length.
+  const void* flat(const char* name, const Tensor& t, ScalarType type, int64_t numel) const {
     Device::check(name, t, x);
-    SYNCBN_CHECK(t.scalar_type() == type && t.is_contiguous() && (t.numel() == numel || t.numel() == or_numel), name,
-                 " must be contiguous ", show(type), " [", numel, "]", numel == or_numel ? "" : " or one more", ", got ",
-                 show(t.scalar_type()), " ", show(t.sizes()));
-    return t.const_data_ptr();
+    SYNCBN_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == numel, name, " must be contiguous ", show(type), " [",
+                 numel, "], got ", show(t.scalar_type()), " ", show(t.sizes()));
+    return readable(name, t);
   }
 
   Statistics statistics(const Tensor& stats, double eps) const {
-    const int64_t numel = 2 * layout.C + 1;
-    const auto* data = static_cast<const double*>(flat("stats", stats, ScalarType::Double, numel, numel + 1));
-    return {data, stats.numel() > numel, eps};
+    return {static_cast<const double*>(flat("stats", stats, ScalarType::Double, stats_numel(layout))), eps};
   }
 
   Tensor new_empty(int64_t numel, int32_t dtype) const { return empty<Device>(x, numel, dtype); }
   Tensor new_like(const Tensor& t) const { return empty<Device>(x, t.dim(), t.sizes().data(), t.strides().data(), dtype_code(t)); }
-  Tensor new_like(const OptionalTensor& t) const { return t ? new_like(*t) : nothing(); }
+  // Contiguous, for t may be a view whose elements share memory.
+  Tensor new_vector(const OptionalTensor& t) const { return t ? new_empty(layout.C, dtype_code(*t)) : nothing(); }
   Tensor nothing() const { return new_empty(0, dtype_code(x)); }
 
  private:
@@ -200,11 +207,11 @@ struct Input {
 // ---- The ops -----------------------------------------------------------------------------------------------------------------
 
 template <class Device>
-Tensor stats(Tensor x, bool rank_weighted) {
+Tensor stats(Tensor x, bool rank_weighted, bool shifted) {
   const Input<Device> in(x);
   Device device(x);
-  Tensor out = in.new_empty(2 * in.layout.C + 1 + rank_weighted, aoti_torch_dtype_float64());
-  device.stats({in.dtype, in.layout, x.const_data_ptr(), rank_weighted, static_cast<double*>(out.data_ptr())});
+  Tensor out = in.new_empty(stats_numel(in.layout), aoti_torch_dtype_float64());
+  device.stats({in.dtype, in.layout, in.data, rank_weighted, shifted, static_cast<double*>(out.data_ptr())});
   return out;
 }
 
@@ -218,7 +225,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   NormalizeArgs args{};
   args.dtype = in.dtype;
   args.layout = in.layout;
-  args.x = x.const_data_ptr();
+  args.x = in.data;
   args.stats = in.statistics(stats, eps);
   args.weight = in.vector("weight", weight);
   args.bias = in.vector("bias", bias);
@@ -226,7 +233,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.running_mean = in.updated("running_mean", running_mean);
   args.running_var = in.updated("running_var", running_var);
   if (num_batches_tracked) {
-    in.flat("num_batches_tracked", *num_batches_tracked, ScalarType::Long, 1, 1);
+    in.flat("num_batches_tracked", *num_batches_tracked, ScalarType::Long, 1);
     args.num_batches_tracked = static_cast<int64_t*>(num_batches_tracked->data_ptr());
   }
   args.cumulative = !momentum;
@@ -254,7 +261,7 @@ Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stat
   args.dtype = in.dtype;
   args.layout = in.layout;
   args.dy = in.same("dy", dy);
-  args.x = in.x.const_data_ptr();
+  args.x = in.data;
   args.stats = in.statistics(stats, eps);
   args.weight = in.vector("weight", weight);
   args.bias = in.vector("bias", bias);
@@ -263,7 +270,7 @@ Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stat
   args.negative_slope = negative_slope;
   if (has_sign(args.activation)) {
     SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and ", activation, ", as normalize returned it");
-    if (mask) args.mask = static_cast<const uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel, in.mask_numel));
+    if (mask) args.mask = static_cast<const uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel));
   }
   return args;
 }
@@ -277,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor s
   auto args = backward_args<Device, BackwardReduceArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
 
   Device device(x);
-  Tensor sums = in.new_empty(2 * in.layout.C, aoti_torch_dtype_float64()), dweight = in.new_like(weight), dbias = in.new_like(bias);
+  Tensor sums = in.new_empty(2 * in.layout.C, aoti_torch_dtype_float64()), dweight = in.new_vector(weight), dbias = in.new_vector(bias);
   args.sums = static_cast<double*>(sums.data_ptr());
   if (weight) args.dweight = {dweight.data_ptr(), args.weight.dtype};
   if (bias) args.dbias = {dbias.data_ptr(), args.bias.dtype};
@@ -288,11 +295,12 @@ std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor s
 template <class Device>
 std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias,
                                           OptionalTensor residual, OptionalTensor mask, double eps, StringHandle activation_handle,
-                                          double negative_slope) {
+                                          double negative_slope, bool rank_weighted) {
   const std::string activation = take(activation_handle);
   const Input<Device> in(x);
   auto args = backward_args<Device, BackwardInputArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
-  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C, 2 * in.layout.C));
+  args.rank_weighted = rank_weighted;
+  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C));
 
   Device device(x);
   const bool writes_dz = args.activation != Activation::none && (args.activation == Activation::silu ? residual : mask).has_value();

@@ -1,6 +1,6 @@
 """Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
 
-    forward     every layer inside keeps its summed statistics, in order: 2C + 1 numbers each
+    forward     every layer inside keeps its summed statistics, in order: 3C + 2 numbers each
     recompute   takes them in the same order: no collective, no second update of the moving statistics
 
 A checkpoint inside another one records what the outer one replays. Records belong to one call of `checkpoint`, so any number can
@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from .moments import channels_of
 
 
 class Entry(NamedTuple):
@@ -37,10 +39,10 @@ class Record:
         if self.position >= len(self.entries):
             raise RuntimeError(f"recomputation of a checkpoint: {layer} was not called in the forward pass ({_ADVICE})")
         recorded, stats = self.entries[self.position]
-        if recorded != layer or (stats.numel() - 1) // 2 != channels:
+        if recorded != layer or channels_of(stats) != channels:
             raise RuntimeError(
                 f"recomputation of a checkpoint: call {self.position} is {layer} with {channels} channels, but was {recorded}"
-                f" with {(stats.numel() - 1) // 2} in the forward pass ({_ADVICE})"
+                f" with {channels_of(stats)} in the forward pass ({_ADVICE})"
             )
         self.position += 1
         return stats

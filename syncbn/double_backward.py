@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .exchange import Exchange
 from .layout import samples_per_channel
-from .reference import acc_type, effective_count, finalize, through_activation
+from .moments import acc_type, effective_count, finalize, parts, split_mean
+from .reference import through_activation
 
 
 class GroupSum(torch.autograd.Function):
@@ -45,6 +46,7 @@ def differentiable_backward(
     eps: float,
     activation: str,
     negative_slope: float,
+    rank_weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dweight and dbias as differentiable functions of dy, x, weight, bias and residual.
 
@@ -65,12 +67,10 @@ def differentiable_backward(
         return t.to(acc).view(-1, *[1] * (x.dim() - 2))
 
     # Sums about the known mean: they do not cancel, and they are 0 and var in value.
-    mean, var, _ = finalize(stats, eps)
-    total_weight, n = stats[-1].clamp(min=1), effective_count(stats, x)
-    hi = mean.to(acc)
+    var = finalize(stats, eps)[1]
+    total_weight, n = parts(stats).weight.clamp(min=1), effective_count(stats, x, rank_weighted)
+    hi, offset = split_mean(stats, acc)
     centered = x.to(acc) - over(hi)
-    offset = mean - hi.double()
-    rank_weighted = stats.numel() == 2 * x.shape[1] + 2
     sample_weight = 1 / max(samples_per_channel(x), 1) if rank_weighted else 1.0
     moments = sample_weight * torch.cat([channel_sum(centered), channel_sum(centered.square())])
     known = torch.cat([offset * total_weight, (var + offset.square()) * total_weight])

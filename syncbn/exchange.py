@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
@@ -72,41 +73,53 @@ class Exchange(NamedTuple):
             RankMismatchError: the ranks do not mean the same exchange; on all of them.
             RuntimeError: some rank did not come within the group's timeout, or its process has ended. Names the layer.
         """
+        return self._exchanged(self.comm.all_reduce_, tensor, tensor.numel(), kind)
+
+    def merges(self, device: torch.device) -> bool:
+        """`Communicator.merges`."""
+        return self.comm.merges(device)
+
+    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
+        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`."""
+        numbers = stats.numel() - channels  # all shifts are known, or merged away
+        return self._exchanged(lambda stats: self.comm.all_reduce_stats_(stats, channels), stats, numbers, "forward")
+
+    def _exchanged(self, collective: Callable[[Tensor], Tensor], tensor: Tensor, numbers: int, kind: str) -> Tensor:
         if self.comm is LOCAL or torch.compiler.is_compiling():
-            return self.comm.all_reduce_(tensor)
+            return collective(tensor)
         mode = environment.settings.check
         try:
-            self._agree(tensor, kind, mode)
+            self._agree(tensor, numbers, kind, mode)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
                 if _debugs():
-                    return self._logged(tensor, kind)
-                return self.comm.all_reduce_(tensor)
+                    return self._logged(collective, tensor, numbers, kind)
+                return collective(tensor)
         except (agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
             raise  # this rank's own affair
         except Exception as error:
             raise RuntimeError(
                 f"{self.layer}: rank {self.rank} of {self.world_size} waited in vain for the other ranks in its {kind} exchange"
-                f" of {tensor.numel()} numbers. A rank has failed, has left the loop, or has skipped the layer; SYNCBN_CHECK=always"
+                f" of {numbers} numbers. A rank has failed, has left the loop, or has skipped the layer; SYNCBN_CHECK=always"
                 f" finds where ranks part. ({error})"
             ) from error
 
-    def _agree(self, tensor: Tensor, kind: str, mode: str) -> None:
+    def _agree(self, tensor: Tensor, numbers: int, kind: str, mode: str) -> None:
         if mode == "off" or not self.comm.compares or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
         if mode == "always" or (self.agreed is not None and self.group not in self.agreed.on(kind)):
-            what = f"{kind} of {self.layer}, {tensor.numel()} numbers, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
+            what = f"{kind} of {self.layer}, {numbers} numbers, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
             agreement.compare(self.comm, what, "" if self.shape is None else f"input {list(self.shape)}", tensor.device)
             if _debugs():
                 _log().info("rank %d  %s  %s  compared", self.rank, self.layer, kind)
             if self.agreed is not None:
                 self.agreed.on(kind).add(self.group)
 
-    def _logged(self, tensor: Tensor, kind: str) -> Tensor:
+    def _logged(self, collective: Callable[[Tensor], Tensor], tensor: Tensor, numbers: int, kind: str) -> Tensor:
         start = _now(tensor)
-        total = self.comm.all_reduce_(tensor)
+        total = collective(tensor)
         milliseconds = (_now(tensor) - start) * 1e3
         dtype = str(tensor.dtype).removeprefix("torch.")
-        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, tensor.numel(), dtype, milliseconds)
+        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, numbers, dtype, milliseconds)
         return total
 
 

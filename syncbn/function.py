@@ -14,7 +14,8 @@ from .comm import LOCAL, Communicator, resolve
 from .double_backward import differentiable_backward
 from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
-from .reference import ACTIVATIONS, acc_type, update_running_stats
+from .moments import acc_type, parts, update_running_stats
+from .reference import ACTIVATIONS
 
 WEIGHTINGS = ("samples", "ranks")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -31,6 +32,10 @@ class Options(NamedTuple):
     unbiased: bool = True
     name: str = "sync_batch_norm"
 
+    @property
+    def rank_weighted(self) -> bool:
+        return self.weighting == "ranks"
+
     def checked(self) -> Options:
         """self, or ValueError."""
         if self.activation is not None and self.activation not in ACTIVATIONS[1:]:
@@ -44,7 +49,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization over the samples of R ranks.
 
         x, y, dy     [N, C, *]   this rank's samples, x dense; N differs by rank and may be 0
-        stats        [2C + 1]    sum, sum of squares and count over all ranks, float64 (2C + 2 where ranks weigh the same)
+        stats        [3C + 2]    shift, sum and sum of squares of x - shift, weight and samples over all ranks, float64
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
@@ -73,7 +78,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
         if stats is None:
-            stats = exchange.all_reduce_(ops.stats(x, options.weighting == "ranks"), "forward")
+            stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, exchange.merges(x.device)), x.shape[1])
         checkpoint.record(options.name, stats)
         _check_count(options.name, stats, x, exchange.comm)
         if torch.compiler.is_compiling():
@@ -100,8 +105,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         activation = options.activation or "none"
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = differentiable_backward(
-                dy, x, stats, weight, bias, residual, mask, ctx.exchange, options.eps, activation, options.negative_slope
-            )
+                dy, x, stats, weight, bias, residual, mask,
+                ctx.exchange, options.eps, activation, options.negative_slope, options.rank_weighted,
+            )  # fmt: skip
             return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *[None] * 6
         dy = dense_like(dy, x)
 
@@ -112,7 +118,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         dz = dy if ctx.has_residual else None
         needs_dz = ctx.needs_input_grad[1] and activation != "none"
         if ctx.needs_input_grad[0] or needs_dz:
-            dx, written = ops.backward_input(dy, x, stats, sums, *how)
+            dx, written = ops.backward_input(dy, x, stats, sums, *how, options.rank_weighted)
             dz = written if needs_dz else dz
         return (
             dx if ctx.needs_input_grad[0] else None,
@@ -307,7 +313,7 @@ def _check_count(name: str, stats: Tensor, x: Tensor, comm: Communicator) -> Non
     local = samples_per_channel(x)
     if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    if (local if comm is LOCAL else stats[2 * x.shape[1]].item()) == 1:
+    if (local if comm is LOCAL else parts(stats).samples.item()) == 1:
         raise ValueError(
             f"{name}: expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank"
         )

@@ -14,7 +14,7 @@ from . import native, reference
 from .layout import mask_bytes
 
 SCHEMAS = {
-    "stats": "(Tensor x, bool rank_weighted) -> Tensor",
+    "stats": "(Tensor x, bool rank_weighted, bool shifted=False) -> Tensor",
     "normalize": (
         "(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
@@ -26,7 +26,7 @@ SCHEMAS = {
     ),
     "backward_input": (
         "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
-        " float eps, str activation, float negative_slope) -> (Tensor dx, Tensor dz)"
+        " float eps, str activation, float negative_slope, bool rank_weighted=False) -> (Tensor dx, Tensor dz)"
     ),
 }
 
@@ -51,8 +51,8 @@ def _on_one_device(*tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("syncbn::stats", lib=_library)
-def _(x: Tensor, rank_weighted: bool) -> Tensor:
-    return x.new_empty(2 * x.shape[1] + 1 + int(rank_weighted), dtype=torch.float64)
+def _(x: Tensor, rank_weighted: bool, shifted: bool = False) -> Tensor:
+    return x.new_empty(3 * x.shape[1] + 2, dtype=torch.float64)
 
 
 @torch.library.register_fake("syncbn::normalize", lib=_library)
@@ -67,12 +67,12 @@ def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slop
     _on_one_device(dy, x, stats, weight, bias, residual, mask)
     return (
         x.new_empty(2 * x.shape[1], dtype=torch.float64),
-        x.new_empty(0) if weight is None else torch.empty_like(weight),
-        x.new_empty(0) if bias is None else torch.empty_like(bias),
+        x.new_empty(0) if weight is None else x.new_empty(x.shape[1], dtype=weight.dtype),
+        x.new_empty(0) if bias is None else x.new_empty(x.shape[1], dtype=bias.dtype),
     )
 
 
 @torch.library.register_fake("syncbn::backward_input", lib=_library)
-def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope):
+def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False):
     _on_one_device(dy, x, stats, sums, weight, bias, residual, mask)
     return torch.empty_like(x), torch.empty_like(x) if reference.writes_dz(activation, residual, mask) else x.new_empty(0)

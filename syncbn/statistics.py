@@ -21,7 +21,7 @@ from .comm import Communicator, resolve
 from .exchange import Agreed, Exchange
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
-from .reference import finalize
+from .moments import channels_of, finalize, merge, parts, rebase
 
 
 def update_bn_stats(
@@ -58,7 +58,7 @@ def update_bn_stats(
     rank alone, with the rest of the model in eval mode (no dropout). The statistics of the group would need the ranks to walk through
     their batches together, and one with fewer would leave the others waiting for ever; the moving statistics are what is to be
     replaced, and every deeper layer would inherit their error. So the result depends on the set of batches only, not on which rank has
-    which, and the only exchange is one sum at the end. Take batches of at least the size that a group trains with: without gradients
+    which, and the only exchanges are two sums at the end. Take batches of at least the size that a group trains with: without gradients
     they fit. A batch with a single value per channel has no variance, and is normalized by the moving statistics.
 
     Everything else is left as it was: training flags, momentum, num_batches_tracked, hooks; layers that no batch reached. An error or
@@ -90,7 +90,7 @@ def update_bn_stats(
             observation.end()
     finally:
         observation.end()  # again: Ctrl-C may have interrupted the first
-    new = [pair for module, stats in zip(batch_norms, _summed(totals, comm), strict=True) for pair in _new_statistics(module, stats)]
+    new = [pair for module, stats in zip(batch_norms, _over_ranks(totals, comm), strict=True) for pair in _new_statistics(module, stats)]
     if not new:
         warnings.warn("update_bn_stats: no rank had a batch that reached a batch norm: no statistics have changed", stacklevel=2)
     try:
@@ -112,7 +112,7 @@ def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
 
 def _empty_stats(module: _BatchNorm) -> Tensor:
     assert module.running_mean is not None
-    return torch.zeros(2 * len(module.running_mean) + 1, dtype=torch.float64, device=module.running_mean.device)
+    return torch.zeros(3 * len(module.running_mean) + 2, dtype=torch.float64, device=module.running_mean.device)
 
 
 class _Observation:
@@ -165,7 +165,7 @@ class _Observation:
                 args, kwargs = (x,), {}  # without training=True, which a model may pass
                 x = module.channels_second(x)
             if self.active:  # Ctrl-C may come before the handle is in the list
-                total.add_(ops.stats(dense(x), False))
+                total.copy_(merge(total, ops.stats(dense(x), False, True)))
                 if samples_per_channel(x) != 1:
                     for name in self.buffers[module]:
                         setattr(module, name, None)
@@ -182,22 +182,30 @@ def _buffer_names(module: nn.Module) -> tuple[str, ...]:
     return "running_mean", "running_var", "num_batches_tracked"
 
 
-def _summed(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
-    """The totals of all ranks, in one exchange."""
+def _over_ranks(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
+    """Each layer's statistics over the batches of all ranks, by two exchanges: of the means, which become the shift of all ranks, so
+    that nothing cancels; and of the sums about them."""
     exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, Agreed())
-    together = torch.cat([total.to(totals[0].device) for total in totals])
+    totals = [total.to(totals[0].device) for total in totals]
+    about_zero = _summed(totals, [total.new_zeros(channels_of(total)) for total in totals], exchange)
+    return _summed(totals, [finalize(total, 0.0)[0] for total in about_zero], exchange)
+
+
+def _summed(totals: list[Tensor], shifts: list[Tensor], exchange: Exchange) -> list[Tensor]:
+    """The totals of all ranks about these shifts, in one exchange."""
+    sums = [rebase(total, shift)[len(shift) :] for total, shift in zip(totals, shifts, strict=True)]
     try:
-        summed = exchange.all_reduce_(together, "statistics")
+        summed = exchange.all_reduce_(torch.cat(sums), "statistics")
     except RankMismatchError:
         raise
     except RuntimeError as error:
         raise RuntimeError(f"update_bn_stats: every rank of the group has to call it, also one without batches ({error})") from error
-    return list(summed.split([len(total) for total in totals]))
+    return [torch.cat(pair) for pair in zip(shifts, summed.split([len(part) for part in sums]), strict=True)]
 
 
 def _new_statistics(module: _BatchNorm, stats: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Pairs of a running statistic and its new value; none if no batch has reached the layer."""
-    count = stats[-1].item()
+    count = parts(stats).samples.item()
     if count == 0:
         return []
     mean, var, _ = finalize(stats, 0.0)

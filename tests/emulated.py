@@ -123,13 +123,13 @@ def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
 
 
 Layout = _struct("Layout", outer=c_int64, C=c_int64, inner=c_int64)
-Vector = _struct("Vector", data=c_pointer, dtype=c_dtype)
-Stats = _struct("Stats", data=c_pointer, rank_weighted=c_bool, eps=c_double)
+Vector = _struct("Vector", data=c_pointer, dtype=c_dtype, stride=c_int64)
+Stats = _struct("Stats", data=c_pointer, eps=c_double)
 Activated = dict(activation=c_activation, negative_slope=c_double)
 Affine = dict(stats=Stats, weight=Vector, bias=Vector)
 
 ARGS = {
-    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, stats=c_pointer),
+    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, shifted=c_bool, stats=c_pointer),
     "normalize": _struct(
         "NormalizeArgs", dtype=c_dtype, layout=Layout, x=c_pointer, **Affine, residual=c_pointer,
         running_mean=Vector, running_var=Vector, num_batches_tracked=c_pointer,
@@ -141,7 +141,8 @@ ARGS = {
     ),
     "backward_input": _struct(
         "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
-        weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, dx=c_pointer, dz=c_pointer,
+        weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, rank_weighted=c_bool,
+        dx=c_pointer, dz=c_pointer,
     ),
 }  # fmt: skip
 
@@ -178,11 +179,11 @@ def pointer(t: Tensor | None) -> int | None:
 
 
 def vector(t: Tensor | None) -> ctypes.Structure:
-    return Vector() if t is None else Vector(t.data_ptr(), DTYPES[t.dtype])
+    return Vector() if t is None else Vector(t.data_ptr(), DTYPES[t.dtype], t.stride(0))
 
 
 def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
-    return Stats(stats.data_ptr(), stats.numel() % 2 == 0, eps)
+    return Stats(stats.data_ptr(), eps)
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,11 @@ class Emulated:
             raise RuntimeError(error.decode())
         g.check()
 
-    def stats(self, x: Tensor, rank_weighted: bool) -> Tensor:
+    def stats(self, x: Tensor, rank_weighted: bool, shifted: bool = False) -> Tensor:
         g = Guarded()
         (x,) = self._copies(g, x=x)
-        out = g.new(torch.empty(2 * x.shape[1] + 1 + rank_weighted, dtype=torch.float64))
-        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, stats=pointer(out))
+        out = g.new(torch.empty(3 * x.shape[1] + 2, dtype=torch.float64))
+        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, shifted=shifted, stats=pointer(out))
         return out
 
     def normalize(
@@ -271,7 +272,7 @@ class Emulated:
         )  # fmt: skip
         return sums, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
 
-    def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope):
+    def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False):
         g = Guarded()
         dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
         stats, sums, weight, bias, mask = (g.copy(t) for t in (stats, sums, weight, bias, mask))
@@ -280,6 +281,7 @@ class Emulated:
         self._run(
             "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
             weight=vector(weight), bias=vector(bias), residual=pointer(residual), mask=pointer(mask),
-            activation=ACTIVATIONS[activation], negative_slope=slope, dx=pointer(dx), dz=pointer(dz) if writes_dz else None,
+            activation=ACTIVATIONS[activation], negative_slope=slope, rank_weighted=rank_weighted,
+            dx=pointer(dx), dz=pointer(dz) if writes_dz else None,
         )  # fmt: skip
         return dx, dz

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncbn import reference
+from syncbn import moments, reference
 from syncbn.layout import is_channels_last
 
 SHAPES = [
@@ -63,6 +63,7 @@ class Case:
     momentum: float | None = 0.1
     unbiased: bool = True
     rank_weighted: bool = False
+    shifted: bool = False
     mean: float = 0.7  # of x, whose standard deviation is about 1
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
@@ -74,9 +75,9 @@ class Case:
         return "-".join([*names, self.activation, *extra, *([] if self.group == "others" else [self.group])])
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
-        """Of a result of this dtype. Σx²/n - mean² has mean² roundings of float64 too many or too few, as a compiler fuses them or not:
-        that is all that can be asked of two sums where the mean is that far from 0."""
-        return max(tolerances[dtype or self.dtype], 2.0**-51 * self.mean**2)
+        """Of a result of this dtype. About 0, Σx²/n - mean² has mean² roundings of float64 too many or too few, as a compiler fuses
+        them or not: that is all that can be asked of two sums where the mean is that far from 0."""
+        return max(tolerances[dtype or self.dtype], 0.0 if self.shifted else 2.0**-51 * self.mean**2)
 
     @property
     def keeps_mask(self) -> bool:
@@ -96,7 +97,7 @@ def table() -> list[Case]:
                         shape, channels_last, dtype, activation, residual,
                         weight=(torch.float32, dtype, torch.float64, None)[n // 2 % 4], bias=(torch.float32, None, dtype)[n % 3],
                         running=(torch.float32, torch.float64, torch.bfloat16, torch.float16, None)[n % 5],
-                        momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3,
+                        momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3, shifted=n % 2 == 1,
                     ))  # fmt: skip
     return cases + EXTREMES
 
@@ -119,6 +120,10 @@ EXTREMES = [
     Case((300, 9), mean=3e4),
     Case((4, 3, 20, 25), dtype=torch.float64, mean=1e3),
     Case((4, 3, 20, 25), dtype=torch.float64, mean=1e6),
+    Case((4, 3, 20, 25), dtype=torch.float64, mean=1e8, shifted=True),  # about 0, no digit of the variance would be left
+    Case((1, 2, 40, 61), dtype=torch.float64, mean=1e8, shifted=True, rank_weighted=True),
+    Case((300, 16), True, torch.float64, mean=1e8, shifted=True, activation="relu", residual=True),
+    Case((500, 128), True, torch.float64, mean=1e8, shifted=True),  # many blocks, and one shift
     Case((70, 8, 3, 3), activation="relu", nan=True),  # NaN passes through relu, and stays in its channel
     Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
     Case((4, 3, 20, 25), activation="relu", inf=True),  # what relu has cut off does not come back
@@ -167,13 +172,14 @@ def make(case: Case, device: str = "cpu") -> Data:
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
     # The group has another rank, with 3 samples of its own: statistics are not those of x, and not empty.
     other = torch.randn((3, c), generator=random, device=where, dtype=torch.float64) + case.mean
-    stats = reference.stats(x.double(), case.rank_weighted)
+    stats = reference.stats(x.double(), case.rank_weighted, case.shifted)
     if case.group in ("others", "negative"):
-        stats += reference.stats(other, case.rank_weighted)
+        stats = moments.merge(stats, reference.stats(other, case.rank_weighted, case.shifted))
     if case.group == "nobody":
         stats.zero_()
     if case.group == "negative":
-        stats[c : 2 * c] = stats[:c].square() / stats[-1] - 0.01 * stats[-1]
+        s = moments.parts(stats)
+        s.sumsq.copy_(s.sum.square() / s.weight - 0.01 * s.weight)
     y, mask = reference.normalize(
         x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.activation, SLOPE
     )
@@ -221,17 +227,19 @@ def per_channel(t: Tensor) -> Tensor:
 
 def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
     x = make(case, device).x
-    got, want = ops.stats(x, case.rank_weighted), reference.stats(x.double(), case.rank_weighted)
+    got, want = (f.stats(t, case.rank_weighted, case.shifted) for f, t in ((ops, x), (reference, x.double())))
     assert got.dtype == torch.float64
-    weight = max(x.numel() // x.shape[1], 1) if case.rank_weighted else 1
-    terms = torch.cat([per_channel(x.double().abs()), per_channel(x.double().square())]) / weight
-    c = x.shape[1]
-    assert_close(got[: 2 * c] / terms.clamp(min=1), want[: 2 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
+    divisor = max(x.numel() // x.shape[1], 1) if case.rank_weighted else 1
+    s, c = moments.parts(want), x.shape[1]
+    d = x.double() - reference._per_channel(s.shift, x)
+    terms = torch.cat([per_channel(d.abs()), per_channel(d.square())]) / divisor
+    assert_close(got[c : 3 * c] / terms.clamp(min=1), want[c : 3 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
+    assert torch.allclose(got[:c], s.shift, rtol=0, atol=0, equal_nan=True), f"shift: {got[:c]} instead of {s.shift}"
     (mean, var, _), (want_mean, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
-    # Sums of deviations keep their digits whatever the mean; in float64 the mean's square costs what it costs.
+    # Sums of deviations keep their digits whatever the mean; in float64 the square of its distance from the shift costs what it costs.
     assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
-    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", want_mean.square() * 1e-15 / SUM_TOLERANCE[x.dtype])
-    assert torch.equal(got[2 * c :], want[2 * c :]), f"count: {got[2 * c :]} instead of {want[2 * c :]}"
+    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", (want_mean - s.shift).square() * 1e-15 / SUM_TOLERANCE[x.dtype])
+    assert torch.equal(got[3 * c :], want[3 * c :]), f"weight, samples: {got[3 * c :]} instead of {want[3 * c :]}"
 
 
 def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
@@ -279,8 +287,8 @@ def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
 
 def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
     d = make(case, device)
-    dx, dz = ops.backward_input(*_backward_arguments(d, case, as_is, d.sums))
-    want_dx, want_dz = reference.backward_input(*_backward_arguments(d, case, doubled, d.sums))
+    dx, dz = ops.backward_input(*_backward_arguments(d, case, as_is, d.sums), case.rank_weighted)
+    want_dx, want_dz = reference.backward_input(*_backward_arguments(d, case, doubled, d.sums), case.rank_weighted)
     assert dx.dtype == dz.dtype == case.dtype and (not case.channels_last or is_channels_last(dx))
     # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
     assert_close(dx, want_dx, case.tolerance(TOLERANCE), "dx", 10.0)

@@ -57,7 +57,7 @@ def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, what):
     lines = str(error.value).splitlines()
     assert len(lines) == 1 + world.size
     for rank, (line, call) in enumerate(zip(lines[1:], calls, strict=True)):
-        numbers = 2 * call["channels"] + (2 if call["weighting"] == "ranks" else 1)
+        numbers = 2 * call["channels"] + 2
         said = f"{call['name']}, {numbers} numbers, {call['dtype']}, weighting {call['weighting']}, eps {call['eps']}"
         shape = rf"\[{4 + rank}, {call['channels']}, 5\]"
         assert re.fullmatch(rf"  rank {rank}: forward of {said}, exchange \d+ of this group, input {shape}", line), line
@@ -230,9 +230,9 @@ def test_always_finds_a_divergence_late_in_a_run(world, monkeypatch):
 
 
 def test_long_names_keep_both_ends():
-    name = "encoder." + "x" * 400 + ".bn1, 7 numbers"
+    name = "encoder." + "x" * 400 + ".bn1, 8 numbers"
     decoded = agreement._decode(agreement._encode(name, agreement.BYTES))
-    assert decoded.startswith("encoder.") and decoded.endswith(".bn1, 7 numbers") and len(decoded) == agreement.BYTES
+    assert decoded.startswith("encoder.") and decoded.endswith(".bn1, 8 numbers") and len(decoded) == agreement.BYTES
 
 
 @several

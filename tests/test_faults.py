@@ -94,7 +94,7 @@ FAULTS = {
     "skips a layer": mismatch("step(b)", "forward of encoder.a", "forward of encoder.b"),
     "calls layers in another order": mismatch("step(b, a)", "forward of encoder.a", "forward of encoder.b"),
     "has another C": mismatch(
-        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))", "7 numbers", "11 numbers"
+        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))", "8 numbers", "12 numbers"
     ),
     "has another dtype": mismatch("a(torch.randn(4, 3, 5).double())", "torch.float32", "torch.float64"),
 }

@@ -31,7 +31,7 @@ def native_kernels():
 def step(case: Case):
     """All four ops once, each with the outputs of the one before: tensors that a repetition must equal bit by bit."""
     d = make(case, "cuda")
-    stats = ops.stats(d.x, case.rank_weighted)
+    stats = ops.stats(d.x, case.rank_weighted, case.shifted)
     state = (d.running_mean, d.running_var, d.tracked)
     y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, EPS, case.unbiased, case.activation, SLOPE)
     residual = d.residual if case.activation == "silu" else None
@@ -152,9 +152,9 @@ def test_more_than_2_to_the_31_elements(channels_last):
     x = full(0.0)
     x[-1, -1, -64::63] = 3.0  # the very last element, and one of a vector
     stats = ops.stats(x, False)
-    assert stats[7] == 6 and stats[15] == 18 and stats[:7].count_nonzero() == 0 and stats[16] == 2 * shape[2]
+    assert stats[15] == 6 and stats[23] == 18 and stats[:15].count_nonzero() == 0 and stats[24] == 2 * shape[2]
     # mean 0 and var 1 for all channels, count 1
-    stats = torch.tensor([0.0] * 8 + [1.0] * 8 + [1.0], dtype=torch.float64, device="cuda")
+    stats = torch.tensor([0.0] * 16 + [1.0] * 10, dtype=torch.float64, device="cuda")
     y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, 0.0, True, "relu", SLOPE)
     assert only_at_the_end(y) == [6, 6]
     del y

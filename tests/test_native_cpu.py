@@ -6,6 +6,7 @@ by half an ulp of that type, plus a few float32 roundings of the terms that it i
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from syncbn import native, ops, reference
+from syncbn.layout import samples_per_channel
 
 CPU = native.load()[0]
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
@@ -114,12 +116,12 @@ def backward_args(case, activation, add, *, stats=None, sums=None):
 @every_case
 def test_stats(shape, dtype, layout):
     x = Case(shape, dtype, layout).x
-    for rank_weighted in (False, True):
-        got, want = ops.stats(x, rank_weighted), reference.stats(x.double(), rank_weighted)
+    for rank_weighted, shifted in itertools.product((False, True), repeat=2):
+        got, want = (f.stats(t, rank_weighted, shifted) for f, t in ((ops, x), (reference, x.double())))
         # The sums come from chunks of at most 1024 additions for each lane, as a tree, whose errors do not grow with mean / std.
         tolerance = 1e-14 if dtype == torch.float64 else 1e-6
-        assert torch.allclose(got, want, rtol=tolerance, atol=tolerance * max(reference.samples_per_channel(x), 1))
-        assert got[2 * shape[1] :].tolist() == want[2 * shape[1] :].tolist()
+        assert torch.allclose(got, want, rtol=tolerance, atol=tolerance * max(samples_per_channel(x), 1))
+        assert got[: shape[1]].tolist() == want[: shape[1]].tolist() and got[3 * shape[1] :].tolist() == want[3 * shape[1] :].tolist()
 
 
 @every_layout
@@ -141,7 +143,7 @@ def test_normalize(shape, dtype, layout):
 @every_case
 def test_backward_reduce(shape, dtype, layout):
     case = Case(shape, dtype, layout)
-    n = max(reference.samples_per_channel(case.x), 1)
+    n = max(samples_per_channel(case.x), 1)
     for activation, add in FUSIONS:
         args = backward_args(case, activation, add)
         got, want = ops.backward_reduce(*args), reference.backward_reduce(*exact(args))
@@ -158,8 +160,9 @@ def test_backward_input(shape, dtype, layout):
     case = Case(shape, dtype, layout)
     for activation, add in FUSIONS:
         sums = reference.backward_reduce(*exact(backward_args(case, activation, add)))[0]
-        for stats in (case.stats, 3 * case.stats, 3 * reference.stats(case.x.double(), True)):  # 1 rank, 3 equal ones, weighted
-            args = backward_args(case, activation, add, stats=stats, sums=sums)
+        weighted = 3 * reference.stats(case.x.double(), True)
+        for stats, rank_weighted in ((case.stats, False), (3 * case.stats, False), (weighted, True)):  # 1 rank, 3 equal ones, weighted
+            args = (*backward_args(case, activation, add, stats=stats, sums=sums), rank_weighted)
             (dx, dz), (want, want_dz) = ops.backward_input(*args), reference.backward_input(*exact(args))
             invstd = reference.finalize(stats, EPS)[2]  # with a single sample, dz and its mean cancel, each scaled by 1 / sqrt(eps)
             close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
@@ -241,7 +244,7 @@ def test_moving_statistics(momentum, unbiased, dtype):
 
 def test_no_samples_anywhere_change_nothing():
     x, running = torch.empty(0, 2, 3), (torch.ones(2), torch.ones(2), torch.tensor(3))
-    y, _ = ops.normalize(x, torch.zeros(5).double(), None, None, None, *running, None, EPS, True, "none", 0.0)
+    y, _ = ops.normalize(x, torch.zeros(8).double(), None, None, None, *running, None, EPS, True, "none", 0.0)
     assert y.shape == x.shape and [r.tolist() for r in running] == [[1, 1], [1, 1], 3]
 
 
@@ -284,7 +287,7 @@ def dz_of(implementation, x, stats, residual, mask, *how):
 
 def test_silu_of_very_negative_values_is_the_references():
     x = torch.tensor([[-1e2], [-1e36], [-3e38], [float("-inf")], [-20.0], [0.0], [88.0], [3e38]])
-    args = (x, torch.tensor([0.0, 1.0, 1.0]).double(), None, None, None)
+    args = (x, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]).double(), None, None, None)
     how = (0.0, "silu", 0.0)
     y, want = (f.normalize(*args, None, None, None, 0.1, 0.0, True, *how[1:])[0] for f in (ops, reference))
     assert torch.allclose(y, want, rtol=1e-6, atol=1e-30, equal_nan=True)
@@ -307,7 +310,7 @@ for shape in [*planes, (2, 3), (2, 16), (2, 33)]:
     n = layout.mask_bytes(x)
     mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)
     mask.fill_(255)
-    stats = torch.ones(2 * shape[1] + 1).double()
+    stats = torch.ones(3 * shape[1] + 2).double()
     how = (None, None, x, mask, 1e-5, "relu", 0.0)
     sums = ops.backward_reduce(torch.ones(shape), x, stats, *how)[0]
     assert sums[: shape[1]].tolist() == [x.numel() // shape[1]] * shape[1]
@@ -320,7 +323,7 @@ for shape in [*planes, (2, 3), (2, 16), (2, 33)]:
 
 def test_relu_lets_nan_through_and_stops_minus_infinity():
     x = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
-    stats = torch.tensor([4.0, 4.0, 10.0, 10.0, 2.0]).double()
+    stats = torch.tensor([0.0, 0.0, 4.0, 4.0, 10.0, 10.0, 2.0, 2.0]).double()
     residual = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
     y, mask = ops.normalize(x, stats, None, None, residual, None, None, None, 0.1, EPS, True, "relu", 0.0)
     assert y[0, 0] == 0 and y[1, 1].isnan()

@@ -14,8 +14,8 @@ enum { OF_X = SHIFT + 1, OFFSET };
 
 // The n of the formula: the sum of the weights over the weight of one of this rank's samples.
 double effective_count(const BackwardInputArgs& args) {
-  double weight = args.stats.data[2 * args.layout.C + args.stats.rank_weighted];
-  double n = args.stats.rank_weighted ? weight * double(samples(args.layout)) : weight;
+  double weight = args.stats.data[3 * args.layout.C];
+  double n = args.rank_weighted ? weight * double(samples(args.layout)) : weight;
   return n < 1 ? 1 : n;
 }
 

@@ -20,6 +20,10 @@ template <typename F> INLINE void update(ChannelVector vector, int64_t C, F f) {
   if (!vector.data) return;
   with_dtype(vector.dtype, [&](auto type) {
     auto data = static_cast<decltype(type)*>(vector.data);
+    if (vector.stride != 1) {
+      for (int64_t c = 0; c < C; ++c) assign(data[c * vector.stride], f(c, to_double(data[c * vector.stride])));
+      return;
+    }
 #pragma GCC ivdep
     for (int64_t c = 0; c < C; ++c) assign(data[c], f(c, to_double(data[c])));
   });
@@ -34,6 +38,10 @@ struct Doubles : Buffer<double> {
     else
       with_dtype(vector.dtype, [&](auto type) {
         auto data = static_cast<const decltype(type)*>(vector.data);
+        if (vector.stride != 1) {
+          for (int64_t c = 0; c < C; ++c) to[c] = to_double(data[c * vector.stride]);
+          return;
+        }
 #pragma GCC ivdep
         for (int64_t c = 0; c < C; ++c) to[c] = to_double(data[c]);
       });
@@ -41,22 +49,24 @@ struct Doubles : Buffer<double> {
 };
 
 struct Moments {
-  double mean, var, invstd;  // var is biased
+  double shift, offset, var, invstd;  // var is biased
+
+  INLINE double mean() const { return shift + offset; }
 };
 
 class Finalize {
-  const double *sum_, *sumsq_;
+  const double *shift_, *sum_, *sumsq_;
   double weight_, eps_;
 
  public:
-  Finalize(const Statistics& stats, int64_t C) : sum_(stats.data), sumsq_(stats.data + C), eps_(stats.eps) {
-    double weight = stats.data[2 * C + stats.rank_weighted];
-    weight_ = weight < 1 ? 1 : weight;
+  Finalize(const Statistics& stats, int64_t C)
+      : shift_(stats.data), sum_(stats.data + C), sumsq_(stats.data + 2 * C), weight_(stats.data[3 * C]), eps_(stats.eps) {
+    weight_ = weight_ < 1 ? 1 : weight_;
   }
   INLINE Moments operator()(int64_t c) const {
-    double mean = sum_[c] / weight_, var = sumsq_[c] / weight_ - mean * mean;
+    double offset = sum_[c] / weight_, var = sumsq_[c] / weight_ - offset * offset;
     var = var < 0 ? 0 : var;  // NaN stays
-    return {mean, var, 1 / __builtin_sqrt(var + eps_)};
+    return {shift_[c], offset, var, 1 / __builtin_sqrt(var + eps_)};
   }
 };
 
@@ -64,7 +74,7 @@ class Finalize {
 enum { HI, SCALE, SHIFT };
 
 struct Affine {
-  double mean, invstd, hi, lo, scale, shift;
+  double invstd, hi, lo, scale, shift;
 };
 
 template <typename acc_t> class Affines {
@@ -76,8 +86,9 @@ template <typename acc_t> class Affines {
       : finalize_(args.stats, args.layout.C), weight_(args.weight, args.layout.C, 1), bias_(args.bias, args.layout.C, 0) {}
   INLINE Affine operator()(int64_t c) const {
     Moments m = finalize_(c);
-    double hi = double(acc_t(m.mean)), lo = m.mean - hi, scale = m.invstd * weight_[c];
-    return {m.mean, m.invstd, hi, lo, scale, bias_[c] - lo * scale};
+    double hi = double(acc_t(m.mean())), lo = (m.shift - hi) + m.offset;  // not mean - hi, which is 0 where acc_t is double
+    double scale = m.invstd * weight_[c];
+    return {m.invstd, hi, lo, scale, bias_[c] - lo * scale};
   }
 };
 

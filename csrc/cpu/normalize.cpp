@@ -9,16 +9,21 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
+// old + factor * (next - old) from the nearer end: exact where the factor is 0 or 1.
+INLINE double moved(double old, double next, double factor) {
+  return factor < 0.5 ? old + factor * (next - old) : next - (1 - factor) * (next - old);
+}
+
 void update_running_stats(const NormalizeArgs& args) {
-  double count = args.stats.data[2 * args.layout.C], factor = args.momentum;
+  double count = args.stats.data[3 * args.layout.C + 1], factor = args.momentum;
   if (!(count > 0)) return;
   if (args.num_batches_tracked) ++*args.num_batches_tracked;
   if (args.cumulative) factor = args.num_batches_tracked ? 1.0 / double(max(*args.num_batches_tracked, 1)) : 1;
-  if (!(factor > 0)) return;
+  if (factor == 0) return;
   double unbiased = args.unbiased ? count / (count - 1 < 1 ? 1 : count - 1) : 1;
   Finalize finalize(args.stats, args.layout.C);
-  update(args.running_mean, args.layout.C, [=](int64_t c, double old) INLINED { return old + factor * (finalize(c).mean - old); });
-  update(args.running_var, args.layout.C, [=](int64_t c, double old) INLINED { return old + factor * (finalize(c).var * unbiased - old); });
+  update(args.running_mean, args.layout.C, [=](int64_t c, double old) INLINED { return moved(old, finalize(c).mean(), factor); });
+  update(args.running_var, args.layout.C, [=](int64_t c, double old) INLINED { return moved(old, finalize(c).var * unbiased, factor); });
 }
 
 template <typename scalar_t, Activation activation, bool add> void run(const NormalizeArgs& args) {

@@ -1,15 +1,16 @@
-// stats: sum and sum of squares of each channel, float64, one read of x.
+// stats: shift, sum and sum of squares about it for each channel, float64, one read of x.
 //
-// Each chunk is shifted by K, the mean of its first values (a single value could be an outlier), and summed in acc_t; then, in
-// float64, sum = n K + s1 and sumsq = s2 + K (2 s1 + n K). Raw squares would cancel where mean >> std. Chunks are added up about an
-// origin near the channel's mean, which is left at the end: about 0, each addition would round (mean/std)² as much away.
+// Each chunk has a K of its own, the mean of values from all over it: a single one could be an outlier, the first ones padding. It is
+// summed about K in acc_t; then, in float64 and with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Raw squares would
+// cancel where mean >> std. Chunks are added up about the channel's first value, and brought to a shift of 0 at the end if that is
+// wanted: about 0, each addition would round (mean/std)² as much away.
 #include "finalize.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-constexpr int SHIFT_VALUES = 128;  // behind a shift, about
-constexpr int SHIFT_ROWS = 16;     // columns: of them, at most
+constexpr int K_VALUES = 128;  // whose mean is K, about
+constexpr int K_ROWS = 16;     // columns where inner is 1: of them, at most
 
 // Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
 INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -17,53 +18,49 @@ INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x,
   sumsq_x += s2 + shift * (2 * s1 + n * shift);
 }
 
-// The mean of the first values of each channel.
+// The first value of each channel, 0 where there is none.
 template <typename scalar_t> void set_origins(Layout layout, const scalar_t* x, double* origins) {
-  using P = Pack<acc_type<scalar_t>>;
-  int64_t C = layout.C, inner = min(layout.inner, PACK), outer = min(layout.outer, ceil_div(PACK, max(inner, 1)));
-  double n = double(max(outer * inner, 1));
-  if (layout.inner == 1) {
-    for_packs(C, [&](int64_t c, auto lanes, int) INLINED {
-      P total(0);
-      for (int64_t o = 0; o < outer; ++o) total += load(x + o * C + c, lanes);
-      for (int k = 0; k < lanes.last; ++k) origins[c + k] = total.v[k / P::LANES][k % P::LANES] / n;
-    });
-    return;
-  }
-  for (int64_t c = 0; c < C; ++c) {
-    double total = 0;
-    for (int64_t o = 0; o < outer; ++o) {
-      const scalar_t* from = x + (o * C + c) * layout.inner;
-      if (inner == PACK) total += sum(load(from));
-      else
-        for (int64_t i = 0; i < inner; ++i) total += to_double(from[i]);
-    }
-    origins[c] = total / n;
-  }
+  if (!layout.outer) return fill(origins, layout.C, 0.0);
+  for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
+
+// The packs of a chunk of planes that K is the mean of: a few of each `step`th plane, each from another place of it.
+struct Sample {
+  int64_t step, each, unit;
+
+  explicit Sample(const Planes& planes) {
+    constexpr int64_t WANTED = K_VALUES / PACK;
+    int64_t together = planes.parts > 1 ? 1 : min(planes.planes, planes.layout.outer), n = min(planes.length, planes.layout.inner);
+    int64_t taken = min(together, WANTED);
+    step = ceil_div(together, taken);
+    each = max(min(WANTED / taken, n / PACK), 1);
+    unit = max(n - PACK, 0) / (PLACES * each);
+  }
+  // Where the pack k of the plane taken as the j-th begins, of n values. It may begin before the end of a long plane that is shorter.
+  INLINE int64_t at(int64_t j, int64_t k, int64_t n) const { return min(unit * (PLACES * k + j * 5 % PLACES), n - PACK); }
+
+ private:
+  static constexpr int64_t PLACES = 8;
+};
 
 template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   Planes planes(layout);
+  Sample sample(planes);
   planes.for_sums(total, [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk, auto add) {
     constexpr int S = abreast.value;
     P shift[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
-    int64_t apart = planes.apart, stride = apart * layout.inner, packs = 0, count = 0;
+    int64_t apart = planes.apart, stride = apart * layout.inner, taken = 0, count = 0;
     for (int64_t c = 0; c < c1 - c0; ++c) fill(shift[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
-    auto add_head = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
-      int64_t whole = min(n / PACK, SHIFT_VALUES / PACK);
-      for (int64_t i = 0; i < whole; ++i)
-        for (int k = 0; k < S; ++k) shift[c - c0][k] += load(x + f + k * stride + i * PACK);
-      if (c == c0) packs += whole;
+    auto add_sample = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
+      if (c == c0) ++taken;
+      for (int64_t i = 0; i < sample.each; ++i)
+        for (int k = 0; k < S; ++k) shift[c - c0][k] += load(x + f + k * stride + sample.at(taken - 1, i, n));
     };
-    planes.for_pieces(c0, c1, chunk, add_head, ceil_div(SHIFT_VALUES, layout.inner));
+    planes.for_pieces(c0, c1, chunk, add_sample, sample.step);
     for (int64_t c = c0; c < c1; ++c)
-      for (int k = 0; k < S; ++k) {
-        P& to = shift[c - c0][k];
-        // A chunk shorter than a pack, the end of a long plane, has the channel's.
-        to = P(acc_t(packs ? sum(to) / (packs * PACK) : origins[c + k * apart]));
-      }
+      for (int k = 0; k < S; ++k) shift[c - c0][k] = P(acc_t(sum(shift[c - c0][k]) / (taken * sample.each * PACK)));
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
       if (c == c0) count += n;
       P near[S];
@@ -94,15 +91,19 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
   columns.for_sums(total, [&](int64_t row, int64_t rows, int64_t slot, int64_t n, double* out) {
     int64_t inner = layout.inner, width = columns.width, wide = n * inner, first = row * width + slot * inner;
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
-      int64_t length = min(CHUNK_ROWS, end - row), head = min(min(SHIFT_ROWS, ceil_div(SHIFT_VALUES, inner)), length);
+      int64_t length = min(CHUNK_ROWS, end - row);
+      // K's rows, `step` apart; where inner is 1, those that the parts abreast begin with, so that they are still near then.
+      int64_t places = min(inner == 1 ? PLACES : ceil_div(K_VALUES, inner), length), step = length / places;
+      int64_t turns = inner == 1 ? min(K_ROWS / PLACES, step) : 1;
       alignas(64) acc_t shift[STRIP], s1[STRIP], s2[STRIP];
       fill(shift, wide, acc_t(0));
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
-      add_rows<PLACES>(first, width, row, head, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
-                       [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
-      double values = double(head * inner), count = double(length * inner);
+      for (int64_t turn = 0; turn < turns; ++turn)
+        add_rows<PLACES>(first + turn * width, step * width, row, places, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+                         [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
+      double values = double(places * turns * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
@@ -123,26 +124,25 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
 
 void stats(const StatsArgs& args) {
   const Layout& layout = args.layout;
-  double *sum_x = args.stats, *sumsq_x = args.stats + layout.C, n = double(samples(layout));
-  Buffer<double> origins(layout.C);
+  double *shift = args.stats, *sum_x = shift + layout.C, *sumsq_x = sum_x + layout.C, n = double(samples(layout));
   with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);
     auto x = static_cast<const scalar_t*>(args.x);
-    set_origins<scalar_t>(layout, x, origins);
-    by_columns(layout, false) ? sum_columns(layout, x, origins, args.stats) : sum_planes(layout, x, origins, args.stats);
+    set_origins<scalar_t>(layout, x, shift);
+    by_columns(layout, false) ? sum_columns(layout, x, shift, sum_x) : sum_planes(layout, x, shift, sum_x);
   });
-  const double* shift = origins;
-  // With ranks that weigh the same, these are means.
-  double weight = args.rank_weighted && n > 1 ? n : 1;
+  if (!args.shifted) {
 #pragma GCC ivdep
-  for (int64_t c = 0; c < layout.C; ++c) {
-    double s1 = sum_x[c], s2 = sumsq_x[c], sum = 0, sumsq = 0;
-    unshift(n, shift[c], s1, s2, sum, sumsq);
-    sum_x[c] = sum / weight;
-    sumsq_x[c] = sumsq / weight;
+    for (int64_t c = 0; c < layout.C; ++c) {
+      double s1 = sum_x[c], s2 = sumsq_x[c], sum = 0, sumsq = 0;
+      unshift(n, shift[c], s1, s2, sum, sumsq);
+      shift[c] = 0, sum_x[c] = sum, sumsq_x[c] = sumsq;
+    }
   }
-  args.stats[2 * layout.C] = n;
-  if (args.rank_weighted) args.stats[2 * layout.C + 1] = n > 0;
+  if (args.rank_weighted && n > 1)
+    for (int64_t c = 0; c < 2 * layout.C; ++c) sum_x[c] /= n;
+  args.stats[3 * layout.C] = args.rank_weighted ? n > 0 : n;
+  args.stats[3 * layout.C + 1] = n;
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA

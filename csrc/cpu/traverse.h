@@ -138,11 +138,11 @@ struct Planes {
     apart = l.C / ABREAST;
   }
 
-  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in its first planes.
-  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t at_most = MAX_PLANES) const {
-    int64_t o = chunk * planes, end = min(o + min(planes, at_most), layout.outer), begin = 0, n = layout.inner;
+  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in each `step`th of its planes.
+  template <typename F> INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t step = 1) const {
+    int64_t o = chunk * planes, end = min(o + planes, layout.outer), begin = 0, n = layout.inner;
     if (parts > 1) o = chunk / parts, end = o + 1, begin = chunk % parts * length, n = min(length, n - begin);
-    for (; o < end; ++o)
+    for (; o < end; o += step)
       for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner + begin, n, o * layout.C + c);
   }
 

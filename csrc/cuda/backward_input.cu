@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (threadIdx.x < config.width * N && channel < C) {
     const Moments m = finalize(args.stats, C, channel);
     const auto affine = make_affine<acc_t>(m, args.weight, args.bias, channel);
-    const double n = effective_count(args.stats, args.layout);
+    const double n = effective_count(args.stats, args.layout, args.rank_weighted);
     const double scale = args.weight.data ? m.invstd * read(args.weight, channel) : m.invstd;
     const double slope = scale * m.invstd * args.sums[C + channel] / n;
-    const double lo = m.mean - static_cast<double>(affine.hi);
+    const double lo = m.rest(static_cast<double>(affine.hi));
     affines[threadIdx.x] = affine;
     rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
   }

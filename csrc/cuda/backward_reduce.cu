@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   Pair total = block_sum(sums, config.width);
   if (owns_channel) {
     const Moments& m = moments[threadIdx.x];
-    const double lo = m.mean - static_cast<double>(table[threadIdx.x].hi);
+    const double lo = m.rest(static_cast<double>(table[threadIdx.x].hi));
     total.b = (total.b - lo * total.a) * m.invstd;
   }
   if (!grid_sum(total, walk, workspace) || !owns_channel) return;

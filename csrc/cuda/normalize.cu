@@ -12,15 +12,20 @@
 namespace syncbn::cuda {
 namespace {
 
+// old + factor * (next - old) from the nearer end: exact where the factor is 0 or 1.
+__device__ inline double moved(double old, double next, double factor) {
+  return factor < 0.5 ? old + factor * (next - old) : next - (1 - factor) * (next - old);
+}
+
 __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m, int64_t c) {
-  const double count = args.stats.data[2 * args.layout.C];
+  const double count = args.stats.data[3 * args.layout.C + 1];
   const int64_t tracked = args.num_batches_tracked && *args.num_batches_tracked > 0 ? *args.num_batches_tracked : 0;
   const double factor = args.cumulative ? 1.0 / static_cast<double>(tracked + 1) : args.momentum;
-  if (!(count > 0 && factor > 0)) return;
+  if (!(count > 0) || factor == 0) return;
   const double var = args.unbiased ? m.var * count / (count > 2 ? count - 1 : 1) : m.var;
   const ChannelVector &mean = args.running_mean, &variance = args.running_var;
-  if (mean.data) write(mean, c, read(mean, c) + factor * (m.mean - read(mean, c)));
-  if (variance.data) write(variance, c, read(variance, c) + factor * (var - read(variance, c)));
+  if (mean.data) write(mean, c, moved(read(mean, c), m.shift + m.offset, factor));
+  if (variance.data) write(variance, c, moved(read(variance, c), var, factor));
 }
 
 template <typename scalar_t, class Walk>
@@ -49,7 +54,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (args.num_batches_tracked && walk.split == 0 && t == 0) {
     __threadfence();
     const bool last = atomicInc(workspace.normalize_counter, config.groups - 1) == config.groups - 1;
-    if (last && args.stats.data[2 * C] > 0) *args.num_batches_tracked += 1;
+    if (last && args.stats.data[3 * C + 1] > 0) *args.num_batches_tracked += 1;
   }
 
   Affine<acc_t> affine[N];

@@ -1,8 +1,9 @@
-// stats: this rank's sum(C), sumsq(C), count, in double.
+// stats: this rank's shift(C), sum(C) and sumsq(C) of x - shift, weight and samples, in double.
 //
 // Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each warp subtracts K, the
 // mean of what it loads first (a single value could be an outlier, a running mean is wrong at first), sums d = x - K and d * d in
-// acc_t, and brings them back in double: sum = n K + s1, sumsq = s2 + K (2 s1 + n K). Traffic: x once.
+// acc_t, and brings them in double to the channel's shift, which all blocks share: with k = K - shift, sum = n k + s1 and
+// sumsq = s2 + k (2 s1 + n k). Traffic: x once.
 
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -10,6 +11,13 @@
 
 namespace syncbn::cuda {
 namespace {
+
+// What is subtracted from the values of channel c: its first value, or 0.
+template <typename scalar_t>
+__device__ double shift_of(const StatsArgs& args, int64_t c) {
+  const bool has_value = args.shifted && args.layout.outer > 0 && c < args.layout.C;
+  return has_value ? to_acc(static_cast<const scalar_t*>(args.x)[c * args.layout.inner]) : 0;
+}
 
 template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
@@ -61,8 +69,8 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   Pair sums[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const double K = shift[j], sum = s1[j], sumsq = s2[j];
-    sums[j] = {all * K + sum, sumsq + K * (2 * sum + all * K)};
+    const double k = shift[j] - shift_of<scalar_t>(args, walk.first_channel() + walk.column() + j), sum = s1[j], sumsq = s2[j];
+    sums[j] = {all * k + sum, sumsq + k * (2 * sum + all * k)};
   }
   Pair total = block_sum(sums, config.width);
   if (!grid_sum(total, walk, workspace)) return;
@@ -71,12 +79,13 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   const double count = static_cast<double>(args.layout.outer * args.layout.inner);
   const double samples = args.rank_weighted && count > 0 ? count : 1;
   if (threadIdx.x < config.width * N && channel < C) {
-    args.stats[channel] = total.a / samples;
-    args.stats[C + channel] = total.b / samples;
+    args.stats[channel] = shift_of<scalar_t>(args, channel);
+    args.stats[C + channel] = total.a / samples;
+    args.stats[2 * C + channel] = total.b / samples;
   }
   if (walk.group == 0 && threadIdx.x == 0) {
-    args.stats[2 * C] = count;
-    if (args.rank_weighted) args.stats[2 * C + 1] = count > 0;
+    args.stats[3 * C] = args.rank_weighted ? count > 0 : count;
+    args.stats[3 * C + 1] = count;
   }
 }
 

@@ -85,6 +85,7 @@ cudaError_t dispatch(DType dtype, F&& f) {
 
 // Per-channel vectors are read and written once per channel and block: their type is a run-time matter.
 __device__ inline double read(const ChannelVector& v, int64_t c) {
+  c *= v.stride;
   switch (v.dtype) {
     case DType::float32: return static_cast<const float*>(v.data)[c];
     case DType::float16: return __half2float(static_cast<const __half*>(v.data)[c]);
@@ -95,6 +96,7 @@ __device__ inline double read(const ChannelVector& v, int64_t c) {
 }
 
 __device__ inline void write(const ChannelVector& v, int64_t c, double value) {
+  c *= v.stride;
   switch (v.dtype) {
     case DType::float32: static_cast<float*>(v.data)[c] = static_cast<float>(value); break;
     case DType::float16: static_cast<__half*>(v.data)[c] = __float2half_rn(static_cast<float>(value)); break;

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from typing import Any, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -34,6 +35,13 @@ class Communicator(Protocol):
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The elementwise sum of `tensor` over the ranks, equal bits on all of them. May be `tensor` itself, overwritten."""
 
+    def merges(self, device: torch.device) -> bool:
+        """Whether `all_reduce_stats_` takes statistics about any shifts, where x is on this device; else all shifts must be 0."""
+
+    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
+        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 2]), equal bits on all of
+        them. May be `stats` itself, overwritten. One collective."""
+
 
 class LocalCommunicator:
     """This process alone."""
@@ -45,6 +53,12 @@ class LocalCommunicator:
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def merges(self, device: torch.device) -> bool:
+        return True
+
+    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
+        return stats
 
 
 LOCAL = LocalCommunicator()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import environment
 from .process_group import NotAMember
+from .sums import SumsAboutZero
 
 
 class Clone:
@@ -25,7 +26,7 @@ class Clone:
 
 
 @dataclass(frozen=True)
-class MPICommunicator:
+class MPICommunicator(SumsAboutZero):
     """Works on a clone of `comm`, which the first exchange makes."""
 
     comm: MPI.Comm

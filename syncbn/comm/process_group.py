@@ -10,6 +10,7 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
 from .duplicates import duplicate_of_default
+from .sums import SumsAboutZero
 
 
 class NotAMember(ValueError):
@@ -17,7 +18,7 @@ class NotAMember(ValueError):
 
 
 @dataclass(frozen=True)
-class ProcessGroupCommunicator:
+class ProcessGroupCommunicator(SumsAboutZero):
     """Exchanges in `group` itself."""
 
     group: dist.ProcessGroup

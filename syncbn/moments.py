@@ -1,0 +1,178 @@
+"""The statistics of a batch in plain torch: sums about a shift, how they merge, and what follows from them.
+
+Numerics (each is tested on adversarial data):
+  - Raw sums of squares cancel where mean >> std. Each chunk of a channel has a K of its own, the mean of values from all over it,
+    is summed about K in the accumulation type, and brought to the channel's shift in float64 (`rebase`).
+  - The shift of a channel is one of its values: (shift - mean)² <= count * var, so that at most count * 2^-53 of the variance
+    cancels. Where statistics can only be added up, the shift is 0, and (mean / std)² * 2^-53 cancels.
+  - The mean is used as two numbers, mean = hi + lo with hi of the accumulation type, and x - hi comes before any product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import samples_per_channel
+
+CHUNK = 1024  # values that are summed about one K; long enough for speed, short enough for float32 sums
+K_VALUES = 128  # whose mean is K: a single one could be an outlier and cost three digits
+
+
+def acc_type(dtype: torch.dtype) -> torch.dtype:
+    """The type in which tensors of `dtype` are computed: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Statistics(NamedTuple):
+    """The parts of `stats` [3C + 2], as views.
+
+    sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted, over the rank's count. weight is what they are divided by:
+    the number of samples per channel, or of ranks that have any.
+    """
+
+    shift: Tensor  # [C]
+    sum: Tensor  # [C]
+    sumsq: Tensor  # [C]
+    weight: Tensor
+    samples: Tensor
+
+
+def parts(stats: Tensor) -> Statistics:
+    """`stats` [3C + 2] by its parts."""
+    c = channels_of(stats)
+    return Statistics(stats[:c], stats[c : 2 * c], stats[2 * c : 3 * c], stats[3 * c], stats[3 * c + 1])
+
+
+def channels_of(stats: Tensor) -> int:
+    """C of `stats` [3C + 2]."""
+    return (stats.numel() - 2) // 3
+
+
+def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False) -> Tensor:
+    """The statistics of this rank's x, in the form that the forward exchange adds up.
+
+    x [N, C, *]  ->  [3C + 2] float64: `Statistics`.
+
+    With rank_weighted the sums are over the count, and the weight is 1, so that each rank weighs the same. A rank without samples
+    gives zeros. With shifted, the shift of a channel is its first value in x; else all shifts are 0, and the statistics of several
+    ranks may be added up.
+    """
+    count = samples_per_channel(x)
+    values = by_channel(x, acc_type(x.dtype))
+    shift = values[:, 0].double() if count else values.new_zeros(x.shape[1], dtype=torch.float64)
+    total, total_sq = _sums_about(values, shift)
+    if not shifted:
+        shift, total, total_sq = torch.zeros_like(shift), *_moved(count, total, total_sq, shift)
+    divisor = max(count, 1) if rank_weighted else 1
+    weight = min(count, 1) if rank_weighted else count
+    # new_full makes no copy to the device
+    return torch.cat([shift, total / divisor, total_sq / divisor, shift.new_full((1,), weight), shift.new_full((1,), count)])
+
+
+def rebase(stats: Tensor, shift: Tensor) -> Tensor:
+    """The same statistics about other shifts [C]."""
+    s = parts(stats)
+    return torch.cat([shift, *_moved(s.weight, s.sum, s.sumsq, s.shift - shift), s.weight[None], s.samples[None]])
+
+
+def merge(a: Tensor, b: Tensor) -> Tensor:
+    """The statistics of the samples of both, each about any shifts."""
+    shift = torch.where(parts(a).weight > 0, parts(a).shift, parts(b).shift)
+    total = rebase(a, shift) + rebase(b, shift)
+    return torch.cat([shift, total[len(shift) :]])
+
+
+def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """mean, biased variance and 1 / sqrt(var + eps), each [C] float64, from the group's `stats`. Zeros where there are no samples."""
+    s = parts(stats)
+    weight = s.weight.clamp(min=1)
+    offset = s.sum / weight
+    var = torch.clamp(s.sumsq / weight - offset * offset, min=0)
+    return s.shift + offset, var, (var + eps).rsqrt()
+
+
+def split_mean(stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean as hi of `dtype` and lo float64, hi + lo == shift + sum / weight. lo is what hi has lost, for float64, too."""
+    s = parts(stats)
+    offset = s.sum / s.weight.clamp(min=1)
+    hi = (s.shift + offset).to(dtype)
+    return hi, (s.shift - hi.double()) + offset
+
+
+def update_running_stats(
+    stats: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    unbiased: bool,
+) -> None:
+    """running += momentum * (new - running), in place; without samples anywhere, nothing changes.
+
+    momentum None is the cumulative average, 1 / num_batches_tracked, computed on the device.
+    """
+    count = parts(stats).samples
+    factor = (count > 0).double()
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_((count > 0).to(num_batches_tracked.dtype))
+    if momentum is not None:
+        factor = factor * momentum
+    elif num_batches_tracked is not None:
+        factor = factor / num_batches_tracked.clamp(min=1)
+    mean, var, _ = finalize(stats, 0.0)
+    if unbiased:
+        var = var * count / (count - 1).clamp(min=1)
+    for running, new in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            old = running.double()
+            # From the nearer end: exact where the factor is 1, as momentum 1 and the first step of a cumulative average have it.
+            moved = torch.where(factor < 0.5, old + factor * (new - old), new - (1 - factor) * (new - old))
+            running.copy_(torch.where(factor == 0, old, moved))
+
+
+def effective_count(stats: Tensor, x: Tensor, rank_weighted: bool) -> Tensor:
+    """The n of the backward formula: sum of the weights over the weight of one of this rank's samples. Never 0."""
+    return (parts(stats).weight * (samples_per_channel(x) if rank_weighted else 1)).clamp(min=1)
+
+
+# ---- Parts --------------------------------------------------------------------------------------------------------------------
+
+
+def by_channel(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[N, C, *] -> [C, count]."""
+    return x.movedim(1, 0).reshape(x.shape[1], samples_per_channel(x)).to(dtype or x.dtype)
+
+
+def _chunks(x: Tensor) -> list[Tensor]:
+    """[C, count] -> [C, chunks, CHUNK] and the rest [C, 1, <CHUNK]; what is empty is left out."""
+    whole = x.shape[1] // CHUNK * CHUNK
+    parts = (x[:, :whole].unflatten(1, (-1, CHUNK)) if whole else None, x[:, None, whole:] if whole < x.shape[1] else None)
+    return [part for part in parts if part is not None]
+
+
+def _sums_about(x: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ(x - shift) and Σ(x - shift)² [C] float64 of x [C, count]."""
+    total, total_sq = torch.zeros_like(shift), torch.zeros_like(shift)
+    for part in _chunks(x):
+        n = part.shape[-1]
+        k = part[..., :: max(n // K_VALUES, 1)].mean(-1)
+        d = part - k[..., None]
+        sums = _moved(n, d.sum(-1).double(), d.square().sum(-1).double(), k.double() - shift[:, None])
+        total, total_sq = total + sums[0].sum(-1), total_sq + sums[1].sum(-1)
+    return total, total_sq
+
+
+def _moved(n: Tensor | int, sum: Tensor, sumsq: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ(d + by) and Σ(d + by)² from n, Σd and Σd²."""
+    return sum + n * by, sumsq + by * (2 * sum + n * by)
+
+
+def channel_sum(x: Tensor) -> Tensor:
+    """Σ over the second dimension of x [C, count], float64; chunks in x's type, their sums in float64."""
+    total = x.new_zeros(x.shape[0], dtype=torch.float64)
+    for part in _chunks(x):
+        total = total + part.sum(-1).double().sum(-1)
+    return total
