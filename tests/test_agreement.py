@@ -244,7 +244,7 @@ def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog):
     model(batch().requires_grad_()).sum().backward()
     compared, forward, compared_again, backward = caplog.messages
     assert [compared, compared_again] == [f"rank {world.rank}  0  {kind}  compared" for kind in ("forward", "backward")]
-    assert forward.startswith(f"rank {world.rank}  0  forward  7 x float64") and forward.endswith(" ms")
+    assert forward.startswith(f"rank {world.rank}  0  forward  8 x float64") and forward.endswith(" ms")
     assert backward.startswith(f"rank {world.rank}  0  backward  6 x float64")
 
 

@@ -188,15 +188,15 @@ def stance():
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
-def test_one_collective_in_all(world):
+def test_two_collectives_in_all(world):
     """DistributedDataParallel's broadcasts, and the layers' own, would hang: the ranks have different numbers of batches."""
     model = ResNet(SyncBatchNorm)
     ddp = DistributedDataParallel(model)
     each, _ = batches(ROWS[world.size], 3, 8, 8)
-    numbers = sum(2 * m.num_features + 1 for m in model.modules() if isinstance(m, _BatchNorm))
+    numbers = sum(2 * m.num_features + 2 for m in model.modules() if isinstance(m, _BatchNorm))
     with collectives() as seen:
         update_bn_stats(ddp, [batch.float() for batch in each[world.rank]], progress=False)
-    assert seen == [("allreduce", numbers, torch.float64)]
+    assert seen == [("allreduce", numbers, torch.float64)] * 2  # the means, then the sums about them
 
 
 @pytest.mark.world_size(1)
