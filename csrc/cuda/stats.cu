@@ -15,7 +15,7 @@ namespace {
 // What is subtracted from the values of channel c: its first value, or 0.
 template <typename scalar_t>
 __device__ double shift_of(const StatsArgs& args, int64_t c) {
-  const bool has_value = args.shifted && args.layout.outer > 0 && c < args.layout.C;
+  const bool has_value = args.shifted && args.layout.outer * args.layout.inner > 0 && c < args.layout.C;
   return has_value ? to_acc(static_cast<const scalar_t*>(args.x)[c * args.layout.inner]) : 0;
 }
 

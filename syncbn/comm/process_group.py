@@ -39,7 +39,7 @@ class ProcessGroupCommunicator(SumsAboutZero):
 
 
 @dataclass(frozen=True)
-class DefaultGroupCommunicator:
+class DefaultGroupCommunicator(SumsAboutZero):
     """Exchanges in a duplicate of the default group, which the first exchange makes: see duplicates.py."""
 
     default: dist.ProcessGroup
