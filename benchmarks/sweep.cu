@@ -123,8 +123,8 @@ struct Memory {
   Memory(const sweep::Options& options, int sm_count, cudaStream_t stream) : bytes(options.pool_bytes), channels(0) {
     for (const sweep::Shape& shape : options.shapes) channels = std::max(channels, shape.channels);
     x = device_memory<uint4>(bytes / 16), dy = device_memory<uint4>(bytes / 16), out = device_memory<uint4>(bytes / 16);
-    stats = device_memory<double>(2 * channels + 2), sums = device_memory<double>(2 * channels);
-    result = device_memory<double>(2 * channels + 2), vectors = device_memory<float>(6 * channels);
+    stats = device_memory<double>(3 * channels + 2), sums = device_memory<double>(2 * channels);
+    result = device_memory<double>(3 * channels + 2), vectors = device_memory<float>(6 * channels);
     target = {sm_count, device_memory<char>(workspace_bytes(sm_count)), stream};
     const Config config = every_sm();
     LAUNCH(fill, config, stream, x, bytes / 16, 1u);
@@ -142,8 +142,8 @@ struct Memory {
 
   void set_stats(const sweep::Shape& shape) const {
     const double count = static_cast<double>(shape.n * shape.inner);
-    std::vector<double> values(2 * shape.channels + 1);
-    std::fill(values.begin() + shape.channels, values.end(), count);
+    std::vector<double> values(3 * shape.channels + 2);
+    std::fill(values.begin() + 2 * shape.channels, values.end(), count);
     CHECK(cudaMemcpy(stats, values.data(), values.size() * sizeof(double), cudaMemcpyHostToDevice));
   }
 
@@ -155,7 +155,7 @@ struct Memory {
 template <class A>
 void set_common(A& args, const Memory& memory, size_t offset) {
   args.x = memory.at(memory.x, offset);
-  args.stats = {memory.stats, false, 1e-5};
+  args.stats = {memory.stats, 1e-5};
   args.weight = memory.vector(0);
   args.bias = memory.vector(1);
   args.activation = Activation::relu;
