@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,46 +24,55 @@ OPS = ("stats", "normalize", "backward_reduce", "backward_input")
 
 
 class Clock:
-    """Seconds and calls by name."""
+    """Seconds and calls by name; of calls of one name inside each other, the outermost."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()
+        self.running: set[str] = set()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **keywords: Any) -> Any:
+            if name in self.running:
+                return function(*args, **keywords)
+            self.running.add(name)
             begin = timing.now()
             try:
                 return function(*args, **keywords)
             finally:
                 self.seconds[name] += timing.now() - begin
                 self.calls[name] += 1
+                self.running.remove(name)
 
         return call
 
     @contextmanager
-    def on(self, owner: Any, attribute: str, name: str) -> Iterator[None]:
-        """Times all calls of an attribute of a module or class."""
-        original = getattr(owner, attribute)
-        setattr(owner, attribute, self.timed(name, original))
+    def on(self, owner: Any, attributes: Iterable[str], name: str) -> Iterator[None]:
+        """Times, under one name, all calls of these functions of a module or methods of a class."""
+        replaced = {attribute: vars(owner).get(attribute) for attribute in attributes}
+        for attribute in replaced:
+            setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
         try:
             yield
         finally:
-            setattr(owner, attribute, original)
+            for attribute, original in replaced.items():
+                if original is None:  # a base class has it
+                    delattr(owner, attribute)
+                else:
+                    setattr(owner, attribute, original)
+
+
+def reductions(owner: type) -> list[str]:
+    return [name for name in dir(owner) if name.startswith("all_reduce")]
 
 
 @contextmanager
 def split(clock: Clock) -> Iterator[None]:
     """While it lasts, the ops, the exchanges and the collectives inside these are timed."""
-    with clock.on(Exchange, "all_reduce_", "exchange"), clock.on(ProcessGroupCommunicator, "all_reduce_", "collective"):
-        originals = {name: getattr(ops, name) for name in OPS}
-        try:
-            for name, original in originals.items():
-                setattr(ops, name, clock.timed("ops", original))
-            yield
-        finally:
-            for name, original in originals.items():
-                setattr(ops, name, original)
+    exchanges = clock.on(Exchange, reductions(Exchange), "exchange")
+    collectives = clock.on(ProcessGroupCommunicator, reductions(ProcessGroupCommunicator), "collective")
+    with exchanges, collectives, clock.on(ops, OPS, "ops"):
+        yield
 
 
 def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:

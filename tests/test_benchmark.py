@@ -37,9 +37,25 @@ def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
 
 def test_a_call_that_the_layer_does_not_make_is_no_part_of_it(inputs, monkeypatch):
     """Were the layer to exchange without Exchange, its time would be called the rest: that is noticed."""
-    monkeypatch.setattr(host, "Exchange", type("Unused", (), {"all_reduce_": None}))
+    monkeypatch.setattr(host, "Exchange", type("Unused", (), {"all_reduce_": lambda: None}))
     with pytest.raises(AssertionError, match="'ops': 20"):
         host.host_split(inputs, repeats=1, calls=5)
+
+
+def test_a_clock_counts_nested_calls_of_a_name_once_and_gives_everything_back():
+    class Base:
+        def inner(self):
+            return 1
+
+    class Derived(Base):
+        def outer(self):
+            return self.inner() + 1
+
+    clock = host.Clock()
+    with clock.on(Derived, ["inner", "outer"], "all"):
+        assert Derived().outer() == 2 and Derived().inner() == 1
+    assert clock.calls == {"all": 2}
+    assert "inner" not in vars(Derived) and Derived().outer() == 2 and clock.calls == {"all": 2}
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last"])
