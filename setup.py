@@ -1,7 +1,8 @@
 """Builds the compiled kernels beside the Python files: syncbn/libsyncbn_cpu.so and syncbn/libsyncbn_cuda.so.
 
-They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. What cannot be
-built is left out with one line that says why (`pip install -v` shows it), and the reference runs in its place.
+They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. Without a compiler a
+library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept beside the Python
+files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
 
     SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it where a C++ compiler is
     SYNCBN_BUILD_CUDA     the same where nvcc is, whether or not the installed torch has CUDA
@@ -10,16 +11,19 @@ built is left out with one line that says why (`pip install -v` shows it), and t
     MAX_JOBS              compilers that run at once; default: one per core
 """
 
+import ast
 import hashlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -66,12 +70,37 @@ def first_of(*names: str, what: str) -> list[str]:
     raise CannotBuild(f"no {what} is on PATH")
 
 
+class NoTorch(CannotBuild):
+    """There is a compiler, and no torch to compile against: most often an isolated build, which a flag cures."""
+
+    def __str__(self) -> str:
+        return (
+            "the kernels need torch >= 2.11, which this build does not see. Install torch first, then use `pip install"
+            " --no-build-isolation .`, or `uv pip install --no-build-isolation .`; or set SYNCBN_BUILD_CPU=0 and SYNCBN_BUILD_CUDA=0 to"
+            " install plain Python, which is slower"
+        )
+
+
 def torch_folder() -> Path:
-    """The installed torch's: an isolated build does not see it on sys.path, but it lies in this environment all the same."""
-    for folder in (*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages()):
-        if (Path(folder) / "torch/include/torch/csrc/stable/library.h").exists():
-            return Path(folder) / "torch"
-    raise CannotBuild("torch >= 2.11 is not installed in this environment: install it, then use --no-build-isolation")
+    """An installed torch >= 2.11. Any will do: the libraries use what 2.11 has, whatever newer headers declare.
+
+    An isolated build has an environment of its own. pip's lies in the one to install into; uv's does not, but that one is on PATH if it is
+    active, and else is .venv here, as uv itself looks for it.
+    """
+    folders = [Path(folder) for folder in (*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages())]
+    for environment in [Path(".venv"), *(Path(folder).parent for folder in os.get_exec_path())]:
+        folders += sorted(environment.glob("lib/python3*/site-packages"))
+    for folder in folders:
+        if (folder / "torch/include/torch/csrc/stable/library.h").exists():
+            return (folder / "torch").resolve()
+    raise NoTorch
+
+
+def schemas_digest() -> str:
+    """Of the table in syncbn/ops.py, which cannot be imported: an isolated build has no torch."""
+    body = ast.parse(Path("syncbn/ops.py").read_text()).body
+    (table,) = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SCHEMAS")
+    return runpy.run_path("syncbn/build_info.py")["digest"](ast.literal_eval(table))
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
@@ -98,8 +127,15 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
         # The same file once for each instruction set, in a namespace of that name.
         for isa in ISAS if x86 else ["baseline"]:
             commands.append([*flags, f"-DSYNCBN_ISA={isa}", *ISAS[isa], "-o", str(temp / f"{source.stem}.{isa}.o")])
+    commands.append(build_info(cxx, temp))
     commands.sort(key=lambda command: "backward_reduce" not in command[-1])  # the longest first
     return commands, [*cxx, "-shared", *link]
+
+
+def build_info(cxx: list[str], temp: Path, *flags: str) -> list[str]:
+    """The command for what syncbn/build_info.py reads in a library."""
+    schemas = f'-DSYNCBN_SCHEMAS="{schemas_digest()}"'
+    return [*cxx, *CXXFLAGS, *flags, schemas, "-c", "csrc/build_info.cpp", "-o", str(temp / "build_info.o")]
 
 
 def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
@@ -116,9 +152,8 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     compile = [*nvcc, "-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", *gencode, *plans, "-c"]
     commands = [[*compile, str(f), "-o", str(temp / f"{f.stem}.cu.o")] for f in kernels]
     includes = ["-DUSE_CUDA", *plans, *include, *(flag for folder in toolkit_include for flag in ("-isystem", folder))]
-    for source in [*bindings, Path("csrc/build_info.cpp")]:
-        flags = [*cxx, *CXXFLAGS, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"', "-c", str(source)]
-        commands.append([*flags, "-o", str(temp / f"{source.stem}.o")])
+    commands += [[*cxx, *CXXFLAGS, *includes, "-c", str(source), "-o", str(temp / f"{source.stem}.o")] for source in bindings]
+    commands.append(build_info(cxx, temp, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"'))
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
         # A stand-in under that name: the library must ask for it wherever it is loaded, though it is not needed here.
         run([*cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
@@ -156,33 +191,58 @@ def architectures(nvcc: list[str]) -> tuple[list[str], str]:
 class BuildLibraries(build_ext):
     """Plain shared libraries instead of Python modules."""
 
+    def run(self) -> None:
+        self.built: list[str] = []
+        self.beside_sources = self.inplace or self.editable_mode  # setuptools copies libraries there afterwards
+        super().run()
+        if not self.built:
+            print("syncbn: nothing is compiled in this build, plain Python for any platform", file=sys.stderr)
+            self.distribution.ext_modules = []
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        for old in (target, *([Path(self.get_ext_filename(ext.name))] if self.editable_mode else [])):
-            old.unlink(missing_ok=True)  # what is not built now is not there: an older one would be taken for it
-        if os.environ.get(SWITCHES[ext.name]) == "0":
-            return
-        temp = Path("build/objects").resolve() / target.stem  # for an editable install and a wheel alike
-        temp.mkdir(parents=True, exist_ok=True)
+        in_source = Path(self.get_ext_filename(ext.name))
+        reasons = [path.with_suffix(REASON) for path in (target, *([in_source] if self.beside_sources else []))]
+        # What is not built now is not there: an older one would be taken for it.
+        for old in (target, *([in_source] if self.editable_mode else []), *reasons):
+            old.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            commands, link = COMMANDS[ext.name](temp)
-            commands = [[*command[:-1], named_by_its_command(command)] for command in commands]
-            headers = torch_folder() / "version.py"  # as new as torch is
-            sources = [*Path("csrc").rglob("*.*"), *other_plans(), Path(__file__), headers]
-            changed = max(path.stat().st_mtime for path in sources)
-            stale = [c for c in commands if not Path(c[-1]).exists() or Path(c[-1]).stat().st_mtime < changed]
-            with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-                list(pool.map(run, stale))
-            # Objects first: a linker takes from a library only what came before it asked for.
-            shared = link.index("-shared") + 1
-            run([*link[:shared], "-o", str(target), *(c[-1] for c in commands), *link[shared:]])
+            if os.environ.get(SWITCHES[ext.name]) == "0":
+                raise CannotBuild(f"{SWITCHES[ext.name]} was 0")
+            compile_and_link(target, COMMANDS[ext.name])
+            self.built.append(ext.name)
+        except NoTorch as reason:
+            sys.exit(f"syncbn: {target.name} is not built: {reason}")
         except CannotBuild as reason:
+            for path in reasons:
+                path.write_text(str(reason))
             print(f"syncbn: {target.name} is not built: {reason}", file=sys.stderr)
             raise CompileError(str(reason)) from None
+
+
+def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list[str]], list[str]]]) -> None:
+    temp = Path("build/objects").resolve() / target.stem  # for an editable install and a wheel alike
+    temp.mkdir(parents=True, exist_ok=True)
+    commands, link = commands_of(temp)
+    commands = [[*command[:-1], named_by_its_command(command)] for command in commands]
+    stale = [command for command in commands if is_stale(command)]
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(run, stale))
+    # Objects first: a linker takes from a library only what came before it asked for.
+    at = link.index("-shared") + 1
+    run([*link[:at], "-o", str(target), *(command[-1] for command in commands), *link[at:]])
+
+
+def is_stale(command: list[str]) -> bool:
+    """Whether an object is missing, or older than what it is made of. Its name holds what else matters: flags and compiler."""
+    source, made = Path(command[command.index("-c") + 1]), Path(command[-1])
+    headers = [path for folder in {Path("csrc"), source.parent} for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
+    torch = torch_folder() / "version.py"  # as new as torch is
+    return not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in [source, *headers, *other_plans(), torch])
 
 
 def named_by_its_command(command: list[str]) -> str:
@@ -198,12 +258,22 @@ def run(command: list[str]) -> None:
 
 
 class AnyPython(bdist_wheel):
+    @property
+    def root_is_pure(self) -> bool:
+        """Whether the wheel is for any platform: known when the libraries have been built, or not."""
+        return not self.distribution.has_ext_modules()
+
+    @root_is_pure.setter
+    def root_is_pure(self, _: bool) -> None:
+        """setuptools decides this before the build."""
+
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 COMMANDS = {"syncbn.libsyncbn_cpu": cpu_commands, "syncbn.libsyncbn_cuda": cuda_commands}
 SWITCHES = {"syncbn.libsyncbn_cpu": "SYNCBN_BUILD_CPU", "syncbn.libsyncbn_cuda": "SYNCBN_BUILD_CUDA"}
+REASON = ".reason"  # the file beside the Python files that says why a library was not built
 
 # optional: a library that cannot be built, or is turned off, is left out.
 extensions = [Extension(name, [], optional=os.environ.get(switch) != "1") for name, switch in SWITCHES.items()]

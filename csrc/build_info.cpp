@@ -1,8 +1,12 @@
-// What the CUDA library was built for, which native.py reads in the file before it loads it.
+// What a library was built for. syncbn/build_info.py reads it in the file, before it is loaded.
+#if defined(SYNCBN_CUDA_ARCHS)
 #include <cuda_runtime_api.h>
-
 #define TEXT_OF(number) #number
 #define TEXT(macro) TEXT_OF(macro)
+#define CUDA "cuda=" TEXT(CUDART_VERSION) ";archs=" SYNCBN_CUDA_ARCHS ";"
+#else
+#define CUDA
+#endif
 
-extern "C" __attribute__((used, visibility("default"))) const char syncbn_cuda_build[] =
-    "syncbn-cuda-archs=" SYNCBN_CUDA_ARCHS ";syncbn-cuda-version=" TEXT(CUDART_VERSION) ";";
+extern "C" __attribute__((used, section("syncbn_build"))) const char syncbn_build_info[];
+const char syncbn_build_info[] = "schemas=" SYNCBN_SCHEMAS ";" CUDA;

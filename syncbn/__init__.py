@@ -1,6 +1,7 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
 from . import lightning as lightning
+from . import native
 from .agreement import RankMismatchError
 from .checkpoint import checkpoint_contexts
 from .comm.rendezvous import init_process_group
@@ -31,6 +32,7 @@ __all__ = [
     "update_bn_stats",
 ]
 __version__ = "0.1.0"
+native.warn()  # here, where an error that a filter makes of it leaves nothing half imported
 
 
 def __dir__() -> list[str]:

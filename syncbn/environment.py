@@ -239,6 +239,10 @@ MEETING = {
     **dict.fromkeys(JOB_IDS, "identifies the job, to choose a port"),
     "OMP_NUM_THREADS": "whether `python -m syncbn.check` reports that each rank uses all cores",
 }
+DEVICES = {
+    "CUDA_VISIBLE_DEVICES": "whether the compiled kernels run on each GPU that this process can use",
+    "CUDA_DEVICE_ORDER": "whether a number in CUDA_VISIBLE_DEVICES is known to mean one GPU, if they differ: only with PCI_BUS_ID",
+}
 BUILD = {
     "SYNCBN_BUILD_CPU": "0: leave the CPU kernels out; 1: fail if they cannot be built; not set: build them if there is a C++ compiler",
     "SYNCBN_BUILD_CUDA": "the same for the CUDA kernels and nvcc",
@@ -257,9 +261,14 @@ TESTS = {
 
 
 def get(name: str) -> str | None:
-    """A variable of MEETING; None if it is not set."""
-    assert name in MEETING, name
+    """A variable of MEETING or DEVICES; None if it is not set."""
+    assert name in MEETING or name in DEVICES, name
     return os.environ.get(name) or None
+
+
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES; the empty text, which leaves no GPU, is another value than None, which leaves all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def export(values: Mapping[str, object]) -> None:
@@ -276,6 +285,7 @@ def markdown() -> str:
             *_table("## Read when syncbn is imported", ("variable", "allowed", "default", "meaning"), own),
             *_table("## A process's place", ("started by", "rank", "world size", "local rank", "ranks on its host"), launchers),
             *_table("## Where the ranks meet", ("variable", "meaning"), MEETING.items()),
+            *_table("## Which GPUs a process can use", ("variable", "meaning"), DEVICES.items()),
             *_table("## Read when syncbn is built", ("variable", "meaning"), BUILD.items()),
             *_table("## Read by the tests", ("variable", "meaning"), TESTS.items()),
         ]

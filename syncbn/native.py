@@ -6,15 +6,16 @@ SYNCBN_NATIVE=0 turns both off; SYNCBN_CPU_ISA is the widest instruction set tha
 from __future__ import annotations
 
 import ctypes
-import functools
 import re
+import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from . import environment
+from . import build_info, environment, gpus
 
 FOLDER = Path(__file__).parent
 MINIMUM_TORCH = (2, 11)
@@ -33,72 +34,95 @@ class Library:
     reason: str  # why it was not loaded; else what runs
 
 
+_libraries: tuple[Library, ...] = ()
+
+
 def status() -> tuple[Library, ...]:
     """What was loaded for each device type, and why not."""
-    return load()
+    return _libraries
 
 
-@functools.cache
-def load() -> tuple[Library, ...]:
-    """Loads what can be loaded, once. Warns if nothing compiled runs on the device that this machine would use."""
-    libraries = (_load("cpu", _why_not_cpu), _load("cuda", _why_not_cuda))
-    device = "cuda" if torch.version.cuda and _gpu_capabilities() else "cpu"
-    for library in libraries:
-        if library.device == device and not library.loaded and not _turned_off():
-            warnings.warn(f"syncbn runs its slower reference on {device}: {library.reason}", FallbackWarning, stacklevel=2)
-    return libraries
+def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
+    """Loads the libraries that implement these ops and run here. Raises and warns about nothing: ops.py could not be imported again."""
+    global _libraries
+    digest = build_info.digest(schemas)
+    _libraries = tuple(_load(device, FOLDER / f"libsyncbn_{device}.so", digest) for device in ("cpu", "cuda"))
+    return _libraries
 
 
-def _load(device: str, why_not) -> Library:
-    path = FOLDER / f"libsyncbn_{device}.so"
-    reason = why_not(path)
+def warn() -> None:
+    """Warns if nothing compiled runs on the device that this machine would use."""
+    device = "cuda" if torch.version.cuda and gpus.capabilities() else "cpu"
+    for library in status():
+        if library.device == device and not library.loaded and environment.settings.native:
+            warnings.warn(f"syncbn runs its slower reference on {device}: {library.reason}", FallbackWarning, stacklevel=3)
+
+
+def _load(device: str, path: Path, digest: str) -> Library:
+    try:
+        reason = _why_not(device, path, digest)
+        if not reason:
+            torch.ops.load_library(path)
+    except build_info.Unusable as error:
+        reason = f"{path.name} {error}: {REBUILD}"
+    except OSError as error:  # torch's says which file, and its cause why
+        reason = f"{path.name} cannot be loaded beside torch {torch.__version__} ({error.__cause__ or error}): {REBUILD}"
     if reason:
         return Library(device, path, False, reason)
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        return Library(device, path, False, f"{path.name} was built for another torch than {torch.__version__} ({error}): {REBUILD}")
-    return Library(device, path, True, _cpu_isa(path) if device == "cpu" else f"compiled for sm {_built_for(path, 'archs')}")
+    return Library(device, path, True, _what_runs(device, path))
 
 
-def _turned_off() -> bool:
-    return not environment.settings.native
+def _what_runs(device: str, path: Path) -> str:
+    if device == "cuda":
+        return f"compiled for sm {build_info.read(path).get('archs', '')}"
+    # On a processor without an instruction set of that name: what every processor has.
+    return f"uses {cpu_isa(path, environment.settings.cpu_isa) or cpu_isa(path, 'baseline')}"
 
 
-def _why_not_cpu(path: Path) -> str:
-    if _turned_off():
+def _why_not(device: str, path: Path, digest: str) -> str:
+    """Why this library is not loaded; empty if it can be. Raises Unusable."""
+    if not environment.settings.native:
         return "turned off by SYNCBN_NATIVE=0"
+    capabilities = gpus.capabilities() if device == "cuda" and torch.version.cuda else None
+    if device == "cuda" and not torch.version.cuda:
+        return f"torch {torch.__version__} has no CUDA"
+    if device == "cuda" and (capabilities == () or (capabilities is None and not torch.cuda.is_available())):
+        return "no GPU is visible"
     if not path.exists():
-        return f"{path.name} was not built; with a C++ compiler at hand, {REBUILD}"
+        return _why_not_built(device, path)
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < MINIMUM_TORCH:
         return f"{path.name} needs torch 2.11 or newer, this is {torch.__version__}: update torch"
-    return ""
+    info = build_info.read(path)
+    if info.get("schemas") != digest:
+        return f"{path.name} was built from another version of syncbn, with other ops: {REBUILD}"
+    return _why_no_gpu_runs_it(path.name, info, capabilities or ()) if device == "cuda" else ""
 
 
-def _why_not_cuda(path: Path) -> str:
-    if not torch.version.cuda:
-        return f"torch {torch.__version__} has no CUDA"
-    capabilities = _gpu_capabilities()
-    if not capabilities and not torch.cuda.is_available():
-        return "no GPU is visible"
-    reason = _why_not_cpu(path).replace("a C++ compiler", "nvcc")
-    if reason:
-        return reason
-    built, version, driver = _built_for(path, "archs"), _built_for(path, "version"), _driver_version()
-    if driver and version and driver // 1000 < int(version) // 1000:
-        needs, has = (f"{number // 1000}.{number % 1000 // 10}" for number in (int(version), driver))
-        return f"{path.name} was built with CUDA {needs}, this driver is for {has}: update it, or {REBUILD} with an nvcc of that version"
-    if capabilities and built and not any(_runs(built, capability) for capability in capabilities):
-        gpu = "/".join(f"sm_{capability}" for capability in sorted(set(capabilities)))
-        return f"{path.name} has code for sm {built}, this GPU is {gpu}: set TORCH_CUDA_ARCH_LIST and {REBUILD}"
-    return ""
+def _why_not_built(device: str, path: Path) -> str:
+    if sys.platform != "linux":
+        system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
+        return f"its compiled kernels are for Linux, on {system} all of it runs in plain torch; SYNCBN_NATIVE=0 turns this warning off"
+    compiler = "nvcc" if device == "cuda" else "a C++ compiler"
+    reason = path.with_suffix(".reason")  # left by setup.py
+    said = f" ({reason.read_text()})" if reason.exists() else ""
+    return f"{path.name} was not built{said}; with {compiler} on PATH, {REBUILD}"
 
 
-def _built_for(path: Path, what: str) -> str:
-    """The "archs" such as "75 80 90 120+PTX", or the "version" of CUDA such as "13000": csrc/build_info.cpp leaves them in the file,
-    which must be read before it is loaded."""
-    found = re.search(rf"syncbn-cuda-{what}=([^;]*);".encode(), path.read_bytes())
-    return found.group(1).decode() if found else ""
+def _why_no_gpu_runs_it(name: str, info: Mapping[str, str], capabilities: tuple[int, ...]) -> str:
+    """It must run on each visible GPU, since it serves all of them."""
+    built, version, driver = info.get("archs", ""), int(info.get("cuda", 0)), gpus.driver_version()
+    if driver and driver // 1000 < version // 1000:
+        needs, has = (f"{number // 1000}.{number % 1000 // 10}" for number in (version, driver))
+        return f"{name} was built with CUDA {needs}, this driver is for {has}: update it, or {REBUILD} with an nvcc of that version"
+    refused = sorted({capability for capability in capabilities if not _runs(built, capability)})
+    if not refused:
+        return ""
+    which = "this GPU is" if len(set(capabilities)) == 1 else "a visible GPU is"
+    only = ""
+    if len(refused) < len(set(capabilities)):
+        only = ", or hide that GPU with CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER=PCI_BUS_ID"
+    gpu = "/".join(f"sm_{capability}" for capability in refused)
+    return f"{name} has code for sm {built}, {which} {gpu}: set TORCH_CUDA_ARCH_LIST and {REBUILD}{only}"
 
 
 def _runs(built: str, capability: int) -> bool:
@@ -112,45 +136,6 @@ def _runs(built: str, capability: int) -> bool:
         if number <= capability and (number // 10 == capability // 10 or name.endswith("+PTX")):
             return True
     return False
-
-
-@functools.cache
-def _nvml() -> ctypes.CDLL | None:
-    """The driver's management library: asking CUDA would initialize it, and forks could not use it."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    return None if nvml.nvmlInit_v2() else nvml
-
-
-def _driver_version() -> int:
-    """Of the newest CUDA that the driver runs, such as 13000; 0 if it does not say."""
-    ask, version = getattr(_nvml(), "nvmlSystemGetCudaDriverVersion_v2", None), ctypes.c_int()
-    return 0 if ask is None or ask(ctypes.byref(version)) else version.value
-
-
-@functools.cache
-def _gpu_capabilities() -> tuple[int, ...]:
-    """Such as (90, 90)."""
-    nvml = _nvml()
-    count, handle, major, minor = ctypes.c_uint(), ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
-    if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)):
-        return ()
-    found = []
-    for index in range(count.value):
-        if nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle)) == 0:
-            nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
-            found.append(10 * major.value + minor.value)
-    return tuple(found)
-
-
-def _cpu_isa(path: Path) -> str:
-    at_most = environment.settings.cpu_isa
-    name = cpu_isa(path, at_most)
-    if name is None:
-        raise ValueError(f"SYNCBN_CPU_ISA must be avx512, avx2 or baseline, got {at_most!r}")
-    return f"uses {name}"
 
 
 def cpu_isa(path: Path, at_most: str = "") -> str | None:

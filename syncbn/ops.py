@@ -35,7 +35,7 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
-native.load()  # after the schemas, which the compiled kernels fill in
+native.load(SCHEMAS)  # after the definitions, which the compiled kernels fill in
 
 stats = torch.ops.syncbn.stats.default
 normalize = torch.ops.syncbn.normalize.default

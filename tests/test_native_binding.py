@@ -10,7 +10,7 @@ import torch
 
 from syncbn import native, ops
 
-CPU = native.load()[0]
+CPU = native.status()[0]
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
 
 X, STATS, W, EPS = torch.ones(2, 3, 4), torch.ones(11).double(), torch.ones(3), 1e-5

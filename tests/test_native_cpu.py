@@ -18,7 +18,7 @@ from torch import Tensor
 from syncbn import native, ops, reference
 from syncbn.layout import samples_per_channel
 
-CPU = native.load()[0]
+CPU = native.status()[0]
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
 
 SHAPES = [

@@ -18,6 +18,8 @@ PACKAGE = Path(syncbn.__file__).parent
 ORDER = [
     "environment",
     "layout",
+    "build_info",
+    "gpus",
     "native",
     "comm.shared_memory",
     "comm.meeting",
