@@ -247,6 +247,7 @@ BUILD = {
     "SYNCBN_BUILD_CPU": "0: leave the CPU kernels out; 1: fail if they cannot be built; not set: build them if there is a C++ compiler",
     "SYNCBN_BUILD_CUDA": "the same for the CUDA kernels and nvcc",
     "TORCH_CUDA_ARCH_LIST": 'the GPUs to compile for, such as "8.0;9.0+PTX"; if not set, all from 7.5 on that nvcc supports',
+    "SYNCBN_PLANS": "a header with other Plans than csrc/cuda/plans.cuh, to measure or test them",
     "CXX": "the C++ compiler",
     "NVCC": "the CUDA compiler",
     "MAX_JOBS": "how many compilers run at once; one per core if not set",
