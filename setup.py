@@ -231,7 +231,7 @@ def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list
     commands = [[*command[:-1], named_by_its_command(command)] for command in commands]
     stale = [command for command in commands if is_stale(command)]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(run, stale))
+        list(pool.map(lambda command: run([*command[:-2], "-MMD", *command[-2:]]), stale))  # -MMD: see dependencies
     # Objects first: a linker takes from a library only what came before it asked for.
     at = link.index("-shared") + 1
     run([*link[:at], "-o", str(target), *(command[-1] for command in commands), *link[at:]])
@@ -239,10 +239,17 @@ def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list
 
 def is_stale(command: list[str]) -> bool:
     """Whether an object is missing, or older than what it is made of. Its name holds what else matters: flags and compiler."""
-    source, made = Path(command[command.index("-c") + 1]), Path(command[-1])
+    made = Path(command[-1])
+    needed = [*dependencies(made, Path(command[command.index("-c") + 1])), torch_folder() / "version.py"]  # as new as torch is
+    return not made.exists() or any(not path.exists() or path.stat().st_mtime > made.stat().st_mtime for path in needed)
+
+
+def dependencies(made: Path, source: Path) -> list[Path]:
+    """The source of an object and the headers that it includes, as the compiler wrote them down; else all that it might."""
+    if made.with_suffix(".d").exists():
+        return [Path(name) for name in made.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()]
     headers = [path for folder in {Path("csrc"), source.parent} for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
-    torch = torch_folder() / "version.py"  # as new as torch is
-    return not made.exists() or made.stat().st_mtime < max(path.stat().st_mtime for path in [source, *headers, *other_plans(), torch])
+    return [source, *headers, *other_plans()]
 
 
 def named_by_its_command(command: list[str]) -> str:

@@ -18,7 +18,7 @@ from syncbn.comm import meeting, shared_memory
 from syncbn.comm.meeting import Unusable, meet
 from syncbn.comm.shared_memory import Mismatch, SharedExchangeError, SharedMemory, signature
 
-WHY_NOT = native.load()[0].reason  # or a library built before there was an exchange in shared memory
+WHY_NOT = native.status()[0].reason  # or a library built before there was an exchange in shared memory
 pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 TIMEOUT = 60.0
 LENGTHS = (1, 5, 129, 1025, 8192, 8193, 20000)  # 8192 fill a slot

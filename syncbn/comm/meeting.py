@@ -93,8 +93,8 @@ def _agree(gather: Gather, payload: bytes, reason: str) -> list[bytes]:
 def _why_not() -> str:
     if not environment.settings.shared_memory:
         return "turned off by SYNCBN_SHARED_MEMORY=0"
-    if not native.load()[0].loaded:
-        return f"the compiled library is not loaded: {native.load()[0].reason}"
+    if not native.status()[0].loaded:
+        return f"the compiled library is not loaded: {native.status()[0].reason}"
     if library() is None:
         return "the compiled library was built without it, which needs Linux"
     return "" if FOLDER.is_dir() else f"there is no {FOLDER}"

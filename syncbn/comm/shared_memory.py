@@ -62,7 +62,7 @@ def shortened(text: str, size: int) -> bytes:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled side, or None where there is none."""
-    cpu = native.load()[0]
+    cpu = native.status()[0]
     if not cpu.loaded:
         return None
     functions = ctypes.CDLL(str(cpu.path))
