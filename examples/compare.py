@@ -66,7 +66,10 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, default=Path("out/segmentation.png"))
     args = parser.parse_args()
 
-    runs = sorted((torch.load(path) for path in args.runs), key=lambda run: (run["norm"] == "group", run["ranks"] == 1, run["norm"]))
+    runs = sorted(
+        (torch.load(path, weights_only=True) for path in args.runs),
+        key=lambda run: (run["norm"] == "group", run["ranks"] == 1, run["norm"]),
+    )
     whole = next((run for run in runs if run["ranks"] == 1 and run["norm"] == "local"), None)
     if whole is None:
         parser.error("none of the runs is BatchNorm2d in a single process")
