@@ -227,6 +227,19 @@ def test_norm_and_activation_of_timm_are_converted_together(world, act):
     assert type(syncbn.revert_sync_batchnorm(model)[1]) is type(plain[1])
 
 
+@pytest.mark.parametrize("convert", [False, True], ids=["plain", "converted"])
+def test_norm_and_activation_of_timm_are_folded_together(convert):
+    """The activation stays, as a module."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), norm_act()(4, act_layer=nn.SiLU)).double().eval()
+    nn.init.normal_(model[1].running_mean), nn.init.uniform_(model[1].weight)
+    if convert:
+        syncbn.convert_sync_batchnorm(model)
+    folded = syncbn.fold_batchnorm(model)
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert_close(folded(x), model(x).detach(), 1e-10, "y")
+    assert [type(m) for m in folded[1].activation] == [nn.Identity, nn.SiLU] and not isinstance(folded[1], nn.BatchNorm2d)
+
+
 def test_frozen_norms_are_kept(world):
     """Detection models' frozen norms are no batch norms to torch, and have nothing to synchronize."""
 

@@ -43,6 +43,7 @@ ORDER = [
     "guards",
     "surgery",
     "surgery.record",
+    "surgery.tails",
     "surgery.encapsulation",
     "surgery.trace",
     "modules",

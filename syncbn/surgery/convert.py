@@ -21,14 +21,10 @@ from ..guards import options_of_ours
 from ..modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .fuse import Fusible, find_fusible, fuse, unfuse
 from .record import Conversion
+from .tails import tail_of_class
 from .trace import record_in_fx_graph
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-# Classes whose forward is torch's, followed by these submodules: converted together with them. By name: nothing here is imported.
-_TAILS = {
-    "timm.layers.norm_act.BatchNormAct2d": ("drop", "act"),
-    "timm.layers.norm_act.SyncBatchNormAct": ("drop", "act"),
-}
 
 
 class BatchNorm(_BatchNorm):
@@ -76,7 +72,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     for name, child in batch_norms:
         if isinstance(child, SyncBatchNorm):
             child.process_group = child.process_group if process_group is None else process_group
-        elif (type(child).forward in _TORCH_FORWARDS or _tail(type(child))) and not _own_names(child):
+        elif (type(child).forward in _TORCH_FORWARDS or tail_of_class(type(child))) and not _own_names(child):
             _convert(child, process_group)
         else:
             left_alone.add(type(child).__name__)
@@ -125,7 +121,7 @@ def _own_names(child: _BatchNorm) -> set[str]:
     """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
     names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "fusible"}
     own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
-    if not _tail(type(child)):
+    if not tail_of_class(type(child)):
         own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
     return names & own
 
@@ -162,12 +158,6 @@ def _plain(built: type[SyncBatchNorm]) -> type[_BatchNorm]:
     return next((plain for plain, synchronized in _SYNCHRONIZED.items() if issubclass(built, plain)), BatchNorm)
 
 
-def _tail(cls: type) -> tuple[str, ...]:
-    """The submodules that the forward of `cls` applies after torch's."""
-    definer = next(base for base in cls.__mro__ if "forward" in vars(base))
-    return _TAILS.get(f"{definer.__module__}.{definer.__qualname__}", ())
-
-
 def _class_below(child: _BatchNorm) -> type[_BatchNorm]:
     """The class of `child` without the one that torch.nn.utils.parametrize has put on top."""
     return type(child).__bases__[0] if parametrize.is_parametrized(child) else type(child)
@@ -193,7 +183,7 @@ def _synchronized(original: Any) -> type[SyncBatchNorm]:
     }
     if issubclass(original, _LazyNormBase) and original.cls_to_become is not None:
         members["cls_to_become"] = _synchronized(original.cls_to_become)
-    tail = _tail(original)
+    tail = tail_of_class(original)
     if tail:
 
         def forward(self: SyncBatchNorm, input: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import groups_of
+from .tails import tail_of
 from .trace import has_hooks, producer, record_in_fx_graph, regions, warn_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -108,7 +109,7 @@ def _known(batch_norm: nn.Module, inputs: int) -> bool:
     """Whether what it computes in eval mode is known here: scale and shift by its running statistics."""
     return (
         isinstance(batch_norm, _BatchNorm)
-        and type(batch_norm).forward in _FORWARDS
+        and (type(batch_norm).forward in _FORWARDS or tail_of(batch_norm) != ())
         and "forward" not in vars(batch_norm)
         and batch_norm.running_mean is not None
         and batch_norm.running_var is not None
@@ -169,6 +170,9 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
 
 
 def _activation(batch_norm: _BatchNorm) -> nn.Module:
+    """What the batch norm applies after its shift."""
+    if tail := tail_of(batch_norm):
+        return nn.Sequential(*(getattr(batch_norm, name) for name in tail))
     if not isinstance(batch_norm, SyncBatchNorm):
         return nn.Identity()
     slope = [batch_norm.negative_slope] * (batch_norm.activation == "leaky_relu")
