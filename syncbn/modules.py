@@ -66,7 +66,6 @@ class SyncBatchNorm(_BatchNorm):
     weighting: str = "samples"
     unbiased: bool = True
     layer_name: str | None = None  # the dotted name in the model, for messages
-    fusible: bool = True  # False if a converted class does something of its own after the normalization
     _conversion: Conversion | None = None
 
     def __init__(

@@ -18,6 +18,11 @@ from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 pytestmark = pytest.mark.world_size(1)
 
 
+class Doubling(SyncBatchNorm):
+    def forward(self, input, residual=None):
+        return 2 * super().forward(input, residual) - 1
+
+
 class PlainSubclass(nn.BatchNorm2d):
     """No forward of its own: nothing is lost."""
 
@@ -228,6 +233,13 @@ def test_a_built_layer_reverts_to_plain_batch_norm_or_is_named():
             assert isinstance(revert_sync_batchnorm(model)["norm"], SyncBatchNorm)
 
 
+def test_a_users_subclass_of_ours_is_not_reverted_but_named():
+    for fuse in (False, True):
+        model = convert_sync_batchnorm(nn.Sequential(Doubling(4), nn.ReLU()), fuse_activation=fuse)
+        with pytest.warns(UserWarning, match="not reverted.*: 0"):
+            assert [type(m) for m in revert_sync_batchnorm(model)] == [Doubling, nn.ReLU]
+
+
 def test_the_classmethod_is_the_function():
     model = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), fuse_activation=True)
     assert isinstance(model[0], SyncBatchNorm) and model[0].activation == "relu"
@@ -317,6 +329,7 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
     "silu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), 1),
     "leaky_relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.3)), 1),
+    "a batch norm with a forward of its own": (lambda: nn.Sequential(Doubling(4), nn.ReLU()), 0),
     "two": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU()), 2),
     "an activation of another kind": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), 0),
     "a shared activation": (Block, 0),

@@ -93,8 +93,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
 def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     """Undoes `convert_sync_batchnorm`, in place, fused activations included, and returns `module`.
 
-    Each layer becomes exactly what it was converted from. One that was built as a `SyncBatchNorm` becomes a plain batch norm of any
-    number of dimensions; with options that torch's layers do not have, it is left alone, with one warning that names it.
+    Each layer becomes exactly what it was converted from. A layer that was built as a `SyncBatchNorm2d` becomes a `BatchNorm2d`, and one
+    that was built as a `SyncBatchNorm` a plain batch norm of any number of dimensions. A layer with options that torch's layers do not
+    have, or that was built as a subclass of yours, is left alone, with one warning that names it.
 
     >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8)))
     BatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
@@ -103,13 +104,19 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
-            if options_of_ours(child):
+            if options_of_ours(child) or _is_of_a_users_class(child):
                 left_alone.append(name or type(child).__name__)
             else:
                 _revert(child)
     if left_alone:
         warnings.warn(f"not reverted, because torch has no such layer: {', '.join(left_alone)}", stacklevel=2)
     return module
+
+
+def _is_of_a_users_class(child: SyncBatchNorm) -> bool:
+    """Whether the layer was built, and of a class that means something which a plain batch norm would lose."""
+    converted = child._conversion is not None and child._conversion.original_class is not None
+    return not converted and _class_below(child) not in _SYNCHRONIZED.values()
 
 
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
@@ -119,7 +126,7 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 
 def _own_names(child: _BatchNorm) -> set[str]:
     """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
-    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name", "fusible"}
+    names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name"}
     own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
     if not tail_of_class(type(child)):
         own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
@@ -194,7 +201,7 @@ def _synchronized(original: Any) -> type[SyncBatchNorm]:
                 y = getattr(self, name)(y)
             return y
 
-        members |= {"forward": forward, "fusible": False}
+        members["forward"] = forward
     return type(f"Sync{original.__name__}", (SyncBatchNorm, original), members)
 
 

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import Conversion
 from .trace import Region, has_hooks, producer, record_in_fx_graph, regions, warn_of
 
+_FORWARDS = (SyncBatchNorm.forward, SyncBatchNormalization.forward)  # any other may go on after the normalization
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
 
@@ -51,7 +53,9 @@ def _in_every_graph(region: Region) -> list[Fusible]:
 def fuse(pair: Fusible) -> None:
     """Moves the activation into the batch norm, if that was converted. The activation module stays where it is and does nothing."""
     batch_norm, activation = pair
-    if not isinstance(batch_norm, SyncBatchNorm) or batch_norm.activation is not None or not batch_norm.fusible:
+    if not isinstance(batch_norm, SyncBatchNorm) or type(batch_norm).forward not in _FORWARDS or "forward" in vars(batch_norm):
+        return
+    if batch_norm.activation is not None:
         return
     batch_norm.activation = _ACTIVATIONS[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)
