@@ -228,7 +228,7 @@ void run(const sweep::Options& options) {
         for (const Entry& entry : entries) {
           const double us = plan_microseconds(entry, args, memory, stopwatch, bytes, options.calls);
           shares.push_back(MOVED * static_cast<double>(bytes) / us / rate);
-          std::printf("%s,%s,%s,%s,%.1f,%s,%.2f,%.3f\n", SWEPT_QUOTE(SWEPT_OP), layout.c_str(), type.c_str(), shape.name.c_str(),
+          std::printf("%s,%s,%s,%s,%.1f,%s,%.2f,%.4g\n", SWEPT_QUOTE(SWEPT_OP), layout.c_str(), type.c_str(), shape.name.c_str(),
                       static_cast<double>(bytes) / 1e6, entry.plan, us, shares.back());
         }
         table.add(type, shape.name, shares);

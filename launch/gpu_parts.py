@@ -58,7 +58,7 @@ def sweeps() -> tuple[tuple[str, ...], ...]:
 TWO_RANKS = pytest_command("tests/test_layer.py", "-m", "gpu")
 NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
 CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
-TESTS = {"lines": 4, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
+TESTS = {"lines": 3, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
 GRAPHS_AND_LAUNCHES = ("-k", "captured or graphed or launches or wait or plain")
 DAYS: dict[str, tuple[int, list[Part]]] = {
     "1": (330, [
@@ -71,12 +71,13 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
         sanitizer("racecheck"),
     ]),
     "2": (270, [
-        Part("benchmark", 95, ((sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick", "--networks", "--out", str(OUT)),), 18),
-        Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 24),
+        Part("benchmark", 95, ((sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick", "--networks", "--out", str(OUT)),), 14,
+             "[│┃]|^written", "^written"),
+        Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 30, "[│┃]", "°C after"),
         Part("large", 30, (pytest_command("tests/test_gpu_kernels.py", "-k", "more_than or memory or streams or graph"),), **TESTS),
         Part("gloo", 50, (torchrun(2, TWO_RANKS, "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
         Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
                                    f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),
     ]),
 }  # fmt: skip
-ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "SYNCBN_TEST_TIMEOUT": "40", "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "SYNCBN_TEST_TIMEOUT": "40", "OMP_NUM_THREADS": "2"}

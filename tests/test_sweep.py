@@ -45,7 +45,7 @@ def test_every_plan_has_a_row_with_its_share_of_the_copy_rate_and_a_column_of_th
     for row in rows:
         us, size = REPLAY_US / CALLS, SHAPES[row["shape"]] * (4 if row["dtype"] == "fp32" else 2)
         assert row["op"] == op and float(row["us"]) == us
-        assert float(row["share"]) == pytest.approx(MOVED[op] * size / us / copy_rate, abs=1e-3)
+        assert float(row["share"]) == pytest.approx(MOVED[op] * size / us / copy_rate, rel=1e-3)
     for layout in ("contiguous", "channels-last"):
         of_layout = [(row["dtype"], row["shape"], row["plan"]) for row in rows if row["layout"] == layout]
         plans = list(dict.fromkeys(plan for *_, plan in of_layout))
@@ -54,7 +54,7 @@ def test_every_plan_has_a_row_with_its_share_of_the_copy_rate_and_a_column_of_th
         start = next(i for i, line in enumerate(lines) if line.startswith(f"# {op} {layout} "))
         assert re.split(r"\s{2,}", lines[start])[1:] == plans
         for line, name in zip(lines[start + 1 :], [f"{d} {s}" for d in ("bf16", "fp32") for s in SHAPES], strict=False):
-            shares = [row["share"] for row in rows if (row["layout"], f"{row['dtype']} {row['shape']}") == (layout, name)]
+            shares = [f"{float(row['share']):.3f}" for row in rows if (row["layout"], f"{row['dtype']} {row['shape']}") == (layout, name)]
             assert line.split() == ["#", *name.split(), *shares]
         for line, dtype in zip(lines[start + 1 + 2 * len(SHAPES) :], ("bf16", "fp32"), strict=False):
             both = [float(row["share"]) for row in rows if (row["layout"], row["dtype"], row["plan"]) == (layout, dtype, "built")]
