@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ARCH=${ARCH:-9.0}  # compute capability of the GPU
-# The last revision whose sums read a tile of channels-last partial sums with one lane for eight columns.
+# The revision before tiles of a memory line: its channels-last sums read partial sums 128 bytes apart, and a table shows what that cost.
 BEFORE=${BEFORE-$(git log -1 --format=%H^ -S'pixels_width = 32' -- csrc/cuda/plans.cuh 2>/dev/null || true)}
 NVCC=${NVCC:-nvcc}
 PYTHON=${PYTHON:-python}
@@ -32,6 +32,7 @@ sweeps . now
 if [ -n "$BEFORE" ] && git cat-file -e "$BEFORE:benchmarks/sweep.cu" 2>/dev/null; then
   mkdir .gpu/source
   git archive "$BEFORE" csrc benchmarks | tar -x -C .gpu/source
+  cp benchmarks/sweep.h .gpu/source/benchmarks/  # one form of table for both
   sweeps .gpu/source before
   rm -r .gpu/source
 else
