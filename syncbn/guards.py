@@ -1,4 +1,4 @@
-"""What a layer refuses because it could only be lost in silence, each with the remedy."""
+"""Checks that refuse what a layer would otherwise lose silently. Each error names the remedy."""
 
 from __future__ import annotations
 

@@ -165,8 +165,8 @@ def fsdp_exemption(model):
 LISTS = [weights_without_decay, weight_decay_norm, frozen, precise_bn, has_batchnorms, split_bn_bias, fsdp_exemption]
 
 
-def count(found):
-    return found if isinstance(found, bool) else len(found)
+def count(answer):
+    return answer if isinstance(answer, bool) else len(answer)
 
 
 @pytest.mark.parametrize("ask", LISTS, ids=lambda ask: ask.__name__)

@@ -1,4 +1,4 @@
-"""A model that torch.fx cannot trace is fused and folded submodule by submodule, wherever no code outside a submodule sees its layers."""
+"""A model that torch.fx cannot trace is fused and folded submodule by submodule, unless code outside a submodule sees its layers."""
 
 from __future__ import annotations
 
@@ -196,6 +196,18 @@ class Shares(Untraceable):
         return self.branch(self.a(x) + self.b(x))
 
 
+class SharesABlock(Untraceable):
+    """Two submodules, neither of which can be traced, hold the same block, and one more each."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Calls(), Calls()
+        self.right.a = self.left.a
+
+    def forward(self, x):
+        return self.branch(self.left(x) + self.right(x))
+
+
 class PatchedForward(Calls):
     def __init__(self):
         super().__init__()
@@ -204,6 +216,7 @@ class PatchedForward(Calls):
 
 MODELS = {  # model: how many of its pairs of layers become one
     Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, Nested: 2, Chain: 2,
+    SharesABlock: 2,
     **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, GetsByName), 0),
     **dict.fromkeys((LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
     **dict.fromkeys((CachedPropertyReachesInside, Shares, PatchedForward), 0),
@@ -233,8 +246,9 @@ def test_submodules_are_fused_and_folded_unless_code_outside_sees_their_layers(c
     classes = [type(m) for m in plain.modules()]
     with pytest.warns(UserWarning, match=rf"fuse_activation: .*{REASON}"):
         fused = convert_sync_batchnorm(copy.deepcopy(plain), fuse_activation=True)
-    with pytest.warns(UserWarning, match=rf"fold_batchnorm: .*{REASON}"):
+    with pytest.warns(UserWarning, match=rf"fold_batchnorm: .*{REASON}") as caught:
         folded = fold_batchnorm(plain)
+    assert caught[0].filename == __file__
     assert sum(isinstance(m, SyncBatchNorm) and m.activation == "relu" for m in used(fused)) == MODELS[cls]
     assert sum(isinstance(m, FoldedBatchNorm) for m in used(folded)) == MODELS[cls]
     for _ in range(3):  # of both signs

@@ -1,4 +1,4 @@
-"""What would be lost in silence is an error with a remedy: activations as modules, groups in pickles, options in other converters."""
+"""A loss that would be silent is an error with a remedy: activations as modules, groups in pickles, options in other converters."""
 
 from __future__ import annotations
 

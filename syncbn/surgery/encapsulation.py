@@ -1,8 +1,8 @@
 """Which submodules does a module use in no other way than by calling them?
 
-torch.fx answers this for a module that it can trace. For one that it cannot, the source of its class does: a submodule that the code
-only calls, or whose elements it only calls in a loop, is a unit. No layer in it is seen by anything but the unit's own forward, so two
-layers that are neighbours there may become one. Whatever this reading does not understand counts as a look inside.
+torch.fx answers this for a module that it can trace. For a module that it cannot trace, the source of the class answers it: a submodule
+that the code only calls, or whose elements it only calls in a loop, is a unit. Only the forward of a unit sees the layers in it, so two
+layers that are neighbours there may become one. A use that this reading does not understand counts as a look inside.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
         code = _Code(type(module))
     except (OSError, TypeError, SyntaxError):  # a class without source, as typed into an interpreter
         return []
-    found: list[tuple[str, nn.Module]] = []
+    result: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
         if code.only_calls(name) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            found.append((name, child))
+            result.append((name, child))
         elif code.only_calls_elements(name) and isinstance(child, _CONTAINERS):
-            found += [(f"{name}.{element}", unit) for element, unit in child.named_children()]
-    return found
+            result += [(f"{name}.{element}", unit) for element, unit in child.named_children()]
+    return result
 
 
 class _Code:

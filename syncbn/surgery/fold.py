@@ -74,12 +74,12 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     module = copy.deepcopy(module, {id(group): group for group in groups}).eval()  # groups cannot be copied
     if isinstance(module, _BatchNorm):
         return module  # alone
-    found, failures = regions(module, modes=(False,))
-    warn_of(failures, "fold_batchnorm", "folded")
-    for region in found:
+    traced, failures = regions(module, modes=(False,))
+    warn_of(failures, "fold_batchnorm", "folded", stacklevel=3)
+    for region in traced:
         first, *others = [_find_foldable(region.module, graph) for graph in region.graphs]
         for pair in first:
-            if all(pair in pairs for pairs in others) and region.owned.issuperset((pair.layer, pair.batch_norm)):
+            if all(pair in pairs for pairs in others) and region.exclusive.issuperset((pair.layer, pair.batch_norm)):
                 _fold(pair)
                 _replace(module, pair.batch_norm, FoldedBatchNorm(_activation(pair.batch_norm), pair.dim).eval())
     return module

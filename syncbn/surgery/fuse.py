@@ -40,14 +40,14 @@ class FusedActivation(nn.Identity):
 def find_fusible(module: nn.Module) -> list[Fusible]:
     """The pairs of batch norm and activation that are the same as one layer, in training and in eval; with a warning if torch.fx cannot
     trace all of `module`."""
-    found, failures = regions(module, modes=(True, False))
-    warn_of(failures, "fuse_activation", "fused")
-    return [pair for region in found for pair in _in_every_graph(region)]
+    traced, failures = regions(module, modes=(True, False))
+    warn_of(failures, "fuse_activation", "fused", stacklevel=4)
+    return [pair for region in traced for pair in _in_every_graph(region)]
 
 
 def _in_every_graph(region: Region) -> list[Fusible]:
     first, *others = [_adjacent(region.module, graph) for graph in region.graphs]
-    return [pair for pair in first if all(pair in pairs for pairs in others) and region.owned.issuperset(pair)]
+    return [pair for pair in first if all(pair in pairs for pairs in others) and region.exclusive.issuperset(pair)]
 
 
 def fuse(pair: Fusible) -> None:

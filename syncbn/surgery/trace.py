@@ -23,7 +23,7 @@ class Region(NamedTuple):
 
     module: nn.Module
     graphs: list[fx.Graph]  # one for each mode, and for each way to call it
-    owned: set[nn.Module]  # the modules in it that the model holds nowhere else
+    exclusive: set[nn.Module]  # the modules in it that the model holds nowhere else
 
 
 def record_in_fx_graph(module: nn.Module, *inputs: Any) -> Any:
@@ -38,8 +38,16 @@ def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], lis
     `modes` are the training flags to trace with. The flags of the modules are left as they were.
     """
     flags = {m: m.training for m in root.modules()}
+    try:
+        return _regions(root, modes)
+    finally:
+        for m, training in flags.items():
+            m.training = training
+
+
+def _regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
     places = _places(root)
-    found: list[Region] = []
+    traced: list[Region] = []
     failures: dict[str, str] = {}  # by line: a module fails at the line at which one in it does
     pending = [root]
     for module in pending:  # grows while it is walked over
@@ -53,19 +61,16 @@ def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], lis
                 failures[line] = f"{type(module).__name__}{line}: {str(error).partition(chr(10))[0]}"
             pending += [unit for _, unit in units(module)]
         else:
-            inside = _places(module)
-            found.append(Region(module, graphs, {m for m in inside if places[m] == inside[m] * places[module]}))
-    for m, training in flags.items():
-        m.training = training
-    return found, list(failures.values())
+            traced.append(Region(module, graphs, {m for m, count in _places(module).items() if count == places[m]}))
+    return traced, list(failures.values())
 
 
-def warn_of(failures: list[str], function: str, done: str) -> None:
-    """Warns the caller of the public function that torch.fx could not trace the whole model."""
+def warn_of(failures: list[str], function: str, done: str, stacklevel: int) -> None:
+    """Warns that torch.fx could not trace the whole model; `stacklevel` is that of the public function's caller, seen from here."""
     if failures:
         reasons = "; ".join(failures)
         warnings.warn(
-            f"{function}: torch.fx cannot trace the whole model, so only traceable submodules are {done} ({reasons})", stacklevel=4
+            f"{function}: torch.fx cannot trace the whole model, so only traceable submodules are {done} ({reasons})", stacklevel=stacklevel
         )
 
 
