@@ -54,6 +54,42 @@ def test_every_command_of_the_day_could_run(time_limit, tmp_path, subprocess_env
     assert len(counts) == 7 and max(counts) > 1000
 
 
+STAND_INS = {  # for the compilers: what they are given is what they make
+    "nvcc": 'while [ "$1" != -o ]; do words="$words $1"; shift; done; echo "echo $words" > "$2"; chmod +x "$2"',
+    "python": 'mkdir -p build/gpu/syncbn; echo "$TORCH_CUDA_ARCH_LIST $*" > build/gpu/syncbn/libsyncbn_cuda.so',
+}
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not on PATH")
+def test_the_build_makes_a_library_and_a_sweep_of_each_op_and_revision(tmp_path, subprocess_env):
+    copy, bin = tmp_path / "copy", tmp_path / "bin"
+    shutil.copytree(ROOT, copy, ignore=SKIPPED)
+    bin.mkdir()
+    for name, script in STAND_INS.items():
+        (bin / name).write_text(f"#!/bin/sh\n{script}\n")
+        (bin / name).chmod(0o755)
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=x", "-c", "user.email=x", "commit", "-q", "-m", "before"]):
+        subprocess.run(["git", *command], cwd=copy, check=True)
+    env = subprocess_env | {"PATH": f"{bin}:{subprocess_env['PATH']}", "ARCH": "8.6", "PYTHON": "python"}
+
+    def build(**variables: str) -> tuple[subprocess.CompletedProcess[str], dict[str, str]]:
+        done = subprocess.run(["bash", "launch/gpu_build.sh"], cwd=copy, env=env | variables, capture_output=True, text=True)
+        return done, {path.name: path.read_text() for path in (copy / ".gpu").glob("*")}
+
+    done, made = build(BEFORE="HEAD")
+    ops = ("stats", "normalize", "backward_reduce", "backward_input")
+    assert done.returncode == 0 and sorted(made) == sorted(f"sweep_{op}_{when}" for op in ops for when in ("now", "before")), done.stderr
+    for name, words in made.items():
+        op, _, when = name.removeprefix("sweep_").rpartition("_")
+        assert f"-arch=sm_86 -Xptxas --warn-on-spills -I {'.' if when == 'now' else '.gpu/source'}/csrc/cuda -DSWEPT_OP={op} " in words
+    assert (copy / "syncbn" / "libsyncbn_cuda.so").read_text().startswith("8.6 setup.py")
+
+    done, made = build(BEFORE="")
+    assert done.returncode == 0 and len(made) == len(ops) and "no sweep of the kernels before a change" in done.stdout
+    done, _ = build(NVCC="no-such-compiler")
+    assert done.returncode == 2 and "no-such-compiler is not on PATH" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("command", "env", "problem"),
     [
