@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .exchange import Exchange
+from .comm.exchange import Exchange
 from .layout import samples_per_channel
 from .moments import acc_type, effective_count, finalize, parts, split_mean
 from .reference import through_activation

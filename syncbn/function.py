@@ -11,8 +11,9 @@ from torch.autograd import forward_ad
 
 from . import checkpoint, ops
 from .comm import LOCAL, Communicator, resolve
+from .comm.exchange import Exchange
+from .comm.identity import LayerRecord
 from .double_backward import differentiable_backward
-from .exchange import Agreed, Exchange
 from .layout import dense, dense_like, samples_per_channel
 from .moments import acc_type, parts, update_running_stats
 from .reference import ACTIVATIONS
@@ -144,11 +145,11 @@ def train_batch_norm(
     num_batches_tracked: Tensor | None,
     comm: Communicator,
     options: Options,
-    agreed: Agreed | None = None,
+    record: LayerRecord | None = None,
 ) -> Tensor:
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
-    `agreed` is the layer's, where there is one."""
+    `record` is the layer's, if there is one."""
     _check(options.name, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
     _check_transforms(input)
     # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
@@ -157,7 +158,7 @@ def train_batch_norm(
     learns = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     anchor = _ANCHOR if comm.world_size > 1 and not learns else None
     shape = None if torch.compiler.is_compiling() else input.shape
-    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, agreed, shape)
+    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.eps, record, shape)
     return SyncBatchNormFunction.apply(
         input, residual, weight, bias, anchor, running_mean, running_var, num_batches_tracked, exchange, options
     )

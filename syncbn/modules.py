@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
 from .comm import LOCAL, NotAMember, check_type, resolve
-from .exchange import agreed_by
+from .comm.identity import record_of
 from .function import Options, eval_batch_norm, train_batch_norm
 from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
 from .keras_weights import copy_tensors, named_tensors, to_keras
@@ -139,7 +139,7 @@ class SyncBatchNorm(_BatchNorm):
             *((running_mean, running_var, _tensor(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
             comm,
             options,
-            None if comm is LOCAL or torch.compiler.is_compiling() else agreed_by(self),
+            None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self),
         )
 
     @classmethod

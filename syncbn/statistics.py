@@ -16,9 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from . import ops
-from .agreement import RankMismatchError
 from .comm import Communicator, resolve
-from .exchange import Agreed, Exchange
+from .comm.agreement import RankMismatchError
+from .comm.exchange import Exchange
+from .comm.identity import LayerRecord
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
 from .moments import channels_of, finalize, merge, parts, rebase
@@ -185,7 +186,7 @@ def _buffer_names(module: nn.Module) -> tuple[str, ...]:
 def _over_ranks(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
     """Each layer's statistics over the batches of all ranks, by two exchanges: of the means, which become the shift of all ranks, so
     that nothing cancels; and of the sums about them."""
-    exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, Agreed())
+    exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, LayerRecord(name="update_bn_stats"))
     totals = [total.to(totals[0].device) for total in totals]
     about_zero = _summed(totals, [total.new_zeros(channels_of(total)) for total in totals], exchange)
     return _summed(totals, [finalize(total, 0.0)[0] for total in about_zero], exchange)

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 
 import syncbn
-from syncbn import RankMismatchError, SyncBatchNorm, agreement, environment, exchange
+from syncbn import RankMismatchError, SyncBatchNorm, environment
+from syncbn.comm import agreement, exchange, identity, resolve
 
 several = pytest.mark.world_size(2, 3, 4)
 
@@ -57,10 +58,12 @@ def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, what):
     lines = str(error.value).splitlines()
     assert len(lines) == 1 + world.size
     for rank, (line, call) in enumerate(zip(lines[1:], calls, strict=True)):
-        numbers = 2 * call["channels"] + 2
-        said = f"{call['name']}, {numbers} numbers, {call['dtype']}, weighting {call['weighting']}, eps {call['eps']}"
-        shape = rf"\[{4 + rank}, {call['channels']}, 5\]"
-        assert re.fullmatch(rf"  rank {rank}: forward of {said}, exchange \d+ of this group, input {shape}", line), line
+        channels = call["channels"]
+        what = f'layer "{call["name"]}", {channels} channels, {call["dtype"]}, weighting {call["weighting"]}, eps {call["eps"]}'
+        details = (
+            rf"SyncBatchNorm\({channels}\), input \[{4 + rank}, {channels}, 5\], the \d+(st|nd|rd|th) exchange since the group was made"
+        )
+        assert re.fullmatch(rf"  rank {rank}: forward of {what}, verification \d+ of this group; {details}", line), line
     SyncBatchNorm(3, process_group=world.group)(batch())  # the ranks are in step again
 
 
@@ -70,23 +73,23 @@ def test_inputs_of_different_shapes_are_no_mismatch_and_equal_ranks_share_a_line
     with pytest.raises(RankMismatchError) as error:
         named("a" if world.rank == 0 else "b", world)(batch())
     others = ", ".join(map(str, range(1, world.size)))
-    assert str(error.value).splitlines()[2].startswith(f"  rank{'s' * (world.size > 2)} {others}: forward of b, ")
+    assert str(error.value).splitlines()[2].startswith(f'  rank{"s" * (world.size > 2)} {others}: forward of layer "b", ')
 
 
 @several
 def test_a_skipped_layer_is_found_at_the_next_one(world):
     a, b = named("a", world), named("b", world)
     x = batch()
-    with pytest.raises(RankMismatchError, match="forward of b"):
+    with pytest.raises(RankMismatchError, match='forward of layer "b"'):
         if world.rank == 0:
             x = a(x)
         b(x)
 
 
 KINDS = {  # of call, as it is named; x has gone through a layer "a" and become y
-    "forward of b": lambda world, x, y: named("b", world)(batch()),
-    "backward of a": lambda world, x, y: y.sum().backward(),
-    "double backward of a": lambda world, x, y: torch.autograd.grad(y.square().sum(), x, create_graph=True),
+    'forward of layer "b"': lambda world, x, y: named("b", world)(batch()),
+    'backward of layer "a"': lambda world, x, y: y.sum().backward(),
+    'double backward of layer "a"': lambda world, x, y: torch.autograd.grad(y.square().sum(), x, create_graph=True),
     "statistics of update_bn_stats": lambda world, x, y: syncbn.update_bn_stats(
         named("b", world), [batch()], process_group=world.group, progress=False
     ),
@@ -104,15 +107,13 @@ def test_another_kind_of_call_is_found(world, one, other):
 
 
 @several
-def test_another_position_is_found(world, monkeypatch):
-    """A rank whose comparison has failed before its collective, and that goes on as if nothing had been, is one ahead."""
+def test_another_position_is_found(world):
+    """Rank 0 has verified once more than the others."""
     layer = named("a", world)
     layer.process_group = anew(world)
     if world.rank == 0:
-        with monkeypatch.context() as broken, pytest.raises(MemoryError):
-            broken.setattr(agreement, "_encode", raises(MemoryError))
-            layer(batch())
-    with pytest.raises(RankMismatchError, match=r"rank 0: .* exchange 2 of this group.*\n  ranks? 1.* exchange 1 of this group"):
+        identity.state_of(resolve(layer.process_group).group).verifications += 1
+    with pytest.raises(RankMismatchError, match=r"rank 0: .* verification 2 of this group.*\n  ranks? 1.* verification 1 of this group"):
         layer(batch())
     free(layer.process_group)
 
@@ -121,11 +122,11 @@ def test_another_position_is_found(world, monkeypatch):
 def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
     """Nothing is remembered of a group that has been destroyed, though the next one may lie at its address."""
     compared = []
-    original = agreement.compare
-    monkeypatch.setattr(agreement, "compare", lambda *arguments: compared.append(arguments) or original(*arguments))
+    original = agreement.verify
+    monkeypatch.setattr(agreement, "verify", lambda *arguments: compared.append(arguments) or original(*arguments))
     layer = named("a", world)
     gc.collect()
-    before = len(agreement._positions)
+    before = len(identity._states)
     for n in range(3):
         layer.process_group = anew(world)
         for _ in range(2):
@@ -135,7 +136,7 @@ def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
         free(layer.process_group)
         layer.process_group = None
         gc.collect()
-        assert not any(exchange.agreed_by(layer).groups.values()) and len(agreement._positions) == before
+        assert not identity.record_of(layer).memberships and len(identity._states) == before
 
 
 def anew(world) -> object:
@@ -148,13 +149,6 @@ def free(group: object) -> None:
         torch.distributed.destroy_process_group(group)
     else:
         group.Free()
-
-
-def raises(error: type[Exception]):
-    def fail(*_, **__):
-        raise error
-
-    return fail
 
 
 @several
@@ -187,22 +181,22 @@ class Alone:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("ranks", [2, 3, 64])
 def test_a_record_has_the_size_of_no_sum(ranks):
-    """Else it could be added to the sums of a layer with just so many channels, in silence, where ranks part."""
+    """Otherwise it could be silently added to the sums of a layer that happens to have the same size."""
     comm = Alone(ranks)
     with pytest.raises(RankMismatchError):
-        agreement.compare(comm, "forward of a", "", torch.device("cpu"))
+        agreement.verify(comm, "forward of a", "", torch.device("cpu"))
     assert comm.sent.nbytes % torch.float64.itemsize
 
 
 @several
 def test_only_first_calls_compare(world, monkeypatch):
     compared = []
-    original = agreement.compare
-    monkeypatch.setattr(agreement, "compare", lambda comm, record, *more: compared.append(record) or original(comm, record, *more))
+    original = agreement.verify
+    monkeypatch.setattr(agreement, "verify", lambda comm, text, *more: compared.append(text) or original(comm, text, *more))
     layer = named("a", world)
     for _ in range(3):
         layer(batch().requires_grad_()).sum().backward()
-    assert [record.split(",")[0] for record in compared] == ["forward of a", "backward of a"]
+    assert [text.split(",")[0] for text in compared] == ['forward of layer "a"', 'backward of layer "a"']
     copy.deepcopy(layer)(batch())  # a copy has agreed to nothing
     assert len(compared) == 3
     configure(monkeypatch, check="always")
@@ -221,18 +215,12 @@ def test_always_finds_a_divergence_late_in_a_run(world, monkeypatch):
     a, b = named("a", world), named("b", world)
     for _ in range(3):
         b(a(batch()))
-    with pytest.raises(RankMismatchError, match=r"rank 0: forward of b.*exchange \d+ of this group"):
+    with pytest.raises(RankMismatchError, match=r'rank 0: forward of layer "b".*verification \d+ of this group'):
         if world.rank == 0:
             a(b(batch()))
         else:
             b(a(batch()))
             b(batch())
-
-
-def test_long_names_keep_both_ends():
-    name = "encoder." + "x" * 400 + ".bn1, 8 numbers"
-    decoded = agreement._decode(agreement._encode(name, agreement.BYTES))
-    assert decoded.startswith("encoder.") and decoded.endswith(".bn1, 8 numbers") and len(decoded) == agreement.BYTES
 
 
 @several

@@ -119,7 +119,7 @@ def test_a_group_without_this_rank_is_refused(world):
     group = dist.new_group([0])
     if world.rank > 0:
         with pytest.raises(ValueError, match="does not contain this rank"):
-            syncbn.SyncBatchNorm(3, process_group=group)
+            syncbn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3))
     in_step(world)
 
 
@@ -219,6 +219,6 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
     done = run(command, env=subprocess_env, timeout=60)
     assert done.returncode != 0
     assert "named: encoder.bn: input must have 3 channels" in done.stdout
-    waited = re.search(rf"after ([\d.]+) s: encoder\.bn: rank {1 - failing} of 2 waited .* forward exchange", done.stdout)
+    waited = re.search(rf'after ([\d.]+) s: layer "encoder\.bn" .*\nrank {1 - failing} of 2 could not complete its forward', done.stdout)
     assert waited, done.stdout
     assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, done.stdout

@@ -77,7 +77,7 @@ class Fault:
 
 
 def names(layer: str, direction: str, rank: int = 0) -> tuple[str, ...]:
-    return "RuntimeError", f"{layer}: rank {rank} of 2", f"{direction} exchange"
+    return "RuntimeError", f'layer "{layer}" (SyncBatchNorm(3)): ', f"rank {rank} of 2 could not", f"{direction} exchange of 3 channels"
 
 
 def mismatch(code: str, *words: str) -> Fault:
@@ -91,10 +91,10 @@ FAULTS = {
     "is killed": Fault("os.kill(os.getpid(), signal.SIGKILL)", names("encoder.a", "forward"), True, ALONE + LAUNCHERS),
     "is stopped": Fault("os.kill(os.getpid(), signal.SIGSTOP)", names("encoder.a", "forward"), False),
     "leaves the loop early": Fault(f"time.sleep({4 * TIMEOUT})", names("encoder.a", "forward"), False),
-    "skips a layer": mismatch("step(b)", "forward of encoder.a", "forward of encoder.b"),
-    "calls layers in another order": mismatch("step(b, a)", "forward of encoder.a", "forward of encoder.b"),
+    "skips a layer": mismatch("step(b)", 'forward of layer "encoder.a"', 'forward of layer "encoder.b"'),
+    "calls layers in another order": mismatch("step(b, a)", 'forward of layer "encoder.a"', 'forward of layer "encoder.b"'),
     "has another C": mismatch(
-        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))", "8 numbers", "12 numbers"
+        "a = syncbn.SyncBatchNorm(5, process_group=group); a.layer_name = 'encoder.a'; a(torch.randn(4, 5, 5))", "3 channels", "5 channels"
     ),
     "has another dtype": mismatch("a(torch.randn(4, 3, 5).double())", "torch.float32", "torch.float64"),
 }

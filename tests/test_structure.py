@@ -23,6 +23,7 @@ ORDER = [
     "native",
     "comm.shared_memory",
     "comm.meeting",
+    "comm.failures",
     "comm.duplicates",
     "comm.sums",
     "comm.process_group",
@@ -30,11 +31,12 @@ ORDER = [
     "comm.recorded",
     "comm",
     "comm.rendezvous",
+    "comm.groups",
+    "comm.identity",
+    "comm.agreement",
+    "comm.exchange",
     "moments",
     "reference",
-    "groups",
-    "agreement",
-    "exchange",
     "checkpoint",
     "ops",
     "double_backward",
@@ -69,7 +71,8 @@ def imports_of(path: Path) -> set[str]:
             if node.module:
                 found.add(".".join([*base, node.module]))
             else:
-                found |= {".".join([*base, alias.name]) for alias in node.names}
+                names = {".".join([*base, alias.name]) for alias in node.names}
+                found |= {name if name in ORDER else ".".join(base) for name in names}
     return found
 
 

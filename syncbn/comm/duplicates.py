@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from .failures import Incomplete
+
 _duplicates: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 _lock = threading.Lock()  # two threads of a rank may reach the first exchange together
 
@@ -29,7 +31,10 @@ def duplicate_of_default() -> dist.ProcessGroup:
         with _lock:
             duplicate = _duplicates.get(default)
             if duplicate is None:
-                duplicate = _duplicates[default] = dist.new_group(timeout=timeout_of(default))
+                try:
+                    duplicate = _duplicates[default] = dist.new_group(timeout=timeout_of(default))
+                except Exception as error:  # of the store, or of a backend that connects at once
+                    raise Incomplete(f"the layers' duplicate of the default group could not be made: {error}") from error
     return duplicate
 
 

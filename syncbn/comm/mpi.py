@@ -6,6 +6,7 @@ CUDA tensors go through pinned host memory, or straight to MPI with SYNCBN_MPI_C
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from .. import environment
+from .failures import Incomplete
 from .process_group import NotAMember
 from .sums import SumsAboutZero
 
@@ -43,9 +45,15 @@ class MPICommunicator(SumsAboutZero):
         self._check()  # it may have been freed since the forward pass
         clone: Any = self.comm.Get_attr(_CLONE)
         if clone is None:
-            twin, request = self.comm.Idup()
-            _wait(request)
-            clone = Clone(twin)
+            duplicates = []
+
+            def start() -> MPI.Request:
+                duplicate, request = self.comm.Idup()
+                duplicates.append(duplicate)
+                return request
+
+            InFlight(duplicates).run(start)
+            clone = Clone(duplicates[0])
             self.comm.Set_attr(_CLONE, clone)
         return clone
 
@@ -77,21 +85,47 @@ class MPICommunicator(SumsAboutZero):
         return tensor
 
 
+class InFlight:
+    """A request and the memory into which MPI writes until it has completed.
+
+    Whatever ends the wait (Ctrl-C, a signal handler's exception, the timeout), MPI goes on writing: late ranks complete the request. So
+    both are held from before the request is made until it has completed.
+    """
+
+    def __init__(self, buffer: Any = None) -> None:
+        self.buffer = buffer
+        self.request: MPI.Request | None = None
+
+    def run(self, start: Callable[[], MPI.Request]) -> None:
+        """Raises Incomplete after SYNCBN_MPI_TIMEOUT seconds; MPI itself has no timeout."""
+        _in_flight.add(self)
+        try:
+            self.request = start()
+        except MPI.Exception:
+            _in_flight.discard(self)  # nothing has started
+            raise
+        deadline = time.monotonic() + environment.settings.mpi_timeout
+        while not self._completed():
+            if time.monotonic() > deadline:
+                seconds = environment.settings.mpi_timeout
+                raise Incomplete(f"another rank did not arrive within SYNCBN_MPI_TIMEOUT={seconds:g} seconds")
+            time.sleep(0)  # yield to other ranks that share this core
+        _in_flight.discard(self)
+
+    def _completed(self) -> bool:
+        assert self.request is not None
+        try:
+            return self.request.Test()
+        except MPI.Exception as error:
+            raise Incomplete(error) from error
+
+
+_in_flight: set[InFlight] = set()
+
+
 def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
     """Sums `buffer` in place."""
-    _wait(comm.Iallreduce(MPI.IN_PLACE, buffer), buffer)
+    InFlight(buffer).run(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer))
 
 
-def _wait(request: MPI.Request, buffer: Any = None) -> None:
-    """Raises TimeoutError after SYNCBN_MPI_TIMEOUT seconds (default 1800); MPI itself never does."""
-    timeout = environment.settings.mpi_timeout
-    deadline = time.monotonic() + timeout
-    while not request.Test():
-        if time.monotonic() > deadline:
-            _abandoned.append((request, buffer))
-            raise TimeoutError(f"some rank did not come within SYNCBN_MPI_TIMEOUT={timeout:g} seconds")
-        time.sleep(0)  # to the other ranks of this core, if there are any
-
-
-_abandoned: list[tuple[MPI.Request, Any]] = []  # a rank that comes late still writes into these buffers
 _CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)

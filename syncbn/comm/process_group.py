@@ -10,6 +10,7 @@ import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
 from .duplicates import duplicate_of_default
+from .failures import Incomplete
 from .sums import SumsAboutZero
 
 
@@ -78,5 +79,8 @@ def all_reduce_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     options.asyncOp = False  # NCCL then runs on the current stream, with no event to wait for
     work = group.allreduce([tensor], options)
     if work is not None:
-        work.wait()
+        try:
+            work.wait()
+        except Exception as error:
+            raise Incomplete(error) from error
     return tensor

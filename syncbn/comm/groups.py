@@ -7,7 +7,7 @@ import socket
 
 import torch.distributed as dist
 
-from .comm.duplicates import all_gather, split
+from .duplicates import all_gather, split
 
 
 def new_group(ranks_per_group: int | str) -> dist.ProcessGroup:

@@ -1,0 +1,71 @@
+"""Checks, before tensors are summed, that all ranks are about to run the same exchange.
+
+    first     (default) the first time that a layer exchanges in a group, in each direction
+    always    every time: to find where a run diverges later on
+    off       never
+
+Set by SYNCBN_CHECK. One all-reduce of 24 bytes per rank plus one, whatever the ranks are about to do: the digests of their signatures.
+Only if these differ, a second one gathers the signatures themselves, for the error. No check while tracing or capturing a graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import Communicator
+from .identity import state_of
+
+DIGEST, LENGTH = 16, 8  # bytes in a rank's row
+LONGEST = 4096  # bytes of a signature and its details that an error shows
+
+
+class RankMismatchError(RuntimeError):
+    """The ranks of a group are about to exchange different things. Raised on every rank; the message lists what each was about to do."""
+
+
+def verify(comm: Communicator, signature: str, details: str, device: torch.device) -> None:
+    """Returns if `signature` is the same on every rank; else raises RankMismatchError on every rank.
+
+    `details` may differ between ranks, as the shapes of their inputs do; they are only shown in the error.
+    """
+    state = state_of(comm.group)
+    signature = f"{signature}, verification {state.verifications + 1} of this group"
+    text = _both_ends(f"{signature}; {details}" if details else signature)
+    rows = _gather(comm, hashlib.sha256(signature.encode()).digest()[:DIGEST] + len(text).to_bytes(LENGTH, "little"), device)
+    state.verifications += 1
+    if len({row[:DIGEST] for row in rows}) == 1:
+        return
+    longest = max(int.from_bytes(row[DIGEST:], "little") for row in rows)
+    texts = _gather(comm, text.ljust(min(longest, LONGEST), b"\0"), device)
+    raise mismatch([row.rstrip(b"\0").decode(errors="replace") for row in texts])
+
+
+def mismatch(texts: Sequence[str]) -> RankMismatchError:
+    """The error that shows for each rank, in order, its signature and details."""
+    ranks: dict[str, list[str]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(str(rank))
+    lines = "".join(f"\n  {'rank' if len(same) == 1 else 'ranks'} {', '.join(same)}: {text}" for text, same in ranks.items())
+    return RankMismatchError(f"the ranks are about to exchange different things:{lines}")
+
+
+def _gather(comm: Communicator, row: bytes, device: torch.device) -> list[bytes]:
+    """Each rank's row, all of one length: the sum of tables in which each rank fills its own row."""
+    # An odd byte count can never match a float64 tensor, so gloo detects a rank that sends sums instead.
+    width = len(row) + len(row) % 2
+    table = torch.zeros(comm.world_size * width + 1, dtype=torch.uint8)
+    table[comm.rank * width :][: len(row)] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
+    summed: Tensor = comm.all_reduce_(table.to(device)).cpu()
+    return [bytes(part[: len(row)].tolist()) for part in summed[:-1].view(comm.world_size, width)]
+
+
+def _both_ends(text: str) -> bytes:
+    """At most LONGEST bytes: layer names differ mostly in their last parts."""
+    data = text.encode()
+    if len(data) <= LONGEST:
+        return data
+    return data[: LONGEST // 4] + b"..." + data[-(LONGEST - LONGEST // 4 - 3) :]

@@ -1,0 +1,35 @@
+"""An exchange that fails: whose failure it is, and what the error says."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+
+
+class Incomplete(RuntimeError):
+    """A collective has started on this rank and did not complete: another rank is missing, or a connection is lost."""
+
+
+CAUSES = (
+    "Another rank has failed, has finished early (syncbn.join(model), not model.join(), lets ranks have different numbers of batches),"
+    " has skipped this layer, or runs it in eval mode; SYNCBN_CHECK=always finds where the ranks diverge"
+)
+
+
+def explained(error: Exception, layer: str, rank: int, world_size: int, exchange: str) -> RuntimeError:
+    """The error to raise in place of `error`: the layer, the backend's words, and what this rank was doing.
+
+    Args:
+        exchange: such as "forward exchange of 64 channels (the 11th exchange since the group was made)".
+    """
+    words = str(error).rstrip(". \n") or type(error).__name__
+    if isinstance(error, (Incomplete, dist.DistError)):
+        return RuntimeError(
+            f"{layer}: {words}\nrank {rank} of {world_size} could not complete its {exchange} with the other ranks. {CAUSES}"
+        )
+    return RuntimeError(f"{layer}: {words}\nrank {rank} of {world_size} could not start its {exchange}. The other ranks are not the cause")
+
+
+def ordinal(number: int) -> str:
+    """1st, 2nd, 3rd, 4th, 11th, 21st"""
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
+    return f"{number}{ending}"

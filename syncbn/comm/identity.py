@@ -1,0 +1,88 @@
+"""What the ranks call a layer in an exchange: its dotted name, or its number among the unnamed layers of the group.
+
+Numbers follow the order of first exchanges in the group, not of construction, since one rank may rightly build more layers than another:
+a teacher, a copy for evaluation. The first exchange of a layer in a group fixes what it is called there, so a rank may convert or revert
+its model later.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+
+class GroupState:
+    """What this rank has done in a group. Only what the backend has completed is counted."""
+
+    def __init__(self) -> None:
+        self.exchanges = 0
+        self.verifications = 0  # a rank that has missed one is at another count
+        self.unnamed_layers = 0
+
+
+_states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()
+
+
+def state_of(group: Any) -> GroupState:
+    """The state of a group, or of an MPI duplicate. It ends with the group."""
+    state = _states.get(group)
+    if state is None:
+        state = _states[group] = GroupState()
+    return state
+
+
+class Membership:
+    """A layer in a group."""
+
+    def __init__(self, identity: str) -> None:
+        self.identity = identity
+        self.verified: set[str] = set()  # kinds of exchange that the ranks have compared
+
+
+class LayerRecord:
+    """What this rank remembers of a layer's exchanges: its membership of each group."""
+
+    def __init__(self, layer: torch.nn.Module | None = None, name: str | None = None) -> None:
+        self.layer = (lambda: None) if layer is None else weakref.ref(layer)
+        self.name = name
+        self.memberships: WeakKeyDictionary[Any, Membership] = WeakKeyDictionary()
+
+    def identity_in(self, group: Any) -> str:
+        """Equal on all ranks; different for different layers. `group` is None if it has not been made yet."""
+        membership = None if group is None else self.memberships.get(group)
+        if membership is not None:
+            return membership.identity
+        if self.name is not None:
+            return self.name
+        name = getattr(self.layer(), "layer_name", None)
+        number = 1 if group is None else state_of(group).unnamed_layers + 1
+        return f'layer "{name}"' if name else f"unnamed layer {number}"
+
+    def join(self, group: Any) -> Membership:
+        """The membership. The first call takes a number if the layer has no name: after an exchange that all ranks have completed."""
+        membership = self.memberships.get(group)
+        if membership is None:
+            membership = self.memberships[group] = Membership(self.identity_in(group))
+            if self.name is None and not getattr(self.layer(), "layer_name", None):
+                state_of(group).unnamed_layers += 1
+        return membership
+
+    def description(self) -> str:
+        """The layer's class, which may differ by rank, for messages; empty if there is no layer."""
+        layer = self.layer()
+        return "" if layer is None else f"{type(layer).__name__}({getattr(layer, 'num_features', '')})"
+
+
+# Beside the layers, not in them: a copy is another layer, and a layer that one rank reverts and converts again remains the same one.
+_records: WeakKeyDictionary[torch.nn.Module, LayerRecord] = WeakKeyDictionary()
+
+
+def record_of(layer: torch.nn.Module) -> LayerRecord:
+    """The record of this layer."""
+    record = _records.get(layer)
+    if record is None:
+        record = _records[layer] = LayerRecord(layer)
+    return record
