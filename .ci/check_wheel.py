@@ -1,12 +1,14 @@
 """Builds the wheel, with the CUDA library where nvcc is, installs it where the source tree is out of sight, and runs a layer with its
-compiled kernels. Then builds the source distribution, and looks whether it has what a build and the tests need."""
+compiled kernels. Then builds the source distribution, and looks whether it has what a build and the tests need. Both have the license."""
 
+import email
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,15 @@ with tempfile.TemporaryDirectory() as folder:
     env = os.environ | {"SYNCBN_BUILD_CPU": "1", "SYNCBN_BUILD_CUDA": nvcc, "TORCH_CUDA_ARCH_LIST": "9.0"}
     subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, str(ROOT)], env=env, check=True)
     (wheel,) = Path(folder).glob("*.whl")
-    assert "-py3-none-" in wheel.name, wheel.name
+    assert "-py3-none-linux_" in wheel.name, wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (license,) = (name for name in names if name.endswith("/LICENSE"))
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        assert archive.read(license) == (ROOT / "LICENSE").read_bytes()
+        about = email.message_from_bytes(archive.read(metadata))
+    assert (about["License-Expression"] or about["License"]) == "BSD-3-Clause", about.items()
+    assert about["License-File"] == "LICENSE" and about["Author"] == "the syncbn authors" and about["Keywords"], about.items()
     subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
     env = os.environ | {"PYTHONPATH": f"{folder}/site"}
     subprocess.run([sys.executable, "-c", CHECK.format(folder=folder, nvcc=nvcc == "1")], cwd=folder, env=env, check=True)
@@ -39,6 +49,6 @@ with tempfile.TemporaryDirectory() as folder:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     folders = ["csrc", "syncbn", "tests", "launch", "benchmarks", "examples", "docs"]
     tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    missing = set(tracked) - packed
+    missing = {*tracked, "LICENSE", "setup.py", "setup.cfg", "pyproject.toml"} - packed
     assert tracked and not missing, f"not in {sdist.name}: {sorted(missing)}"
     print(f"sdist: all {len(tracked)} files of {', '.join(folders)}")
