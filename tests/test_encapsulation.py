@@ -75,6 +75,11 @@ class Indexes(Untraceable):
         return self.branch(self.blocks[0](x) + self.blocks[1](x))
 
 
+class CallsByName(Untraceable):
+    def forward(self, x):
+        return getattr(self, "b")(self.branch(getattr(self, "a")(x))) * getattr(self, "scale", 1)  # noqa: B009
+
+
 class Nested(Untraceable):
     def __init__(self):
         super().__init__()
@@ -138,6 +143,12 @@ class ListsItself(Chain):
 class GetsByName(Untraceable):
     def forward(self, x):
         return self.branch(self.a(x) + getattr(self, "a")[0](x))  # noqa: B009
+
+
+class GetsByAnotherName(Untraceable):
+    def forward(self, x):
+        name = "a"
+        return self.branch(self.a(x) + getattr(self, name)[0](x))
 
 
 class LoopReachesInside(Untraceable):
@@ -215,10 +226,10 @@ class PatchedForward(Calls):
 
 
 MODELS = {  # model: how many of its pairs of layers become one
-    Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, Nested: 2, Chain: 2,
+    Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, CallsByName: 2, Nested: 2, Chain: 2,
     SharesABlock: 2,
     **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, GetsByName), 0),
-    **dict.fromkeys((LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
+    **dict.fromkeys((GetsByAnotherName, LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
     **dict.fromkeys((CachedPropertyReachesInside, Shares, PatchedForward), 0),
 }  # fmt: skip
 

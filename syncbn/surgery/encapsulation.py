@@ -17,7 +17,7 @@ from torch import nn
 
 # Methods of nn.Module, and functions, that give a module's code its submodules in other ways than by their names.
 _OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "getattr", "vars", "__dict__"}
-_HARMLESS = {"hasattr", "isinstance", "type", "super"}  # functions of `self` that reach no submodule
+_HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # functions of `self` that reach no submodule, or one by its name
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may look inside
 
@@ -82,10 +82,14 @@ class _Code:
         if isinstance(node, ast.Name) and node.id == "self":
             parent = self.parents[node]
             return not isinstance(parent, ast.Attribute) and not (isinstance(parent, ast.Call) and ast.unparse(parent.func) in _HARMLESS)
-        return (node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else "") in _OPENERS
+        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+        return name in _OPENERS and not (name == "getattr" and _literal(self.parents[node]) is not None)
 
     def _uses(self, name: str) -> Iterator[ast.AST]:
-        return (node for node in self.nodes if isinstance(node, ast.Attribute) and node.attr == name and _is_self(node.value))
+        """`self.name` and `getattr(self, "name")`."""
+        for node in self.nodes:
+            if (isinstance(node, ast.Attribute) and node.attr == name and _is_self(node.value)) or _literal(node) == name:
+                yield node
 
     def _is_called(self, node: ast.AST) -> bool:
         parent = self.parents[node]
@@ -117,6 +121,13 @@ class _Code:
             return False
         uses = [n for n in self.nodes if isinstance(n, ast.Name) and n.id == target.id and isinstance(n.ctx, ast.Load)]
         return all(self._is_called(use) for use in uses)
+
+
+def _literal(node: ast.AST) -> str | None:
+    """The name in `getattr(self, "name")`, None for anything else."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1 and _is_self(node.args[0]):
+        return str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else None
+    return None
 
 
 def _is_self(node: ast.AST) -> bool:
