@@ -22,6 +22,10 @@ if command -v nvidia-smi >/dev/null; then
 else
   export SYNCBN_BUILD_CUDA=${SYNCBN_BUILD_CUDA:-0}
 fi
+if ! compgen -G 'build/objects/*/*.o' >/dev/null; then
+  also=$([ "${SYNCBN_BUILD_CUDA:-}" = 0 ] || echo ', and for the GPU, which takes minutes more')
+  echo "Compiling the kernels for the CPU: about two minutes on two cores, the first time$also"  # pip prints nothing meanwhile
+fi
 # Without isolation the build sees this torch, and brings no other.
 python -m pip install --quiet setuptools wheel
 python -m pip install --quiet --no-build-isolation -e ".[$(IFS=,; echo "$*")]"

@@ -131,3 +131,23 @@ def test_by_default_from_turing_to_the_newest_that_nvcc_knows(architectures):
     flags, names = architectures(None)
     assert names.startswith("75 80 86 89 90") and names.endswith("+PTX") and names.count("PTX") == 1
     assert [flag for flag in flags if "code=compute_" in flag] == flags[-1:]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_scripts_say_that_they_compile_before_they_do(tmp_path, compiled, gpu):
+    """With a python and an nvidia-smi that do nothing. Once the objects are there, no line is printed."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
+    for name in ["python", *(["nvidia-smi"] if gpu else [])]:
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\ncase "$*" in *"install --quiet --no-build"*) echo installs;; esac\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    if compiled:
+        (tmp_path / "build/objects/libsyncbn_cpu").mkdir(parents=True)
+        (tmp_path / "build/objects/libsyncbn_cpu/stats.o").touch()
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
+    done = subprocess.run(["bash", tmp_path / "launch/environment.sh", "test"], env=env, capture_output=True, text=True, timeout=60)
+    line = "Compiling the kernels for the CPU: about two minutes on two cores, the first time"
+    line += ", and for the GPU, which takes minutes more" if gpu else ""
+    assert done.returncode == 0 and done.stdout.splitlines() == ([] if compiled else [line]) + ["installs"], done
