@@ -70,7 +70,7 @@ def test_trainer(world, tmp_path, pl, fuse_activation):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(model, DataLoader(TensorDataset(data[:, world.rank].flatten(0, 1)), batch_size=ROWS))
-    assert syncbn.SyncBatchNorm in model.classes and nn.BatchNorm1d not in model.classes
+    assert syncbn.SyncBatchNorm1d in model.classes and nn.BatchNorm1d not in model.classes
     assert type(model.net[1]) is nn.BatchNorm1d and type(model.net[2]) is nn.ReLU and model.net[1].training
 
     plain = module(pl)
