@@ -7,19 +7,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checkpoint, ops
-from .comm import LOCAL, Communicator, resolve
+from .arguments import check, check_count, check_memory, check_transforms, plain
+from .comm import Communicator, resolve
 from .comm.exchange import Exchange
 from .comm.identity import LayerRecord
 from .double_backward import differentiable_backward
-from .layout import dense, dense_like, samples_per_channel
-from .moments import acc_type, parts, update_running_stats
+from .layout import dense, dense_like
+from .moments import acc_type, update_running_stats
 from .reference import ACTIVATIONS
 
 WEIGHTINGS = ("samples", "ranks")
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Options(NamedTuple):
@@ -43,6 +44,8 @@ class Options(NamedTuple):
             raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {self.activation!r}")
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+        if not self.eps >= 0:  # nor NaN
+            raise ValueError(f"eps must not be negative, got {self.eps}")
         return self
 
 
@@ -81,7 +84,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if stats is None:
             stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, exchange.merges(x.device)), x.shape[1])
         checkpoint.record(options.name, stats)
-        _check_count(options.name, stats, x, exchange.comm)
+        check_count(options.name, stats, x, exchange.comm)
         if torch.compiler.is_compiling():
             # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
             update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
@@ -91,6 +94,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             running_mean, running_var, num_batches_tracked, options.momentum,
             options.eps, options.unbiased, activation, options.negative_slope,
         )  # fmt: skip
+        _changed(running_mean, running_var, num_batches_tracked)
 
         ctx.has_residual = residual is not None
         keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
@@ -130,6 +134,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         )
 
 
+def _changed(*buffers: Tensor | None) -> None:
+    """Tells autograd that these were written, as torch's own in-place operations do: who has saved one for a backward pass gets an
+    error there, not a gradient by other values. The compiled ops do not."""
+    counting = [t for t in buffers if t is not None and not t.is_inference()]
+    if counting:
+        increment_version(counting)
+
+
 # A leaf that requires a gradient, so that a layer without parameters, or with frozen ones, enters its backward collective on a rank
 # whose input needs no gradient, too.
 _ANCHOR = torch.empty(0, requires_grad=True)
@@ -150,8 +162,15 @@ def train_batch_norm(
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
     `record` is the layer's, if there is one."""
-    _check(options.name, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-    _check_transforms(input)
+    tensors = (input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+    if not torch.compiler.is_compiling() and has_torch_function(tensors):
+        # As every function of torch's: the tensors' classes run it on plain ones, and make what it returns theirs.
+        return handle_torch_function(_on_plain_tensors, tensors, tensors, comm, options, record)
+    check(options.name, *tensors)
+    check_transforms(options.name, input)
+    if not options.eps > 0:
+        raise ValueError(f"{options.name}: eps must be positive in training, got {options.eps}")
+    check_memory(options.name, *tensors)
     # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
@@ -164,6 +183,12 @@ def train_batch_norm(
     )
 
 
+def _on_plain_tensors(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked = map(plain, tensors)
+    assert input is not None
+    return train_batch_norm(input, residual, weight, bias, running_mean, running_var, num_batches_tracked, comm, options, record)
+
+
 def eval_batch_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -174,7 +199,11 @@ def eval_batch_norm(
     options: Options,
 ) -> Tensor:
     """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
-    _check(options.name, input, residual, weight, bias, running_mean, running_var, None)
+    check(options.name, input, residual, weight, bias, running_mean, running_var, None)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if saves and not torch.compiler.is_exporting():
+        # What autograd saves must stay: a training step may come before the backward pass.
+        running_mean, running_var = running_mean.clone(), running_var.clone()
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
         # torch wants the four of one type: the input's, or float32 for 16 bits.
         dtype = acc_type(input.dtype)
@@ -231,8 +260,8 @@ def sync_batch_norm(
     The ranks compare what they exchange only with SYNCBN_CHECK=always: a function has no first time, as a layer has.
 
     Raises:
-        ValueError: an argument has the wrong shape, type or device (before any collective), or each channel has a single value over
-            all ranks while training (on every rank).
+        ValueError: an argument has the wrong shape, type or device, or eps is not positive (before any collective); or each channel has
+            a single value over all ranks while training (on every rank).
 
     >>> running_mean, running_var = torch.zeros(4), torch.ones(4)
     >>> y = sync_batch_norm(torch.randn(8, 4, 2, 2) + 5, running_mean, running_var, activation="relu")
@@ -250,71 +279,3 @@ def sync_batch_norm(
     if running_mean is None or running_var is None:
         raise ValueError("running_mean and running_var must be given when training is False")
     return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
-
-
-# ---- Checks, once, at the door ------------------------------------------------------------------------------------------------
-
-
-def _check(
-    name: str,
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    shape, dtype, device = input.shape, input.dtype, input.device
-    vector = shape[1:2]
-    if len(shape) < 2 or shape[1] == 0:
-        raise ValueError(f"{name}: input must have at least 2 dimensions [N, C, *] and C > 0, got {list(shape)}")
-    if dtype not in FLOATING:
-        raise TypeError(f"{name}: input must be float32, float16, bfloat16 or float64, got {dtype}")
-    for what, t in (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var)):
-        if t is None:
-            continue
-        if t.shape != vector:
-            raise ValueError(f"{name}: {what} must be [{shape[1]}] to match input {list(shape)}, got {list(t.shape)}")
-        if t.device != device:
-            raise ValueError(f"{name}: {what} must be on {device} as the input is, got {t.device}")
-        if t.dtype not in FLOATING:
-            raise ValueError(f"{name}: {what} must be floating point, got {t.dtype}")
-        if t.dtype not in (dtype, torch.float32, torch.float64) and what in ("weight", "bias"):
-            raise ValueError(f"{name}: {what} must be float32, float64 or of the input's type, {dtype}, got {t.dtype}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(f"{name}: running_mean and running_var must be given both or neither")
-    if (t := num_batches_tracked) is not None and (t.dtype, t.device) != (torch.int64, device):
-        raise ValueError(f"{name}: num_batches_tracked must be int64 on {device} as the input is, got {t.dtype} on {t.device}")
-    if residual is not None and (residual.shape, residual.dtype, residual.device) != (shape, dtype, device):
-        raise ValueError(
-            f"{name}: residual must be {list(shape)} {dtype} on {device} as the input is,"
-            f" got {list(residual.shape)} {residual.dtype} on {residual.device}"
-        )
-
-
-def _check_transforms(input: Tensor) -> None:
-    """Raises where torch could only say that an internal function lacks a method."""
-    if torch.compiler.is_compiling():
-        return
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None):
-        raise NotImplementedError(
-            "synchronized batch norm in training mode has no forward-mode derivative and no torch.func transform (jvp, grad, vmap):"
-            " use torch.autograd.grad, with create_graph=True for higher derivatives, or the layer in eval mode"
-        )
-
-
-def _check_count(name: str, stats: Tensor, x: Tensor, comm: Communicator) -> None:
-    """Raises where each channel has one value over all ranks: its variance is undefined.
-
-    Reads the device only where this rank has at most one value, so that no training step of real size waits for the device.
-    All ranks that could raise do read it, and agree.
-    """
-    local = samples_per_channel(x)
-    if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    if (local if comm is LOCAL else parts(stats).samples.item()) == 1:
-        raise ValueError(
-            f"{name}: expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank"
-        )

@@ -157,7 +157,8 @@ class Guarded:
 
     def new(self, like: Tensor, misaligned: bool = False) -> Tensor:
         """NaN of like's shape, strides and type, perhaps one element off the alignment."""
-        size = max(like.numel(), 1) * like.element_size()
+        span = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 1
+        size = span * like.element_size()
         start = MARGIN + misaligned * like.element_size()
         raw = torch.full((size + 4 * MARGIN,), 0xFF, dtype=torch.uint8)
         start += -raw.data_ptr() % MARGIN

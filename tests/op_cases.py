@@ -65,13 +65,16 @@ class Case:
     rank_weighted: bool = False
     shifted: bool = False
     mean: float = 0.7  # of x, whose standard deviation is about 1
+    strided: bool = False  # weight, bias and the moving statistics are columns of matrices
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
     group: str = "others"  # whose statistics: also of "others", this rank "alone", "nobody" (all 0), or with a "negative" variance
 
     def __str__(self) -> str:
         names = [str(self.shape).replace(" ", ""), "last" if self.channels_last else "first", str(self.dtype).removeprefix("torch.")]
-        extra = [name for name in ("residual", "nan", "inf") if getattr(self, name)] + ([f"mean{self.mean:g}"] if self.mean > 1 else [])
+        extra = [name for name in ("residual", "strided", "nan", "inf") if getattr(self, name)] + (
+            [f"mean{self.mean:g}"] if self.mean > 1 else []
+        )
         return "-".join([*names, self.activation, *extra, *([] if self.group == "others" else [self.group])])
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
@@ -124,6 +127,8 @@ EXTREMES = [
     Case((1, 2, 40, 61), dtype=torch.float64, mean=1e8, shifted=True, rank_weighted=True),
     Case((300, 16), True, torch.float64, mean=1e8, shifted=True, activation="relu", residual=True),
     Case((500, 128), True, torch.float64, mean=1e8, shifted=True),  # many blocks, and one shift
+    Case((70, 8, 3, 3), activation="relu", residual=True, strided=True),
+    Case((300, 16), True, torch.bfloat16, weight=torch.float64, bias=torch.bfloat16, running=torch.float16, momentum=None, strided=True),
     Case((70, 8, 3, 3), activation="relu", nan=True),  # NaN passes through relu, and stays in its channel
     Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
     Case((4, 3, 20, 25), activation="relu", inf=True),  # what relu has cut off does not come back
@@ -194,6 +199,9 @@ def make(case: Case, device: str = "cpu") -> Data:
     )
     for name, value in vars(data).items():
         setattr(data, name, None if value is None else value.to(device))
+    for name in ("weight", "bias", "running_mean", "running_var") if case.strided else ():
+        vector = getattr(data, name)
+        setattr(data, name, torch.stack([vector, torch.full_like(vector, 9)], 1)[:, 0])
     return data
 
 
@@ -293,6 +301,18 @@ def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
     # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
     assert_close(dx, want_dx, case.tolerance(TOLERANCE), "dx", 10.0)
     assert_close(dz, want_dz, case.tolerance(TOLERANCE), "dz")
+
+
+def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:
+    """Where momentum is 1, and in the first step of a cumulative average, the moving statistics are the batch's: to half an ulp,
+    however small they are beside those before."""
+    x = 1e-8 * torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).to(device)
+    stats = reference.stats(x.double(), False, True)
+    mean, var, _ = reference.finalize(stats, 0.0)
+    for momentum in (1.0, None):
+        state = (torch.ones(5, device=device), torch.ones(5, device=device), torch.tensor(0, device=device))
+        ops.normalize(x, stats, None, None, None, *state, momentum, EPS, False, "none", SLOPE)
+        assert torch.equal(state[0], mean.float()) and torch.allclose(state[1], var.float(), rtol=2e-7, atol=0), momentum
 
 
 CHECKS = {

@@ -7,7 +7,7 @@ from dataclasses import replace
 import emulated
 import pytest
 import torch
-from op_cases import CHECKS, Case, table
+from op_cases import CHECKS, Case, check_moved_all_the_way, table
 
 from syncbn import reference
 
@@ -88,6 +88,10 @@ def test_one_outlier_in_front_does_not_spoil_the_shift(kernels):
     got, want = kernels.stats(x, False), reference.stats(x.double())
     (_, var, _), (_, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
     assert float(((var - want_var) / want_var).abs().max()) < 1e-6  # a shift by the first value is off by 1e-3
+
+
+def test_moving_statistics_are_the_batchs_where_nothing_is_kept(kernels):
+    check_moved_all_the_way(kernels)
 
 
 @pytest.mark.parametrize(

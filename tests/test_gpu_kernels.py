@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from op_cases import CHECKS, EPS, SLOPE, Case, check_stats, make, table
+from op_cases import CHECKS, EPS, SLOPE, Case, check_moved_all_the_way, check_stats, make, table
 
 from syncbn import native, ops, reference
 
@@ -51,6 +51,10 @@ def test_kernel_equals_the_reference(op, case):
 @pytest.mark.parametrize("op", CHECKS)
 def test_a_map_as_large_as_in_a_real_network_is_right_too(op, case):
     CHECKS[op](ops, case, "cuda")
+
+
+def test_moving_statistics_are_the_batchs_where_nothing_is_kept():
+    check_moved_all_the_way(ops, "cuda")
 
 
 @pytest.mark.parametrize("case", [*SOME, Case((33, 24, 2, 2), True, activation="silu", residual=True)], ids=str)

@@ -40,6 +40,7 @@ ORDER = [
     "checkpoint",
     "ops",
     "double_backward",
+    "arguments",
     "function",
     "keras_weights",
     "guards",
