@@ -47,7 +47,8 @@ def join(
 
     Raises:
         ValueError: a layer's process group is not one of torch.distributed.
-        RuntimeError: on every rank, if some rank has no batch at all.
+        RuntimeError: on every rank, if some rank has no batch at all, or if join is active for the model; if another rank does not
+            answer within the group's timeout.
 
     >>> device = syncbn.init_process_group()
     >>> model = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3))
@@ -57,6 +58,8 @@ def join(
     >>> torch.distributed.destroy_process_group()
     """
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
+    if any(isinstance(layer.process_group, RecordedCommunicator) for layer in layers):
+        raise RuntimeError("syncbn.join is active for this model: it cannot be entered a second time before it has been left")
     others = [*_own(model), *joinables]
     if not layers or not enable:
         with Join(others, enable, throw_on_early_termination, **kwargs) if others else nullcontext():
@@ -81,9 +84,10 @@ class _SyncBatchNorms(Joinable):
     def recorded(self) -> Iterator[None]:
         """The layers exchange in groups of their own, and what they exchange is noted."""
         before = [layer.process_group for layer in self.layers]
-        handle = self.model.register_forward_pre_hook(self._call, prepend=True)
+        handle = self.model.register_forward_pre_hook(_CallHook(self), prepend=True)
         for layer in self.layers:
-            layer.process_group = RecordedCommunicator(_group_inside(resolve(layer.process_group)), self.exchanges)
+            group = _group_inside(resolve(layer.process_group))
+            layer.process_group = RecordedCommunicator(group, self.exchanges, layer.process_group)
         try:
             yield
         finally:
@@ -91,23 +95,38 @@ class _SyncBatchNorms(Joinable):
             for layer, group in zip(self.layers, before, strict=True):
                 layer.process_group = group
 
-    def _call(self, module: nn.Module, inputs: Any) -> None:
+    def call(self) -> None:
+        """Before each call of the model."""
         if not any(layer.training for layer in self.layers):
             return
-        work = Join.notify_join_context(self)
-        if work is not None:
-            work.wait()
+        with self.waiting(f"before call {self.calls + 1} of the model"):
+            work = Join.notify_join_context(self)
+            if work is not None:
+                work.wait()
         self.calls += 1
         self.exchanges.clear()
         if self.calls == 1:
             self.check_all_have_a_batch()
+
+    @contextmanager
+    def waiting(self, when: str) -> Iterator[None]:
+        """Names this rank, and what it waited for, in an error of the backend."""
+        try:
+            yield
+        except RuntimeError as error:
+            rank, size = dist.get_rank(self.join_process_group), dist.get_world_size(self.join_process_group)
+            raise RuntimeError(
+                f"syncbn.join: {error}\nrank {rank} of {size} could not reach the other ranks {when}."
+                " Another rank has failed inside syncbn.join, or has left it before its time"
+            ) from error
 
     def check_all_have_a_batch(self) -> None:
         """In each rank's first round, active or not: raises on all if one has left without having called the model."""
         missing = torch.zeros(dist.get_world_size(self.join_process_group), device=self.join_device)
         if not self.calls:
             missing[dist.get_rank(self.join_process_group)] = 1
-        dist.all_reduce(missing, group=self.join_process_group)
+        with self.waiting("in the first round"):
+            dist.all_reduce(missing, group=self.join_process_group)
         for rank in missing.nonzero().flatten().tolist():
             raise RuntimeError(_NO_BATCH.format(rank))
 
@@ -144,19 +163,35 @@ class _Answer(JoinHook):
     def post_hook(self, is_last_joiner: bool) -> None:
         """Gives every rank of a group the moving statistics of its rank with the most calls."""
         self._wait()
-        for group in dict.fromkeys(layer.process_group.group for layer in self.mine.layers):
-            size, device = group.size(), self.mine.join_device
-            best = torch.tensor(self.mine.calls * size + group.rank(), device=device)
-            dist.all_reduce(best, dist.ReduceOp.MAX, group)
-            for layer in self.mine.layers:
-                if layer.process_group.group is group:
-                    for buffer in layer.buffers():
-                        dist.broadcast(buffer, group=group, group_src=int(best) % size)
+        with self.mine.waiting("at the end, to share the moving statistics"):
+            for group in dict.fromkeys(layer.process_group.group for layer in self.mine.layers):
+                size, device = group.size(), self.mine.join_device
+                best = torch.tensor(self.mine.calls * size + group.rank(), device=device)
+                dist.all_reduce(best, dist.ReduceOp.MAX, group)
+                for layer in self.mine.layers:
+                    if layer.process_group.group is group:
+                        for buffer in layer.buffers():
+                            dist.broadcast(buffer, group=group, group_src=int(best) % size)
 
     def _wait(self) -> None:
-        for work in self.running:
-            work.wait()
+        with self.mine.waiting("after its last batch, to answer their exchanges"):
+            for work in self.running:
+                work.wait()
         self.running = []
+
+
+class _CallHook:
+    """The model's forward pre-hook. In a copy of the model it does nothing: a copy is not part of join."""
+
+    def __init__(self, layers: _SyncBatchNorms | None) -> None:
+        self.layers = layers
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        if self.layers is not None:
+            self.layers.call()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _CallHook:
+        return _CallHook(None)
 
 
 def _own(model: nn.Module) -> list[Joinable]:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer
 
 from .comm import LOCAL, NotAMember, check_type, resolve
 from .comm.identity import record_of
+from .comm.recorded import RecordedCommunicator
 from .function import Options, eval_batch_norm, train_batch_norm
 from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
 from .keras_weights import copy_tensors, named_tensors, to_keras
@@ -238,7 +239,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         for group in groups_of(self):  # a copy exchanges with the same ranks; groups cannot be copied
-            memo[id(group)] = group
+            memo[id(group)] = group.outside if isinstance(group, RecordedCommunicator) else group  # a copy is not part of syncbn.join
         for buffer in self._buffers.values():
             if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy, unlike an uninitialized parameter
                 factory: dict[str, Any] = {"device": buffer.device, "dtype": buffer.dtype}

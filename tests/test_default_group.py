@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import sys
 
 import pytest
 import torch
@@ -159,3 +160,28 @@ def test_duplicates_are_destroyed_with_their_groups(destroyed, tmp_path, subproc
     for rank in "01":
         counts = ast.literal_eval((tmp_path / rank).read_text())
         assert len(counts) >= 3 and counts[-1] == counts[0], counts
+
+
+ALONE = """
+import warnings, torch, syncbn
+layer = syncbn.SyncBatchNorm(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    syncbn.convert_sync_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm1d(3)))
+    layer.eval()(torch.randn(4, 3))
+    assert not caught  # a model may be built, and used in eval mode, before the process group is made
+    for _ in range(2):
+        layer.train()(torch.randn(4, 3))
+print([str(warning.message) for warning in caught])
+"""
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_without_a_process_group_are_told_once_that_each_normalizes_alone(ranks, subprocess_env):
+    env = subprocess_env | {"RANK": "0", "WORLD_SIZE": str(ranks), "SYNCBN_NATIVE": "0"}
+    done = run([sys.executable, "-c", ALONE], env=env, timeout=100)
+    assert done.returncode == 0, done.stderr
+    warned = ast.literal_eval(done.stdout)
+    assert len(warned) == (ranks > 1)
+    assert all("torchrun started 2 ranks, but torch.distributed is not initialized: each normalizes alone" in text for text in warned)

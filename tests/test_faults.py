@@ -90,6 +90,9 @@ FAULTS = {
     "raises between forward and backward": Fault(f"b(a(torch.randn(4, 3, 5))); {NO_MORE}", names("encoder.b", "backward"), True, ALONE),
     "is killed": Fault("os.kill(os.getpid(), signal.SIGKILL)", names("encoder.a", "forward"), True, ALONE + LAUNCHERS),
     "is stopped": Fault("os.kill(os.getpid(), signal.SIGSTOP)", names("encoder.a", "forward"), False),
+    "is in eval mode": Fault(
+        f"a.eval(); b.eval(); step(a, b); time.sleep({4 * TIMEOUT})", names("encoder.a", "forward"), False, ("torchrun",)
+    ),
     "leaves the loop early": Fault(f"time.sleep({4 * TIMEOUT})", names("encoder.a", "forward"), False),
     "skips a layer": mismatch("step(b)", 'forward of layer "encoder.a"', 'forward of layer "encoder.b"'),
     "calls layers in another order": mismatch("step(b, a)", 'forward of layer "encoder.a"', 'forward of layer "encoder.b"'),
@@ -157,3 +160,31 @@ def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, l
     assert not left
     assert_says(tmp_path / "0.error", names("encoder.a", "forward", rank=0), rank_0_at_once)
     assert_says(tmp_path / "1.error", names("encoder.a", "forward", rank=1), at_once=True)
+
+
+JOIN = f"""
+import sys, time, torch, torch.distributed as dist, syncbn
+from torch import nn
+syncbn.init_process_group("gloo", timeout={TIMEOUT})
+model, rank = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3)), dist.get_rank()
+try:
+    with syncbn.join(model):
+        for step in range(4):
+            if rank == 1 and step == 2:
+                time.sleep({2 * TIMEOUT})
+                raise KeyError
+            model(torch.randn(5, 4)).sum().backward()
+except RuntimeError as error:
+    open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(str(error))
+    raise
+"""
+
+
+def test_a_rank_that_raises_inside_join_ends_the_other_with_an_error_that_names_join(tmp_path, subprocess_env):
+    (tmp_path / "job.py").write_text(JOIN)
+    with job(subprocess_env) as env:
+        command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]
+        assert subprocess.run(command, env=env, capture_output=True, timeout=LIMIT).returncode != 0
+    assert re.search(
+        r"^syncbn.join: .*\nrank 0 of 2 could not reach the other ranks before call 3", (tmp_path / "0.error").read_text(), re.S
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from oracle import assert_close
@@ -143,3 +145,28 @@ def test_disabled(world):
     with syncbn.join(model, enable=False):
         model(torch.randn(2, 2, 5, dtype=torch.float64))
         assert model[1].process_group is None
+
+
+@several
+def test_a_copy_made_inside_is_not_part_of_join(world):
+    """It is the same whether made inside or outside, and calling it neither notifies nor exchanges for the model."""
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model):
+        for step in range(2 + world.rank):
+            if step == 0:
+                inside = copy.deepcopy(model)
+                assert [m.process_group for m in inside.modules() if isinstance(m, syncbn.SyncBatchNorm)] == [None, None]
+                inside.eval()(torch.randn(2, 2, 5, dtype=torch.float64))
+            model(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()
+    inside.train()(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()
+    assert inside[1].num_batches_tracked == 1
+
+
+@several
+def test_a_second_join_of_the_same_model_is_an_error_on_every_rank(world):
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model):
+        with pytest.raises(RuntimeError, match="join is active for this model"), syncbn.join(model):
+            pass
+        for _ in range(1 + world.rank):
+            model(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()

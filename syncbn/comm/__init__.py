@@ -6,7 +6,9 @@ total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, wi
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import environment
 from .process_group import DefaultGroupCommunicator, NotAMember, ProcessGroupCommunicator
 
 
@@ -74,6 +77,8 @@ def resolve(process_group: Any = None) -> Communicator:
         return process_group
     if process_group is None:
         if not (dist.is_available() and dist.is_initialized()):  # compiled by torch 2.11, WORLD never is None
+            if not torch.compiler.is_compiling():
+                _warn_if_started_with_others()
             return LOCAL
         default = dist.group.WORLD
         assert default is not None
@@ -99,9 +104,22 @@ def resolve(process_group: Any = None) -> Communicator:
     )
 
 
+@functools.cache  # once a process
+def _warn_if_started_with_others() -> None:
+    here = environment.place()
+    if here.world_size > 1:
+        warnings.warn(
+            f"{here.launcher} started {here.world_size} ranks, but torch.distributed is not initialized: each normalizes alone."
+            " Call syncbn.init_process_group() first, or give the layers a process_group",
+            stacklevel=2,
+        )
+
+
 def check_type(process_group: Any) -> None:
     """Raises ValueError for what `resolve` does not accept on any rank. A group that this rank is not a member of passes: such a layer
     may be built, and is an error only if it is used."""
+    if process_group is None:
+        return
     with suppress(NotAMember):
         resolve(process_group)
 

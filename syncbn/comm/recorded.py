@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class Note(NamedTuple):
 @dataclass(frozen=True)
 class RecordedCommunicator(ProcessGroupCommunicator):
     exchanges: list[Note]
+    outside: Any  # the layer's process_group outside of join, which a copy of the layer gets
     compares = False  # only first calls do: a rank that has left would answer at every call, or never
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
