@@ -121,6 +121,8 @@ CHANGED = [
     Mutant("finalize.cuh", "(shift - hi) + offset", "(shift + offset) - hi", "normalize"),
     Mutant("finalize.cuh", "read(bias, c) - lo * scale", "read(bias, c)", "normalize"),
     Mutant("finalize.cuh", "rank_weighted ? weights", "false ? weights", "backward_input"),
+    Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize"),
+    Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize", 1),
     # The moving statistics
     Mutant("normalize.cu", "(tracked + 1)", "(tracked)", "normalize"),
     Mutant("normalize.cu", "config.groups - 1;", "config.groups;", "normalize"),
