@@ -108,7 +108,7 @@ def table() -> list[Case]:
 EXTREMES = [
     # Nothing is counted or moved, and nothing becomes NaN
     Case((0, 3, 4), activation="relu", residual=True, group="nobody"),
-    Case((0, 11), activation="silu", momentum=None, rank_weighted=True, group="nobody"),
+    Case((0, 11), activation="silu", momentum=None, rank_weighted=True, shifted=True, group="nobody"),
     Case((2, 3, 0), True, torch.bfloat16, rank_weighted=True, group="nobody"),
     Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="nobody"),  # nor where x denies it
     Case((9, 70), True, torch.float64, momentum=None, rank_weighted=True, group="nobody"),
