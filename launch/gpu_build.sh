@@ -24,7 +24,7 @@ mv build/gpu/syncbn/libsyncbn_cuda.so syncbn/
 # sweeps FOLDER NAME: those of the sources in FOLDER. A kernel that spills is named: its plan is not for use.
 sweeps() {
   printf '%s\n' stats normalize backward_reduce backward_input | xargs -P "$MAX_JOBS" -I{} \
-    "$NVCC" -std=c++17 -O3 "-arch=sm_${ARCH/./}" -Xptxas --warn-on-spills -I "$1/csrc/cuda" -DSWEPT_OP={} \
+    "$NVCC" -std=c++17 -O3 -diag-suppress=177 "-arch=sm_${ARCH/./}" -Xptxas --warn-on-spills -I "$1/csrc/cuda" -DSWEPT_OP={} \
     "$1/benchmarks/sweep.cu" -o ".gpu/sweep_{}_$2" 2>&1 | c++filt | sed -E 's/syncbn::cuda:://g
       s/^ptxas warning : Registers are spilled .*\W(\w+_kernel<[^(]*>).*, ([0-9]+) bytes spill stores.*/'"$2"': \1 spills \2 bytes/'
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -118,3 +121,22 @@ def test_a_card_without_nvidia_smi_has_the_reason_for_its_clocks(monkeypatch):
     monkeypatch.setenv("PATH", "")
     ((when, reading),) = timing.clocks("cuda", "before").items()
     assert when.endswith("before") and "nvidia-smi" in reading
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+def test_every_section_is_printed_once_and_saved(runs, tmp_path, monkeypatch, capsys):
+    """python -m benchmarks, on one small shape."""
+    pytest.importorskip("matplotlib", reason="the benchmark saves a plot")
+    program = importlib.import_module("benchmarks.__main__")
+    for name, value in {"SHAPES": [(2, 8, 4, 4)], "copy_rate": lambda device, repeats: 10.0, "keep_memory": lambda: None}.items():
+        monkeypatch.setattr(program, name, value)
+    monkeypatch.setattr(program, "host_microseconds", lambda calls, device: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(program, "medians", lambda calls, device, repeats, **_: dict.fromkeys(calls, 1.0))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--device", "cpu", "--quick", "--runs", str(runs), "--out", str(tmp_path)])
+    program.main()
+    (saved,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    titles = ["machine", "ops", "layers", "host and memory", "ops, times torch", "summary"]
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line in titles] == titles
+    assert all(saved[title] for title in titles[1:]) and saved["runs"] == runs and saved["networks"] == []
+    assert all(row["least"] <= row["value"] <= row["greatest"] for row in saved["summary"])
