@@ -3,8 +3,8 @@
     python -m benchmarks.scaling          the tables of docs/scaling.md
 
 The times are those by which NCCL itself chooses an algorithm: NVIDIA/nccl 2.30.7, `src/graph/tuning.cc`, `ncclTunerConstantsDefaults`,
-`ncclTopoTuneModel` and `ncclTopoGetAlgoTime`. NCCL's constants say nothing of a network's round trip, so an Ethernet hop has an assumed number of
-microseconds more. Waiting for the slowest rank, which is often the larger part, is not in the model.
+`ncclTopoTuneModel` and `ncclTopoGetAlgoTime`. NCCL's constants say nothing of a network's round trip, so an Ethernet hop has an assumed
+number of microseconds more. Waiting for the slowest rank, which is often the larger part, is not in the model.
 """
 
 from __future__ import annotations
