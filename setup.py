@@ -43,7 +43,7 @@ CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wext
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 # GCC's -O2 vectorizes no loop that may need a second version or a tail; clang knows neither the flag nor the restraint.
 GCC_FLAGS = ["-fvect-cost-model=dynamic"]
-ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_bindings")  # of csrc/cpu, compiled for one instruction set
+ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_exports")  # of csrc/cpu, compiled for one instruction set
 ISAS = {"avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
 
 
@@ -121,7 +121,7 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     for source in sources:
         flags = [*cxx, *CXXFLAGS, *optimize, "-c", str(source)]
         if source.stem in ONCE:
-            flags += include if source.stem.endswith("bindings") else []
+            flags += include if source.stem == "bindings" else []
             commands.append([*flags, *(["-DSYNCBN_X86"] if x86 else []), "-o", str(temp / f"{source.stem}.o")])
             continue
         # The same file once for each instruction set, in a namespace of that name.

@@ -32,7 +32,7 @@ with tempfile.TemporaryDirectory() as folder:
         if not shutil.which(compiler):
             print(f"{oldest}: {device} skipped, {compiler} is not on PATH")
             continue
-        for source in sorted((ROOT / "csrc" / device).glob("*bindings.cpp")):
-            flags = ["-std=c++17", f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", f"{folder}/torch/include"]
-            subprocess.run([compiler, *flags, "-c", str(source), "-o", f"{folder}/{device}.o"], check=True)
-            print(f"{oldest}: {source.relative_to(ROOT)} compiles")
+        source = ROOT / "csrc" / device / "bindings.cpp"
+        flags = ["-std=c++17", f"-DTORCH_TARGET_VERSION={target}", "-DUSE_CUDA", "-isystem", f"{folder}/torch/include"]
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", f"{folder}/{device}.o"], check=True)
+        print(f"{oldest}: {source.relative_to(ROOT)} compiles")

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from paths import over_the_group
 from torch import Tensor
 
 import syncbn
@@ -155,6 +156,20 @@ def group_of_one(request: pytest.FixtureRequest) -> Iterator[ProcessGroupCommuni
         dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
         yield ProcessGroupCommunicator(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def group_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers exchange over their groups, although they could share memory."""
+    over_the_group(monkeypatch)
+
+
+@pytest.fixture(params=["shared memory", "group"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How the layers exchange."""
+    if request.param == "group":
+        over_the_group(monkeypatch)
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,7 @@ def test_another_kind_of_call_is_found(world, one, other):
 
 
 @several
-def test_another_position_is_found(world):
+def test_another_position_is_found(world, group_only):
     """Rank 0 has verified once more than the others."""
     layer = named("a", world)
     layer.process_group = anew(world)
@@ -119,7 +119,7 @@ def test_another_position_is_found(world):
 
 
 @several
-def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch):
+def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch, group_only):
     """Nothing is remembered of a group that has been destroyed, though the next one may lie at its address."""
     compared = []
     original = agreement.verify
@@ -189,7 +189,7 @@ def test_a_record_has_the_size_of_no_sum(ranks):
 
 
 @several
-def test_only_first_calls_compare(world, monkeypatch):
+def test_only_first_calls_compare(world, monkeypatch, group_only):
     compared = []
     original = agreement.verify
     monkeypatch.setattr(agreement, "verify", lambda comm, text, *more: compared.append(text) or original(comm, text, *more))
@@ -224,7 +224,7 @@ def test_always_finds_a_divergence_late_in_a_run(world, monkeypatch):
 
 
 @several
-def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog):
+def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog, group_only):
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
     logging.getLogger("syncbn").setLevel(logging.WARNING)  # the variable is enough
     exchange._log.cache_clear()

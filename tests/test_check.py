@@ -27,6 +27,7 @@ def test_a_right_layer_passes(launcher, subprocess_env):
     assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["paths"]) == {"cpu", "cuda"}
     assert report["errors"]["float64"] < 1e-10
     assert (report["ms_per_collective"] > 0) == (launcher != "alone")
+    assert report["exchange_path"] == ("none: this rank is alone" if launcher == "alone" else "in shared memory")
 
 
 def test_a_wrong_layer_fails(subprocess_env):
@@ -47,4 +48,5 @@ def test_problems_are_told_with_what_to_do(subprocess_env):
     assert done.returncode == 0, done.stderr
     assert "problem: cpu runs the slower reference: turned off by SYNCBN_NATIVE=0." in done.stdout
     assert "problem: OMP_NUM_THREADS is not set" in done.stdout
+    assert "exchange over the group: the compiled library is not loaded: turned off by SYNCBN_NATIVE=0; median" in done.stdout
     assert "a layer on these ranks equals the one of a single process" in done.stdout

@@ -80,7 +80,7 @@ def test_ranks_that_skip_branches_in_turns_have_the_gradients_of_one_process(wor
 
 @with_groups
 @several
-def test_no_exchange_of_a_layer_is_in_the_default_group(world, monkeypatch):
+def test_no_exchange_of_a_layer_is_in_the_default_group(world, monkeypatch, group_only):
     groups = groups_of_all_reduces(monkeypatch)
     layer = syncbn.SyncBatchNorm(3)
     layer(torch.randn(4, 3).requires_grad_()).sum().backward()
@@ -99,7 +99,7 @@ def groups_of_all_reduces(monkeypatch) -> list[dist.ProcessGroup]:
 @with_groups
 @several
 @pytest.mark.parametrize("explicit", ["default", "world", "node"])
-def test_an_explicit_group_is_used_as_given(world, explicit, monkeypatch):
+def test_an_explicit_group_is_used_as_given(world, explicit, monkeypatch, group_only):
     group = dist.group.WORLD if explicit == "default" else syncbn.new_group(explicit)
     groups = groups_of_all_reduces(monkeypatch)
     syncbn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3))

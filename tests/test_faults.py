@@ -73,7 +73,6 @@ class Fault:
     words: tuple[str, ...]
     at_once: bool  # else after the timeout
     launchers: tuple[str, ...] = LAUNCHERS
-    check: str = "first"
 
 
 def names(layer: str, direction: str, rank: int = 0) -> tuple[str, ...]:
@@ -81,7 +80,7 @@ def names(layer: str, direction: str, rank: int = 0) -> tuple[str, ...]:
 
 
 def mismatch(code: str, *words: str) -> Fault:
-    return Fault(code, ("RankMismatchError", *words), at_once=True, check="always")
+    return Fault(code, ("RankMismatchError", *words), at_once=True)
 
 
 NO_MORE = "raise ValueError('no more')"
@@ -110,7 +109,12 @@ FAILURES = {
 }
 
 
-def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: str, linger: int = 0) -> tuple[int, list[int]]:
+ROWS = [(name, launcher, "1") for name, fault in FAULTS.items() for launcher in fault.launchers]
+# Over the group: SYNCBN_SHARED_MEMORY is 0.
+ROWS += [(name, "torchrun", "0") for name in ("is killed", "is stopped", "skips a layer", "calls layers in another order")]
+
+
+def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], shared: str, linger: int = 0) -> tuple[int, list[int]]:
     """(exit status, processes left behind) of a job of two ranks: the launcher's status, or rank 0's where there is none. The job ends by
     itself, or is killed after LIMIT."""
     body = f"if rank == 1:\n    {fault}\nstep(a, b)"
@@ -123,7 +127,7 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], check: 
         "mpirun": [(["mpirun", "-n", "2", sys.executable, "-m", "mpi4py", *script], {})],
     }[launcher]
     deadline = time.monotonic() + LIMIT
-    with job(env | {"SYNCBN_CHECK": check, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}) as env, open(os.devnull, "w") as null:
+    with job(env | {"SYNCBN_SHARED_MEMORY": shared, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}) as env, open(os.devnull, "w") as null:
         started = [subprocess.Popen(command, env=env | variables, stdout=null, stderr=null) for command, variables in commands]
         statuses = [process.wait(deadline - time.monotonic()) for process in started]
         return statuses[0], left_behind(env)
@@ -138,10 +142,10 @@ def assert_says(error: Path, words: tuple[str, ...], at_once: bool) -> None:
     assert at_least <= waited < less_than, said
 
 
-@pytest.mark.parametrize("name, launcher", [(name, launcher) for name, fault in FAULTS.items() for launcher in fault.launchers])
-def test_a_fault_of_rank_1_ends_rank_0_with_an_error(name, launcher, tmp_path, subprocess_env):
+@pytest.mark.parametrize("name, launcher, shared", ROWS)
+def test_a_fault_of_rank_1_ends_rank_0_with_an_error(name, launcher, shared, tmp_path, subprocess_env):
     fault = FAULTS[name]
-    status, left = launch(launcher, fault.code, tmp_path, subprocess_env, fault.check)
+    status, left = launch(launcher, fault.code, tmp_path, subprocess_env, shared)
     assert status != 0
     assert {path.name for path in tmp_path.glob("[01]")} == {"0", "1"}, "a rank has not made its first step"
     assert not left
@@ -155,7 +159,7 @@ def test_a_fault_of_rank_1_ends_rank_0_with_an_error(name, launcher, tmp_path, s
 @pytest.mark.parametrize("name, launcher", [(name, launcher) for name, row in FAILURES.items() for launcher in row[0]])
 def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, launcher, tmp_path, subprocess_env):
     _, code, rank_0_at_once = FAILURES[name]
-    status, left = launch(launcher, f"{code}; step(a, b)", tmp_path, subprocess_env, "first", 2 * TIMEOUT)
+    status, left = launch(launcher, f"{code}; step(a, b)", tmp_path, subprocess_env, "0", 2 * TIMEOUT)
     assert status != 0
     assert not left
     assert_says(tmp_path / "0.error", names("encoder.a", "forward", rank=0), rank_0_at_once)

@@ -40,10 +40,10 @@ def gather(row):
             raise TimeoutError("set-up")
     return [(folder / f"{{rounds}} {{r}}").read_bytes() for r in range(2)]
 def exchange(n, timeout={TIMEOUT}):
-    return memory.all_reduce_(torch.ones(20000).double(), shared_memory.signature(f"exchange {{n}}"), timeout)[0].item()
+    return memory.all_reduce_(torch.ones(20000).double(), shared_memory.digest(f"exchange {{n}}"), timeout)[0].item()
 def publish(n):  # and return before the other rank, which is late, has come
-    values, words = torch.ones(20000).double(), shared_memory.signature(f"exchange {{n}}")
-    assert torch.ops.syncbn.all_reduce_shared(memory.memory, values, words, memory.rank, 0) == shared_memory._WAITING
+    values, digest = torch.ones(20000).double(), shared_memory.digest(f"exchange {{n}}")
+    assert memory._all_reduce(memory._address, 1, values.data_ptr(), 20000, 0, digest) == shared_memory._WAITING
 began = time.time()
 try:
     memory = meeting.meet(gather, rank, 2).memory

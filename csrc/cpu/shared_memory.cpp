@@ -2,8 +2,11 @@
 
 #if defined(SYNCBN_HAS_SHARED_MEMORY)
 
+#include "shared_memory_sums.h"
+
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -14,61 +17,16 @@
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <mutex>
 
 namespace syncbn::shared_memory {
 namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
 constexpr int64_t kSpin = 50'000;       // ns: two context switches cost a tenth of it, so little is lost if the wait turns out long
-constexpr int kStatsTail = 2;           // weight and samples
 
-enum Stage : uint32_t { idle = 0, published, summed };
-
-struct alignas(64) Control {
-  // Written by its rank, read by all.
-  std::atomic<uint64_t> epoch;
-  std::atomic<uint32_t> abandoned;
-  std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
-  // Of its rank alone: where it is in the exchange. On a line of its own, for the others read the first one all the time.
-  alignas(64) uint64_t exchanges;
-  int64_t first;  // of the values in the piece
-  Stage stage;
-  int32_t pid;
-  int64_t spin;
-  // Written when it joins.
-  uint64_t random;
-  cpu_set_t cores;
-};
-
-struct alignas(64) Slot {
-  // One line, which every rank reads before it adds anything.
-  uint64_t count;
-  uint64_t channels;
-  uint64_t exchange;
-  uint64_t digest;
-  char words[kSignatureBytes];
-  alignas(64) double values[kSlotNumbers];
-};
-
-struct alignas(64) Header {
-  int32_t ranks;
-  int32_t by_segments;
-};
-
-static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
-
-// The parts of the memory: header, a control block for each rank, two slots for each rank, the result area.
-struct Memory {
-  char* base;
-
-  explicit Memory(const void* memory) : base(static_cast<char*>(const_cast<void*>(memory))) {}
-  Header& header() const { return *reinterpret_cast<Header*>(base); }
-  int ranks() const { return header().ranks; }
-  Control& control(int rank) const { return reinterpret_cast<Control*>(base + sizeof(Header))[rank]; }
-  Slot* slots() const { return reinterpret_cast<Slot*>(base + slots_offset(ranks())); }
-  Slot& slot(int rank, uint64_t epoch) const { return slots()[2 * rank + epoch % 2]; }
-  double* result() const { return reinterpret_cast<double*>(slots() + 2 * ranks()); }
-};
+// How many forks lie between the first process and this one. A process id would cost a system call at every exchange.
+int32_t forks = 0;
 
 int64_t now() {
   timespec t;
@@ -150,82 +108,6 @@ bool all_agree(const Memory& memory, int rank, uint64_t epoch) {
   return true;
 }
 
-// A piece of an exchange: `size` values, or the channels [first, first + size) of statistics. Those lie in a slot as
-// [weight, samples, shift(size), sum(size), sumsq(size)].
-struct Piece {
-  int64_t channels, total, first, size;
-
-  Piece(int64_t count, int64_t channels, int64_t first)
-      : channels(channels),
-        total(channels ? channels : count),
-        first(first),
-        size(std::min<int64_t>(total - first, channels ? (kSlotNumbers - kStatsTail) / 3 : kSlotNumbers)) {}
-
-  bool is_last() const { return first + size == total; }
-  int64_t numbers() const { return channels ? 3 * size + kStatsTail : size; }
-
-  void write(const double* values, double* slot) const {
-    if (!channels) {
-      memcpy(slot, values + first, size * sizeof(double));
-      return;
-    }
-    memcpy(slot, values + 3 * channels, kStatsTail * sizeof(double));
-    for (int part = 0; part < 3; ++part) {
-      memcpy(slot + kStatsTail + part * size, values + part * channels + first, size * sizeof(double));
-    }
-  }
-  void read(const double* slot, double* values) const {
-    if (!channels) {
-      memcpy(values + first, slot, size * sizeof(double));
-      return;
-    }
-    if (is_last()) memcpy(values + 3 * channels, slot, kStatsTail * sizeof(double));  // before, every piece sends this rank's
-    for (int part = 0; part < 3; ++part) {
-      memcpy(values + part * channels + first, slot + kStatsTail + part * size, size * sizeof(double));
-    }
-  }
-};
-
-// Adds [begin, end) of what all ranks have published, in rank order, into `out`, which is laid out as a slot.
-void add(const Memory& memory, uint64_t epoch, int64_t begin, int64_t end, double* __restrict out) {
-  memcpy(out + begin, memory.slot(0, epoch).values + begin, (end - begin) * sizeof(double));
-  for (int rank = 1; rank < memory.ranks(); ++rank) {
-    const double* __restrict in = memory.slot(rank, epoch).values;
-    for (int64_t i = begin; i < end; ++i) out[i] += in[i];
-  }
-}
-
-// The same for statistics: the sums of each rank are moved from its shift to that of the first rank with samples.
-void merge(const Memory& memory, uint64_t epoch, int64_t size, int64_t begin, int64_t end, double* __restrict out) {
-  int first = 0;
-  while (first + 1 < memory.ranks() && !(memory.slot(first, epoch).values[1] > 0)) ++first;
-  if (!(memory.slot(first, epoch).values[1] > 0)) first = 0;  // no rank has samples
-  double* __restrict shift = out + kStatsTail;
-  double* __restrict sum = shift + size;
-  double* __restrict sumsq = sum + size;
-  memcpy(shift + begin, memory.slot(first, epoch).values + kStatsTail + begin, (end - begin) * sizeof(double));
-  std::fill(sum + begin, sum + end, 0.0);
-  std::fill(sumsq + begin, sumsq + end, 0.0);
-  for (int rank = 0; rank < memory.ranks(); ++rank) {
-    const double* __restrict in = memory.slot(rank, epoch).values;
-    const double weight = in[0];
-    const double *in_shift = in + kStatsTail, *in_sum = in_shift + size, *in_sumsq = in_sum + size;
-    for (int64_t c = begin; c < end; ++c) {
-      const double d = in_shift[c] - shift[c];
-      sum[c] += in_sum[c] + weight * d;
-      sumsq[c] += in_sumsq[c] + d * (2 * in_sum[c] + weight * d);
-    }
-  }
-}
-
-// Segment `part` of `parts`, of which each is written by one rank.
-void combine(const Memory& memory, uint64_t epoch, const Piece& piece, int part, int parts, double* out) {
-  const int64_t begin = piece.size * part / parts, end = piece.size * (part + 1) / parts;
-  if (!piece.channels) return add(memory, epoch, begin, end, out);
-  if (part == 0) add(memory, epoch, 0, kStatsTail, out);
-  merge(memory, epoch, piece.size, begin, end, out);
-}
-
 }  // namespace
 
 size_t slots_offset(int ranks) { return sizeof(Header) + ranks * sizeof(Control); }
@@ -240,7 +122,9 @@ void create(void* memory, int ranks, bool by_segments) {
 
 void join(void* memory, int rank, uint64_t random) {
   Control& self = Memory(memory).control(rank);
-  self.pid = getpid();
+  static std::once_flag once;
+  std::call_once(once, [] { pthread_atfork(nullptr, nullptr, [] { ++forks; }); });
+  self.forks = forks;
   self.random = random;
   CPU_ZERO(&self.cores);
   sched_getaffinity(0, sizeof(self.cores), &self.cores);
@@ -257,10 +141,10 @@ void start(void* memory, int rank) {
   m.control(rank).spin = CPU_COUNT(&cores) >= m.ranks() ? kSpin : 0;
 }
 
-Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, const Signature& signature) {
+Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, uint64_t digest) {
   const Memory m(memory);
   Control& self = m.control(rank);
-  if (self.pid != getpid()) return forked;
+  if (self.forks != forks) return forked;
   if (self.abandoned.load(std::memory_order_relaxed)) return abandoned;
   const auto finish = [&](Status status) {
     self.stage = idle;
@@ -276,8 +160,7 @@ Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t
       slot.count = count;
       slot.channels = channels;
       slot.exchange = self.exchanges + 1;
-      slot.digest = signature.digest;
-      memcpy(slot.words, signature.words, kSignatureBytes);
+      slot.digest = digest;
       piece.write(values, slot.values);
       self.stage = published;
       publish(self);
@@ -307,7 +190,7 @@ Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t
 
 void abandon(void* memory, int rank) {
   Control& self = Memory(memory).control(rank);
-  if (self.pid != getpid()) return;
+  if (self.forks != forks) return;
   self.abandoned.store(1, std::memory_order_seq_cst);
   wake(self);
 }
@@ -328,13 +211,6 @@ Presence presence(const void* memory, int rank, int other, int fd) {
   }
   return late;
 }
-
-const char* words(const void* memory, int rank, int other) {
-  const Memory m(memory);
-  return m.slot(other, m.control(rank).epoch.load(std::memory_order_relaxed)).words;
-}
-
-uint64_t exchange_number(const void* memory, int rank) { return Memory(memory).control(rank).exchanges; }
 
 }  // namespace syncbn::shared_memory
 

@@ -1,8 +1,8 @@
 // Sums over the ranks of one host in memory that all of them have mapped. Plain C++, without torch and without Python.
 //
-//   publish   write values, length and signature into slot[epoch % 2]; store the epoch (release); wake the ranks that sleep on it
+//   publish   write values, length and digest into slot[epoch % 2]; store the epoch (release); wake the ranks that sleep on it
 //   wait      for each rank, until it has published this epoch (acquire)
-//   verify    length and signature of every rank, before any number is added
+//   verify    length and digest of every rank, before any number is added
 //   combine   add the slots in rank order: the same additions, hence the same bits, on every rank
 //
 // Two slots are enough: a rank that publishes epoch e + 2 has seen every rank publish e + 1, and each of them published e + 1 only
@@ -19,15 +19,7 @@
 
 namespace syncbn::shared_memory {
 
-constexpr int kSignatureBytes = 256;  // what a rank is about to exchange, in words, for messages
 constexpr int kSlotNumbers = 8192;    // 64 KB
-constexpr int kAllReadAll = 8;        // up to this many ranks, each of them reads all slots
-
-// What a rank is about to exchange. The digest is compared, the words are shown where the digests differ.
-struct Signature {
-  uint64_t digest;
-  char words[kSignatureBytes];
-};
 
 // Of one call of all_reduce.
 enum Status : int64_t {
@@ -59,15 +51,14 @@ void start(void* memory, int rank);
 //   channels = 0   plain sums
 //   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples], the sums about this rank's shift; the result is about the
 //                  shift of the first rank that has samples
-Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, const Signature& signature);
+//
+// `digest` is of what this rank is about to exchange.
+Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, uint64_t digest);
 
 // Ends all exchanges: the other ranks get `abandoned`.
 void abandon(void* memory, int rank);
 
 // `fd` is the file of the memory: each rank has a record lock on its byte, which the kernel drops when the process ends.
 Presence presence(const void* memory, int rank, int other, int fd);
-// The words of this rank's last publication, and the number of that exchange. Valid until this process publishes again.
-const char* words(const void* memory, int rank, int other);
-uint64_t exchange_number(const void* memory, int rank);
 
 }  // namespace syncbn::shared_memory

@@ -35,6 +35,13 @@ class Communicator(Protocol):
     @property
     def world_size(self) -> int: ...
 
+    @property
+    def timeout(self) -> float:
+        """Seconds that a rank waits for the others."""
+
+    def among(self, ranks: list[int]) -> Communicator | None:
+        """A communicator of these ranks of this one, which lives as long. Every rank calls it; those that are not among them get None."""
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The elementwise sum of `tensor` over the ranks, equal bits on all of them. May be `tensor` itself, overwritten."""
 
@@ -53,6 +60,10 @@ class LocalCommunicator:
     group = None
     rank = 0
     world_size = 1
+    timeout = 0.0
+
+    def among(self, ranks: list[int]) -> LocalCommunicator:
+        return self
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         return tensor

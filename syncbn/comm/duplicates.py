@@ -43,9 +43,13 @@ def duplicate_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     duplicate = _duplicates.get(group)
     if duplicate is None:
         duplicate = _duplicates[group] = split(all_gather(min(dist.get_process_group_ranks(group))))
-        # torch keeps every group until it is destroyed, with its connections and threads.
-        weakref.finalize(group, _destroy, duplicate).atexit = False
+        destroy_with(group, duplicate)
     return duplicate
+
+
+def destroy_with(group: dist.ProcessGroup, other: dist.ProcessGroup) -> None:
+    """Destroys `other` with `group`: torch keeps every group until it is destroyed, with its connections and threads."""
+    weakref.finalize(group, _destroy, other).atexit = False
 
 
 def _destroy(group: dist.ProcessGroup) -> None:

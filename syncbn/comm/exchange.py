@@ -1,8 +1,8 @@
 """A layer's communicator: attaches the layer to its collectives, for verification, logs, profiles and errors.
 
-    group        ──► the first call makes it, if it is a duplicate
-    verify       ──► agreement.py: the ranks compare signatures, the first time or always
-    collective   ──► the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
+    group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange CPU tensors: sharing.py
+    verify       ──► agreement.py, unless in shared memory, which compares by itself: signatures, the first time or always
+    collective   ──► in shared memory or the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
     count        ──► identity.py: only if all of this has completed
 
 SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting for it; profilers show a range for each.
@@ -13,9 +13,8 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +22,9 @@ from torch import Tensor
 from .. import environment
 from . import LOCAL, Communicator, agreement, failures
 from .identity import LayerRecord, state_of
+from .shared_memory import Mismatch
+from .shared_memory import digest as digest_of
+from .sharing import Sharing, known_sharing, set_up_sharing
 
 
 class Exchange(NamedTuple):
@@ -56,36 +58,48 @@ class Exchange(NamedTuple):
             RuntimeError: another rank did not arrive within the group's timeout, or its process exited; or the exchange failed on this
                 rank. Names the layer.
         """
-        return self._exchanged(self.comm.all_reduce_, tensor, tensor.numel(), kind)
+        return self._exchanged(tensor, 0, kind)
 
     def merges(self, device: torch.device) -> bool:
-        """`Communicator.merges`."""
-        return self.comm.merges(device)
-
-    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
-        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`."""
-        # All shifts are known, or merged away.
-        return self._exchanged(lambda stats: self.comm.all_reduce_stats_(stats, channels), stats, stats.numel() - channels, "forward")
-
-    def signature(self, kind: str, values: int) -> str:
-        """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
-        return f"{kind} of {self._identity(self.group)}, {self._size(values)}, {self.dtype}, weighting {self.weighting}, eps {self.eps}"
-
-    def details(self) -> str:
-        """What may differ between ranks, for errors."""
-        shape = "" if self.shape is None else f"input {list(self.shape)}"
-        position = f"the {failures.ordinal(state_of(self.group).exchanges + 1)} exchange since the group was made"
-        return ", ".join(filter(None, (self._description(), shape, position)))
-
-    def _exchanged(self, collective: Callable[[Tensor], Tensor], tensor: Tensor, values: int, kind: str) -> Tensor:
-        if self.comm is LOCAL or torch.compiler.is_compiling():
-            return collective(tensor)
+        """`Communicator.merges`, or the ranks share memory. It may be the group's first exchange, and raises as `all_reduce_`."""
+        if self.comm.merges(device):
+            return True
         group = None
         try:
             group = self.group
-            self._verify(tensor, values, kind)
+            sharing = self._sharing() if device.type == "cpu" else None
+        except Exception as error:
+            raise self._failure(error, group, 0, "forward") from error
+        return sharing is not None and sharing.in_memory
+
+    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
+        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`."""
+        return self._exchanged(stats, channels, "forward")
+
+    def signature(self, kind: str, values: int) -> str:
+        """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
+        return _signature(self._identity(self.group), kind, values, *self[2:5], self.shape)
+
+    def details(self) -> str:
+        """What may differ between ranks, for errors."""
+        description = "" if self.record is None else self.record.description()
+        shape = "" if self.shape is None else f"input {list(self.shape)}"
+        return ", ".join(filter(None, (description, shape, _position(state_of(self.group).exchanges + 1))))
+
+    def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
+        """Of statistics, if `channels` is not 0."""
+        if self.comm is LOCAL or torch.compiler.is_compiling():
+            return self._over_the_group(tensor, channels)
+        values = tensor.numel() - channels  # all shifts are known, or merged away
+        group = None
+        try:
+            group = self.group
+            sharing = self._sharing() if tensor.is_cpu else None
+            if sharing is None or not sharing.in_memory:
+                self._verify(tensor.device, values, kind)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
-                total = self._logged(collective, tensor, values, kind) if environment.settings.debug else collective(tensor)
+                reduce = self._logged if environment.settings.debug else self._sum
+                total = reduce(sharing, tensor, channels, kind)
         except (agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
             raise  # local errors, not communication failures
         except Exception as error:
@@ -95,15 +109,47 @@ class Exchange(NamedTuple):
             self.record.join(group)
         return total
 
-    def _verify(self, tensor: Tensor, values: int, kind: str) -> None:
+    def _sharing(self) -> Sharing | None:
+        """How the ranks exchange CPU tensors; None if the communicator's own collective is all there is. A group's first call is
+        collective."""
+        if not self.comm.compares or torch.compiler.is_compiling():
+            return None
+        known = known_sharing(self.comm)
+        if known is None or not known.ready:
+            known = set_up_sharing(self.comm)
+            if environment.settings.debug:
+                _log().info("rank %d exchanges %s", self.rank, known.path)
+        return known
+
+    def _sum(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str) -> Tensor:
+        verifies = environment.settings.check != "off"
+        if sharing is None or (sharing.reason and not verifies):
+            return self._over_the_group(tensor, channels)
+        values = tensor.numel() - channels
+        digest = _digest(self._identity(self.group), kind, values, *self[2:5], self.shape) if verifies else _UNVERIFIED
+        try:
+            if sharing.in_memory:
+                return sharing.all_reduce_(self.comm, tensor, digest, channels)
+            total = sharing.all_reduce_(self.comm, tensor[channels:], digest)
+            return torch.cat([tensor[:channels], total]) if channels else total
+        except Mismatch:  # on every rank, so that all of them can compare signatures over the group
+            agreement.verify(self.comm, self.signature(kind, values), self.details(), tensor.device)
+            raise agreement.RankMismatchError(
+                f"another rank adds another number of values, or compares nothing (SYNCBN_CHECK), in {self.signature(kind, values)}"
+            ) from None
+
+    def _over_the_group(self, tensor: Tensor, channels: int) -> Tensor:
+        return self.comm.all_reduce_stats_(tensor, channels) if channels else self.comm.all_reduce_(tensor)
+
+    def _verify(self, device: torch.device, values: int, kind: str) -> None:
         mode = environment.settings.check
-        if mode == "off" or not self.comm.compares or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if mode == "off" or not self.comm.compares or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
         membership = None if self.record is None else self.record.memberships.get(self.group)
         first = self.record is not None and (membership is None or kind not in membership.verified)
         if not (first or mode == "always"):
             return
-        agreement.verify(self.comm, self.signature(kind, values), self.details(), tensor.device)
+        agreement.verify(self.comm, self.signature(kind, values), self.details(), device)
         if environment.settings.debug:
             _log().info("rank %d  %s  %s  compared", self.rank, self.layer, kind)
         if self.record is not None:
@@ -111,28 +157,45 @@ class Exchange(NamedTuple):
 
     def _failure(self, error: Exception, group: object, values: int, kind: str) -> RuntimeError:
         """`group` is None if it could not be made: to ask for it would try again."""
-        description = self._description()
+        description = "" if self.record is None else self.record.description()
         layer = self._identity(group) + (f" ({description})" if description else "")
-        position = failures.ordinal(1 if group is None else state_of(group).exchanges + 1)
-        exchange = f"{kind} exchange of {self._size(values)} (the {position} exchange since the group was made)"
+        number = 1 if group is None else state_of(group).exchanges + 1
+        exchange = f"{kind} exchange of {_size(values, self.shape)} ({_position(number)})"
         return failures.explained(error, layer, self.rank, self.world_size, exchange)
 
     def _identity(self, group: object) -> str:
         return self.layer if self.record is None else self.record.identity_in(group)
 
-    def _description(self) -> str:
-        return "" if self.record is None else self.record.description()
-
-    def _size(self, values: int) -> str:
-        return f"{values} values" if self.shape is None else f"{self.shape[1]} channels"
-
-    def _logged(self, collective: Callable[[Tensor], Tensor], tensor: Tensor, values: int, kind: str) -> Tensor:
+    def _logged(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str) -> Tensor:
         start = _now(tensor)
-        total = collective(tensor)
+        total = self._sum(sharing, tensor, channels, kind)
         milliseconds = (_now(tensor) - start) * 1e3
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        values, dtype = tensor.numel() - channels, str(tensor.dtype).removeprefix("torch.")
         _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, values, dtype, milliseconds)
         return total
+
+
+Shape = tuple[int, ...] | None
+
+
+def _signature(identity: str, kind: str, values: int, dtype: torch.dtype, weighting: str, eps: float, shape: Shape) -> str:
+    return f"{kind} of {identity}, {_size(values, shape)}, {dtype}, weighting {weighting}, eps {eps}"
+
+
+def _size(values: int, shape: Shape) -> str:
+    return f"{values} values" if shape is None else f"{shape[1]} channels"
+
+
+def _position(number: int) -> str:
+    return f"the {failures.ordinal(number)} exchange since the group was made"
+
+
+@functools.lru_cache(4096)  # of what a model exchanges in every step: to compose it would cost more than the exchange
+def _digest(*arguments: Any) -> int:
+    return digest_of(_signature(*arguments))
+
+
+_UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
 def _is_profiling() -> bool:

@@ -96,7 +96,7 @@ def _why_not() -> str:
     if not native.status()[0].loaded:
         return f"the compiled library is not loaded: {native.status()[0].reason}"
     if library() is None:
-        return "the compiled library was built without it, which needs Linux"
+        return "the compiled library was built without it: it needs Linux and a library of this version"
     return "" if FOLDER.is_dir() else f"there is no {FOLDER}"
 
 

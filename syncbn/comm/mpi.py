@@ -25,6 +25,11 @@ class Clone:
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
+        self.parts: list[MPI.Comm] = []  # communicators of some of its ranks
+
+    def free(self) -> None:
+        for comm in (*self.parts, self.comm):
+            comm.Free()
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,19 @@ class MPICommunicator(SumsAboutZero):
             clone = Clone(duplicates[0])
             self.comm.Set_attr(_CLONE, clone)
         return clone
+
+    @property
+    def timeout(self) -> float:
+        """Seconds."""
+        return environment.settings.mpi_timeout
+
+    def among(self, ranks: list[int]) -> MPICommunicator | None:
+        """`Communicator.among`."""
+        members = self.group.comm.Split(0 if self.rank in ranks else MPI.UNDEFINED, self.rank)
+        if members == MPI.COMM_NULL:
+            return None
+        self.group.parts.append(members)
+        return MPICommunicator(members)
 
     @property
     def rank(self) -> int:
@@ -128,4 +146,4 @@ def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
     InFlight(buffer).run(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer))
 
 
-_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.comm.Free(), nopython=False)
+_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.free(), nopython=False)

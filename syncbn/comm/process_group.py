@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
-from .duplicates import duplicate_of_default
+from .duplicates import destroy_with, duplicate_of_default, timeout_of
 from .failures import Incomplete
 from .sums import SumsAboutZero
 
@@ -18,8 +19,31 @@ class NotAMember(ValueError):
     """A process group that does not contain this rank."""
 
 
+class OfTorch(SumsAboutZero):
+    """What the communicators over a process group have in common."""
+
+    if TYPE_CHECKING:  # at run time a dataclass would take it for the default of its field
+
+        @property
+        def group(self) -> dist.ProcessGroup: ...
+
+    @property
+    def timeout(self) -> float:
+        """Seconds."""
+        return (timeout_of(self.group) or dist.default_pg_timeout).total_seconds()
+
+    def among(self, ranks: list[int]) -> ProcessGroupCommunicator | None:
+        """`Communicator.among`, over gloo."""
+        if self.group.rank() not in ranks:
+            return None
+        members = [dist.get_process_group_ranks(self.group)[rank] for rank in ranks]
+        group = dist.new_group(members, timeout_of(self.group), backend="gloo", use_local_synchronization=True)
+        destroy_with(self.group, group)
+        return ProcessGroupCommunicator(group)
+
+
 @dataclass(frozen=True)
-class ProcessGroupCommunicator(SumsAboutZero):
+class ProcessGroupCommunicator(OfTorch):
     """Exchanges in `group` itself."""
 
     group: dist.ProcessGroup
@@ -40,7 +64,7 @@ class ProcessGroupCommunicator(SumsAboutZero):
 
 
 @dataclass(frozen=True)
-class DefaultGroupCommunicator(SumsAboutZero):
+class DefaultGroupCommunicator(OfTorch):
     """Exchanges in a duplicate of the default group, which the first exchange makes: see duplicates.py."""
 
     default: dist.ProcessGroup

@@ -16,47 +16,34 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from .. import native
+from .failures import Incomplete
 
-WORDS = 256  # bytes of a signature in words; kSignatureBytes
 ALL_READ_ALL = 8  # up to this many ranks, each of them reads all slots; with more, each adds one segment
 
 _DONE, _WAITING, _MISMATCH, _ABANDONED, _FORKED = range(5)
 _ARRIVED, _LATE, _ENDED, _GAVE_UP = range(4)
 
-_library = torch.library.Library("syncbn", "FRAGMENT")
-_library.define("all_reduce_shared(Tensor(a!) memory, Tensor(b!) values, Tensor signature, int rank, int channels) -> int")
-_all_reduce = torch.ops.syncbn.all_reduce_shared.default
+
+class Forked(RuntimeError):
+    """This process is a fork of the one that took part in the exchanges."""
 
 
-class SharedExchangeError(RuntimeError):
+class SharedExchangeError(Incomplete):
     """An exchange in shared memory that cannot be completed: says which rank is missing, and whether its process lives."""
 
 
 class Mismatch(Exception):
-    """The ranks do not exchange the same. `words` of each rank, and the number of the exchange."""
-
-    def __init__(self, words: list[str], number: int) -> None:
-        super().__init__(words, number)
-        self.words, self.number = words, number
+    """The ranks do not exchange the same. Every rank gets this."""
 
 
-def signature(compared: str, details: str = "") -> Tensor:
-    """What a rank is about to exchange, as the op wants it. Ranks that differ in `compared` do not fit; `details` are only shown."""
-    digest = hashlib.sha256(compared.encode()).digest()[:8]
-    words = f"{compared}, {details}" if details else compared
-    return torch.frombuffer(bytearray(digest + shortened(words, WORDS - 1).ljust(WORDS, b"\0")), dtype=torch.uint8)
-
-
-def shortened(text: str, size: int) -> bytes:
-    """At most `size` bytes. The end says more than the middle: names differ in their last parts."""
-    data = text.encode()
-    return data if len(data) <= size else data[: size // 4] + b"..." + data[-(size - size // 4 - 3) :]
+def digest(signature: str) -> int:
+    """64 bits of what a rank is about to exchange."""
+    return int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "little")
 
 
 @functools.cache
@@ -66,10 +53,11 @@ def library() -> ctypes.CDLL | None:
     if not cpu.loaded:
         return None
     functions = ctypes.CDLL(str(cpu.path))
-    if not hasattr(functions, "syncbn_shared_bytes"):
+    if not hasattr(functions, "syncbn_shared_all_reduce"):
         return None
     address, rank = ctypes.c_void_p, ctypes.c_int
     for name, result, arguments in (
+        ("all_reduce", ctypes.c_int64, [address, rank, address, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint64]),
         ("bytes", ctypes.c_int64, [rank]),
         ("slots_offset", ctypes.c_int64, [rank]),
         ("create", None, [address, rank, ctypes.c_int]),
@@ -78,8 +66,6 @@ def library() -> ctypes.CDLL | None:
         ("start", None, [address, rank]),
         ("abandon", None, [address, rank]),
         ("presence", ctypes.c_int64, [address, rank, rank, ctypes.c_int]),
-        ("words", ctypes.c_char_p, [address, rank, rank]),
-        ("exchange_number", ctypes.c_uint64, [address, rank]),
     ):
         function = getattr(functions, f"syncbn_shared_{name}")
         function.restype, function.argtypes = result, arguments
@@ -99,6 +85,7 @@ class SharedMemory:
         functions = library()
         assert functions is not None
         self._functions, self.file, self.rank, self.names = functions, file, rank, names
+        self._all_reduce = functions.syncbn_shared_all_reduce
         self.memory = torch.frombuffer(mmap.mmap(file, bytes_for(len(names))), dtype=torch.uint8)
         self._address = self.memory.data_ptr()
         # A lock of this process on byte `rank`, not on the open file: flock's would live on in forked children, as data loaders have.
@@ -122,22 +109,26 @@ class SharedMemory:
         """By each rank, once all have joined."""
         self._functions.syncbn_shared_start(self._address, self.rank)
 
-    def all_reduce_(self, values: Tensor, signature: Tensor, timeout: float, channels: int = 0) -> Tensor:
+    def all_reduce_(self, values: Tensor, digest: int, timeout: float, channels: int = 0) -> Tensor:
         """The sum of `values`, contiguous float64, over the ranks of the host, in place, bitwise identical on all of them.
 
         With `channels` they are statistics [3 * channels + 2], each rank's about its own shift; see csrc/cpu/shared_memory.h.
 
         Raises:
-            Mismatch: on every rank, if their signatures or lengths differ. The next exchange may follow.
+            Mismatch: on every rank, if their digests or lengths differ. The next exchange may follow.
             SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has raised this.
                 No exchange can follow.
+            Forked: `memory` belongs to the parent of this process.
         """
-        if not self._turn.acquire(timeout=timeout):
+        if values.dtype is not torch.float64 or not values.is_contiguous() or not values.is_cpu:
+            raise ValueError(f"values must be contiguous float64 on the CPU, got {values.dtype} with strides {values.stride()}")
+        call = self._address, self.rank, values.data_ptr(), values.numel(), channels, digest
+        if not self._turn.acquire(True, timeout):
             raise SharedExchangeError(f"another thread of this process has been exchanging for {timeout:g} s")
         try:
-            status = _all_reduce(self.memory, values, signature, self.rank, channels)
+            status = self._all_reduce(*call)
             if status == _WAITING:
-                status = self._wait(lambda: _all_reduce(self.memory, values, signature, self.rank, channels), timeout)
+                status = self._wait(call, timeout)
             if status != _DONE:
                 raise self._error(status)
         except Mismatch:
@@ -153,9 +144,9 @@ class SharedMemory:
         """The other ranks' exchanges fail from now on, and this one's."""
         self._functions.syncbn_shared_abandon(self._address, self.rank)
 
-    def _wait(self, go_on: Callable[[], int], timeout: float) -> int:
+    def _wait(self, call: tuple, timeout: float) -> int:
         deadline = time.monotonic() + timeout
-        while (status := go_on()) == _WAITING:
+        while (status := self._all_reduce(*call)) == _WAITING:
             presence = self._presence()
             if _ENDED in presence.values():
                 raise SharedExchangeError(self._missing(presence))
@@ -176,13 +167,10 @@ class SharedMemory:
 
     def _error(self, status: int) -> Exception:
         if status == _MISMATCH:
-            words = [self._functions.syncbn_shared_words(self._address, self.rank, r) for r in range(len(self.names))]
-            return Mismatch(
-                [text.decode(errors="replace") for text in words], self._functions.syncbn_shared_exchange_number(self._address, self.rank)
-            )
+            return Mismatch()
         if status == _FORKED:
-            return SharedExchangeError(
-                "this process was forked after its parent's ranks had begun to exchange in shared memory:"
+            return Forked(
+                "this process was forked from one that already exchanges in shared memory:"
                 " start processes by spawn or forkserver, or make a process group after the fork"
             )
         presence = self._presence()

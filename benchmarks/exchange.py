@@ -1,0 +1,185 @@
+"""What an exchange costs on one host, and what it adds to a step, side by side in one run:  python -m benchmarks.exchange [--quick]
+
+Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
+by step. Writes benchmarks/results/exchange-MACHINE.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn import environment
+from syncbn.comm import resolve
+from syncbn.comm.exchange import Exchange
+
+from .report import Row, table
+from .timing import machine
+
+CHANNELS = (64, 512, 2048)
+RANKS = (2, 4)
+IMAGES = {2: (224, 64), 4: (64,)}  # ranks -> sizes
+GOALS = {  # (ranks, path at C = 64 or size of an image) -> at most
+    (2, "gloo group, shared"): 3.0,
+    (4, "gloo group, shared"): 100.0,
+    (2, "MPI, shared"): 3.0,
+    (2, 224): 1.03,
+    (2, 64): 1.10,
+    (4, 64): 1.25,
+}
+
+
+# ---- On each rank -----------------------------------------------------------------------------------------------------------------
+
+
+def groups() -> dict[str, Any]:
+    """What layers get as process_group: name -> group, of which some may not share memory."""
+    from mpi4py import MPI
+
+    made: dict[str, Any] = {}
+    for name, shares in (("", "0"), (", shared", "1")):
+        environment.reload({**os.environ, "SYNCBN_SHARED_MEMORY": shares})
+        made[f"gloo group{name}"], made[f"MPI{name}"] = dist.new_group(), MPI.COMM_WORLD.Dup()
+        for key in ("gloo group", "MPI"):  # the first exchange reads the variable
+            syncbn.SyncBatchNorm(1, process_group=made[key + name])(torch.randn(4, 1))
+    environment.reload()
+    return made
+
+
+def exchanges(made: dict[str, Any], channels: int, repeats: int) -> dict[str, float]:
+    """Median microseconds of a sum of 2 * channels + 1 numbers, as a layer asks for it, with everything that belongs to it."""
+    layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
+    samples: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(repeats):
+        for name, exchange in layers.items():
+            for _ in range(10):
+                values = torch.zeros(2 * channels + 1, dtype=torch.float64)
+                began = time.perf_counter()
+                exchange.all_reduce_(values, "forward")
+                samples[name].append((time.perf_counter() - began) * 1e6)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(before, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def small_resnet() -> nn.Module:
+    """15 batch norms."""
+    widths = (32, 32, 64, 64, 128, 128, 256)
+    blocks = [Block(before, width, 1 + (before != width)) for before, width in zip((32, *widths), widths, strict=False)]
+    stem = [nn.Conv2d(3, 32, 7, 4, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+
+
+def steps(made: dict[str, Any], size: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of a step with two images a rank."""
+    models = {"BatchNorm2d": small_resnet()}
+    for name, group in made.items():
+        models[name] = syncbn.convert_sync_batchnorm(small_resnet(), group)
+    calls = {name: DistributedDataParallel(model) for name, model in models.items()}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    x = torch.randn(2, 3, size, size)
+    for n in range(repeats + 2):
+        for name, model in calls.items():
+            dist.barrier()
+            began = time.perf_counter()
+            model(x).square().mean().backward()
+            if n >= 2:
+                samples[name].append((time.perf_counter() - began) * 1e3)
+    return {name: statistics.median(values) for name, values in samples.items()}
+
+
+def rank_main(quick: bool) -> None:
+    torch.set_num_threads(1)
+    syncbn.init_process_group("gloo", timeout=300)
+    ranks = dist.get_world_size()
+    made = groups()
+    rows: list[Row] = []
+    for channels in CHANNELS:
+        rows.append({"what": "exchange, µs", "ranks": ranks, "C": channels, **exchanges(made, channels, 20 if quick else 400)})
+    for size in IMAGES[ranks]:
+        rows.append({"what": "step, ms", "ranks": ranks, "image": size, **steps(made, size, 2 if quick else 40)})
+    if dist.get_rank() == 0:
+        print(json.dumps(rows), flush=True)
+    dist.destroy_process_group()
+
+
+# ---- The run ----------------------------------------------------------------------------------------------------------------------
+
+
+def run(ranks: int, quick: bool) -> list[Row]:
+    command = ["mpirun", "-n", str(ranks), sys.executable, "-m", "benchmarks.exchange", "--rank", *(["--quick"] if quick else [])]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratios(rows: list[Row]) -> list[Row]:
+    """Steps with synchronized layers over steps with BatchNorm2d."""
+    steps = [row for row in rows if row["what"] == "step, ms"]
+    paths = [name for name in (steps[0] if steps else {}) if name not in ("what", "ranks", "image", "BatchNorm2d")]
+    return [{"ranks": r["ranks"], "image": r["image"], **{name: r[name] / r["BatchNorm2d"] for name in paths}} for r in steps]
+
+
+def against_goals(rows: list[Row], ratio_rows: list[Row]) -> list[Row]:
+    figures = {(r["ranks"], name): r[name] for r in rows if r.get("C") == CHANNELS[0] for name in r if isinstance(r[name], float)}
+    figures |= {(r["ranks"], r["image"]): r["gloo group, shared"] for r in ratio_rows}
+    words = {True: "step / BatchNorm2d's, image of {}", False: "exchange of 129 numbers, µs, {}"}
+    return [
+        {"figure": words[isinstance(what, int)].format(what), "ranks": ranks, "value": figures[ranks, what], "goal": f"<= {most:g}"}
+        for (ranks, what), most in GOALS.items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
+    parser.add_argument("--rank", action="store_true", help="as mpirun calls it")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    if args.rank:
+        return rank_main(args.quick)
+    rows = [row for ranks in RANKS for row in run(ranks, args.quick)]
+    header = {"machine": machine("cpu"), "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    sections = {
+        "exchanges": [row for row in rows if "C" in row],
+        "steps": [row for row in rows if "image" in row],
+        "step / BatchNorm2d's": ratios(rows),
+    }
+    sections["goals"] = against_goals(rows, sections["step / BatchNorm2d's"])
+    table("machine", [header])
+    for name, section in sections.items():
+        table(name, section)
+    path = args.out / (re.sub(r"\W+", "-", f"exchange {header['machine']} {header['cores']} cores").strip("-") + ".json")
+    path.write_text(json.dumps({**header, **sections}, indent=1, ensure_ascii=False) + "\n")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+// What lies in the shared memory: header, a control block for each rank, two slots for each rank, the result area.
+#pragma once
+
+#include <sched.h>
+
+#include <atomic>
+#include <cstdint>
+
+#include "shared_memory.h"
+
+namespace syncbn::shared_memory {
+
+enum Stage : uint32_t { idle = 0, published, summed };
+
+struct alignas(64) Control {
+  // Written by its rank, read by all.
+  std::atomic<uint64_t> epoch;
+  std::atomic<uint32_t> abandoned;
+  std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
+  // Of its rank alone: where it is in the exchange. On a line of its own, for the others read the first one all the time.
+  alignas(64) uint64_t exchanges;
+  int64_t first;  // of the values in the piece
+  Stage stage;
+  int32_t forks;  // when it joined
+  int64_t spin;
+  // Written when it joins.
+  uint64_t random;
+  cpu_set_t cores;
+};
+
+struct alignas(64) Slot {
+  // One line, which every rank reads before it adds anything.
+  uint64_t count;
+  uint64_t channels;
+  uint64_t exchange;
+  uint64_t digest;
+  alignas(64) double values[kSlotNumbers];
+};
+
+struct alignas(64) Header {
+  int32_t ranks;
+  int32_t by_segments;
+};
+
+static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t>::is_always_lock_free);
+
+struct Memory {
+  char* base;
+
+  explicit Memory(const void* memory) : base(static_cast<char*>(const_cast<void*>(memory))) {}
+  Header& header() const { return *reinterpret_cast<Header*>(base); }
+  int ranks() const { return header().ranks; }
+  Control& control(int rank) const { return reinterpret_cast<Control*>(base + sizeof(Header))[rank]; }
+  Slot* slots() const { return reinterpret_cast<Slot*>(base + slots_offset(ranks())); }
+  Slot& slot(int rank, uint64_t epoch) const { return slots()[2 * rank + epoch % 2]; }
+  double* result() const { return reinterpret_cast<double*>(slots() + 2 * ranks()); }
+};
+
+}  // namespace syncbn::shared_memory

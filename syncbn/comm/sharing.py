@@ -1,0 +1,157 @@
+"""How the ranks of a group exchange CPU tensors: in memory that they share where they can, else over the group.
+
+    one host         in its memory
+    several hosts    sums in each host's memory ──► the first rank of each host over the group's backend ──► results in each host's memory
+    else             over the group, with a tag in the payload
+
+Every exchange is verified, at any step: no rank uses a sum to which another rank has added something else. In memory the ranks compare
+digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are R * t and R * t * t, then the
+sum of (t_i - t)^2 is 0, and all ranks have sent t. If they are not, they are so on no rank, and all ranks raise.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .meeting import PAYLOAD, REASON, Unusable, meet
+from .shared_memory import Mismatch, SharedMemory
+from .shared_memory import digest as digest_of
+
+if TYPE_CHECKING:
+    from . import Communicator
+
+TAG_BITS = 20  # t * t summed over up to 8192 ranks is an integer that float64 holds
+
+
+class Sharing:
+    """Of one group. The first exchange sets it up, on all ranks together."""
+
+    def __init__(self) -> None:
+        self.reason = ""  # why the ranks do not share memory
+        self.hosts = 1
+        self.timeout = 0.0
+        self.memory: SharedMemory | None = None
+        self.first_ranks: Communicator | None = None  # of several hosts; None on the other ranks
+        self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
+        self.ready = False
+
+    @property
+    def path(self) -> str:
+        """How the ranks exchange, in words."""
+        if self.reason:
+            return f"over the group: {self.reason}"
+        return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all ranks share one memory, in which statistics about different shifts can be added."""
+        return self.memory is not None and self.hosts == 1
+
+    def set_up(self, comm: Communicator) -> Sharing:
+        """Every rank calls it."""
+        with self._lock:
+            if not self.ready:
+                try:
+                    ranks, self.memory = meet(lambda row: gather(comm, row), comm.rank, comm.world_size)
+                    self.hosts, self.timeout = len(ranks), comm.timeout
+                    if self.hosts > 1:
+                        self.first_ranks = comm.among([host[0] for host in ranks])
+                except Unusable as why:
+                    self.reason = str(why)
+                self.ready = True
+        return self
+
+    def all_reduce_(self, comm: Communicator, values: Tensor, digest: int, channels: int = 0) -> Tensor:
+        """The sum of `values`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `values` itself, overwritten.
+
+        Args:
+            digest: of what this rank is about to exchange.
+            channels: not 0, where `in_memory`, for statistics about different shifts.
+
+        Raises:
+            Mismatch: on every rank, if they do not exchange the same.
+        """
+        if self.reason:
+            return verified(comm, values, digest)
+        if self.hosts > 1:
+            return self._over_hosts(values, digest)
+        assert self.memory is not None
+        return self.memory.all_reduce_(values, digest, self.timeout, channels)
+
+    def _over_hosts(self, values: Tensor, digest: int) -> Tensor:
+        n, t = values.numel(), tag(digest)
+        payload = torch.cat([values.flatten(), values.new_tensor([t, t * t])])
+        mismatch: Mismatch | None = None
+        if self.memory is not None:
+            try:
+                self.memory.all_reduce_(payload[:n], digest, self.timeout)
+            except Mismatch as error:  # the other hosts have to hear of it
+                mismatch = error
+                payload[n:] = torch.nan
+        if self.first_ranks is not None:
+            self._send(payload)
+        if mismatch is not None:
+            raise mismatch
+        if self.memory is not None:
+            if self.first_ranks is None:
+                payload.zero_()
+            self.memory.all_reduce_(payload, _RESULTS, self.timeout)
+        _check(payload[n:], self.hosts, t)
+        return payload[:n].view_as(values)
+
+    def _send(self, payload: Tensor) -> None:
+        """The sum over the hosts, on the first rank of each."""
+        assert self.first_ranks is not None
+        try:
+            self.first_ranks.all_reduce_(payload)
+        except BaseException:
+            if self.memory is not None:
+                self.memory.abandon()
+            raise
+        payload += 0.0  # a sum of nothing but -0.0 is 0.0 on every rank, as where others add zeros to it
+
+
+_RESULTS = digest_of("the sums of all hosts")
+_sharings: WeakKeyDictionary[Any, Sharing] = WeakKeyDictionary()
+
+
+def known_sharing(comm: Communicator) -> Sharing | None:
+    """Of this communicator's group; None before its first exchange, which makes it `ready`."""
+    return _sharings.get(comm.group)
+
+
+def set_up_sharing(comm: Communicator) -> Sharing:
+    """The same, made if need be. Every rank calls it."""
+    return _sharings.setdefault(comm.group, Sharing()).set_up(comm)
+
+
+def verified(comm: Communicator, values: Tensor, digest: int) -> Tensor:
+    """The sum over the group. Raises Mismatch on every rank if their tags differ; where lengths differ, the group's backend decides."""
+    n, t = values.numel(), tag(digest)
+    payload = comm.all_reduce_(torch.cat([values.flatten(), values.new_tensor([t, t * t])]))
+    _check(payload[n:], comm.world_size, t)
+    return payload[:n].view_as(values)
+
+
+def tag(digest: int) -> int:
+    return digest & ((1 << TAG_BITS) - 1)
+
+
+def _check(sums: Tensor, parts: int, t: int) -> None:
+    if sums.tolist() != [parts * t, parts * t * t]:
+        raise Mismatch
+
+
+def gather(comm: Communicator, row: bytes) -> list[bytes]:
+    """The rows of all ranks, PAYLOAD + REASON bytes each."""
+    size = PAYLOAD + REASON
+    # One byte more: where a rank adds something else meanwhile, float64 numbers, it is never of this size, and gloo notices.
+    table = torch.zeros(comm.world_size * size + 1, dtype=torch.uint8)
+    table[comm.rank * size : (comm.rank + 1) * size] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
+    rows = comm.all_reduce_(table)[:-1].view(comm.world_size, size)
+    return [r.numpy().tobytes() for r in rows]
