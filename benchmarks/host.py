@@ -14,7 +14,7 @@ import torch.distributed as dist
 import syncbn
 from syncbn import ops
 from syncbn.comm import ProcessGroupCommunicator
-from syncbn.exchange import Exchange
+from syncbn.comm.exchange import Exchange
 
 from . import timing
 from .cases import Inputs

@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="the benchmark prints tables")
 
 from benchmarks import cases, host, launches, timing
 from syncbn import ops
-from syncbn.exchange import Exchange
+from syncbn.comm.exchange import Exchange
 
 pytestmark = pytest.mark.world_size(1)
 
