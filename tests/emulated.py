@@ -43,15 +43,15 @@ ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 # ---- Building -----------------------------------------------------------------------------------------------------------------
 
 
-def compile_kernel(source: Path, target: Path, optimize: str = "-O1") -> None:
+def compile_kernel(source: Path, target: Path, *flags: str) -> None:
     """One csrc/cuda/*.cu, with the headers beside it, by g++."""
-    _compile([optimize, "-fsanitize=alignment", "-I", str(EMULATION / "include"), "-x", "c++", str(source)], target)
+    _compile(["-O1", "-fsanitize=alignment", "-I", str(EMULATION / "include"), *flags, "-x", "c++", str(source)], target)
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, *flags: str) -> Path:
     """The library of all four ops, from the kernels as they are; and of the kernel with faults."""
     for op in OPS:
-        compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o")
+        compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o", *flags)
     _compile_emulation(folder, "library", "scheduler")
     return link(folder, {})
 

@@ -33,6 +33,8 @@ SHAPES = [
     (33, 24, 2, 2),  # 3 and 6 vectors of channels: idle lanes
     (2, 3, 4, 5, 6),  # three dimensions
     (70, 8, 3, 3),  # more planes than warps
+    (37, 8, 7, 7),  # planes of 8, 16 or 32 lanes: several in a step, and steps that are not full
+    (21, 8, 14, 14),  # planes of a whole warp or more, the last step not full
     (1200, 16),  # more rows than one step of all blocks
     (40, 256),  # two blocks of which every thread has a sum to share
     (500, 128),  # more blocks in a group than rows in a block

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import resource
 import shutil
 from dataclasses import dataclass, replace
 
@@ -60,15 +61,34 @@ CHANGED = [
     Mutant("walk.cuh", "block % config.groups", "block / config.splits", "normalize"),
     Mutant("walk.cuh", "o * layout.C + group", "group * layout.outer + o", "normalize"),
     Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane / 8 * 8", "normalize"),
-    Mutant("walk.cuh", "lane >= 8 - head", "lane > 8 - head", "normalize"),
-    Mutant("walk.cuh", "edge < length;", "edge <= length;", "stats"),
+    Mutant("walk.cuh", "edge >= -run.head", "edge > -run.head", "normalize"),
+    Mutant("walk.cuh", "edge < before_end", "edge <= before_end", "normalize"),
+    Mutant("walk.cuh", "layout.inner < 8 ?", "layout.inner < 1 ?", "normalize"),
+    Mutant("walk.cuh", "edge < run.length;", "edge <= run.length;", "stats"),
+    Mutant("walk.cuh", "index * config.samples", "index", "stats"),
+    Mutant("walk.cuh", "layout.outer - o, config.samples", "config.samples, config.samples", "stats"),
+    Mutant("walk.cuh", "sample + u * config.samples_apart < run.samples", "sample < run.samples", "stats"),
+    Mutant("walk.cuh", "at + u * config.along < run.body_length()", "at < run.body_length()", "stats"),
+    Mutant("walk.cuh", "run.first + sample * config.sample_stride + at", "run.first + at", "normalize"),
+    Mutant("walk.cuh", "run.row + sample * layout.C, config.row_stride", "run.row, config.row_stride", "normalize"),
+    Mutant("walk.cuh", "begin < run.samples;", "begin < 1;", "normalize"),
+    Mutant("walk.cuh", "begin += 2 * E", "begin += E", "stats"),
+    Mutant("walk.cuh", "on_edge && sample + 2 * u < run.samples", "on_edge && sample < run.samples", "stats"),
+    Mutant("walk.cuh", "run.first + sample * config.sample_stride + edge", "run.first + edge", "backward_input"),
+    Mutant("walk.cuh", " 2 * config.sample_stride", " config.sample_stride", "backward_input"),
+    Mutant("walk.cuh", "run.row + sample * layout.C, 2", "run.row, 2", "normalize"),
+    Mutant("walk.cuh", ", 2 * layout.C,", ", layout.C,", "normalize"),
+    Mutant("launch.cuh", "&& sample_stride % 8 == 0", "", "normalize"),
+    Mutant("launch.cuh", "apart * sample_stride + along", "sample_stride + along", "stats"),
+    Mutant("launch.cuh", "config.row_stride = apart * layout.C", "config.row_stride = layout.C", "normalize"),
     Mutant("walk.cuh", "int64_t{piece} * config.piece", "int64_t{piece} * (config.piece - 8)", "stats"),
-    Mutant("walk.cuh", "lane * V", "lane", "backward_input"),
+    Mutant("walk.cuh", "- 1)) * V", "- 1))", "backward_input"),
+    Mutant("walk.cuh", "(lane & ((1 << config.lane_bits) - 1)) * V", "lane * V", "backward_input"),
     Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input"),
     Mutant("walk.cuh", "channel < layout.C &&", "channel <= layout.C &&", "normalize"),
     Mutant("walk.cuh", "row + u * rows < layout.outer", "row + u * rows <= layout.outer", "backward_input"),
     Mutant("walk.cuh", "runs - 1 - i", "runs - i", "backward_input"),
-    Mutant("walk.cuh", "steps - 1 - i", "i - split", "backward_input"),
+    Mutant("walk.cuh", "config.runs - 1 - i", "i - split", "backward_input", nth=1),
     Mutant("reduce.cuh", "(w * N + t % N) * stride + t / N", "(w * N + t / width) * stride + t % width", "stats"),
     Mutant("reduce.cuh", "split * C + first + column", "(first + column) * splits + split", "stats"),
     Mutant("reduce.cuh", "split < splits &&", "", "stats"),
@@ -96,8 +116,9 @@ CHANGED = [
     Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "stats"),
     Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "normalize"),
     Mutant("walk.cuh", "% 16 == 0", "% 4 == 0", "backward_reduce"),
-    Mutant("walk.cuh", " && layout.C % 8 == 0", "", "stats"),
-    Mutant("walk.cuh", " && layout.C % 8 == 0", "", "backward_input"),
+    Mutant("walk.cuh", " && layout.C % (mask ? 8 : V) == 0", "", "stats"),
+    Mutant("walk.cuh", " && layout.C % (mask ? 8 : V) == 0", "", "backward_input"),
+    Mutant("walk.cuh", "(mask ? 8 : V)", "V", "normalize"),
     Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane", "stats"),
     Mutant("launch.cuh", "ceil_div(ceil_div(layout.inner, pieces), 8) * 8", "ceil_div(layout.inner, pieces)", "stats"),
     # Statistics
@@ -107,19 +128,19 @@ CHANGED = [
     Mutant("stats.cu", "args.rank_weighted && count > 0 ? count : 1", "1", "stats"),
     Mutant("stats.cu", "&& count > 0 ? count : 1", "? count : 1", "stats"),
     Mutant("stats.cu", "args.rank_weighted ? count > 0", "args.rank_weighted ? 1", "stats"),
-    Mutant("stats.cu", "- shift_of<scalar_t>(args, walk", "- 0 * shift_of<scalar_t>(args, walk", "stats"),
+    Mutant("stats.cu", "- to_acc(channel_shift[j])", "", "stats"),
     Mutant("stats.cu", "c * args.layout.inner", "c", "stats"),
     Mutant("stats.cu", "args.shifted && args.layout.outer * args.layout.inner > 0", "args.shifted", "stats"),
     Mutant("finalize.cuh", "- offset * offset", "", "normalize"),
-    Mutant("finalize.cuh", "weights < 1 ? 1 : weights", "weights", "normalize"),
-    Mutant("finalize.cuh", "weights < 1 ? 1 : weights", "weights", "backward_reduce"),
+    Mutant("finalize.cuh", "channel.weight_sum < 1 ? 1 :", "", "normalize"),
+    Mutant("finalize.cuh", "channel.weight_sum < 1 ? 1 :", "", "backward_reduce"),
     Mutant("finalize.cuh", "n < 1 ? 1 : n", "n", "backward_input"),
     Mutant("finalize.cuh", "var < 0 ? 0 : var", "var", "normalize"),
-    Mutant("finalize.cuh", "clamped + stats.eps", "clamped", "normalize"),
-    Mutant("finalize.cuh", "stats.data[3 * C]", "stats.data[3 * C + 1]", "normalize"),
+    Mutant("finalize.cuh", "clamped + eps", "clamped", "normalize"),
+    Mutant("finalize.cuh", "stats[3 * C],", "stats[3 * C + 1],", "normalize"),
     Mutant("finalize.cuh", "(shift - hi) + offset", "(shift + offset) - hi", "normalize"),
-    Mutant("finalize.cuh", "read(bias, c) - lo * scale", "read(bias, c)", "normalize"),
-    Mutant("finalize.cuh", "rank_weighted ? weights", "false ? weights", "backward_input"),
+    Mutant("finalize.cuh", "channel.bias) - lo * scale", "channel.bias)", "normalize"),
+    Mutant("finalize.cuh", "rank_weighted ? channel", "false ? channel", "backward_input"),
     Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize"),
     Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize", 1),
     # The moving statistics
@@ -130,7 +151,12 @@ CHANGED = [
     Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count - 1", "normalize"),
     Mutant("normalize.cu", "!(count > 0) || factor == 0", "!(count > 0)", "normalize"),
     Mutant("normalize.cu", "!(count > 0) || factor == 0", "factor == 0", "normalize"),
-    Mutant("normalize.cu", "last && args.stats.data[3 * C + 1] > 0", "last", "normalize"),
+    Mutant("normalize.cu", "last && count > 0", "last", "normalize"),
+    Mutant("normalize.cu", "last = walk.group == 0", "last = true", "normalize"),
+    Mutant("normalize.cu", "updates && t == 0 &&", "updates &&", "normalize"),
+    # The workspace, null unless asked for
+    Mutant("normalize.cu", "args.num_batches_tracked && args.cumulative;", "false;", "normalize"),
+    Mutant("walk.cuh", "shares = config.splits > 1", "shares = config.splits > 2", "stats"),
     # Activations
     Mutant("activation.cuh", "!(z <= 0)", "z > 0", "normalize"),
     Mutant("activation.cuh", "1 + z * (1 - s)", "1 + z", "backward_input"),
@@ -150,6 +176,10 @@ CHANGED = [
 CASES = [
     Case((3, 5, 7), activation="relu", residual=True),
     Case((70, 8, 3, 3), dtype=torch.bfloat16, activation="silu"),
+    Case((37, 8, 7, 7), activation="relu", residual=True),
+    Case((37, 8, 7, 7), dtype=torch.bfloat16, activation="leaky_relu", residual=True),
+    Case((6, 44), activation="relu", residual=True),
+    Case((6, 44)),
     Case((1, 2, 40, 61), activation="leaky_relu", residual=True, momentum=None),
     Case((1, 2, 40, 61), activation="leaky_relu", unbiased=False),
     Case((1, 3, 606)),
@@ -172,13 +202,16 @@ def survives(path: str, op: str) -> None:
 
 
 def is_noticed(library, op: str) -> bool:  # noqa: F811
-    child = multiprocessing.get_context("fork").Process(target=survives, args=(library, op))
+    child = multiprocessing.get_context("fork").Process(target=survives_in_time, args=(library, op))
     child.start()
-    child.join(30)
-    if child.is_alive():
-        child.kill()
-        child.join()
+    child.join()
     return child.exitcode != 0
+
+
+def survives_in_time(path: str, op: str) -> None:
+    """The same, and ends after 30 s of processor time: a mutant may run for ever."""
+    resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+    survives(path, op)
 
 
 @pytest.mark.parametrize("op", emulated.OPS)

@@ -33,16 +33,22 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   SHARED(Affine<acc_t>, affines, Walk::max_columns);
   SHARED(Linear<acc_t>, rests, Walk::max_columns);
+  walk.first([&](auto step) {
+    prefetch(dy, step);
+    prefetch(x, step);
+  });
   const int64_t channel = walk.first_channel() + threadIdx.x;
   if (threadIdx.x < config.width * N && channel < C) {
-    const Moments m = finalize(args.stats, C, channel);
-    const auto affine = make_affine<acc_t>(m, args.weight, args.bias, channel);
-    const double n = effective_count(args.stats, args.layout, args.rank_weighted);
-    const double scale = args.weight.data ? m.invstd * read(args.weight, channel) : m.invstd;
-    const double slope = scale * m.invstd * args.sums[C + channel] / n;
+    const Channel loaded = load_channel(args, channel);
+    const double sum_dy = args.sums[channel], sum_dy_xhat = args.sums[C + channel];
+    const Moments m = finalize(loaded, args.stats.eps);
+    const auto affine = make_affine<acc_t>(m, loaded, args);
+    const double n = effective_count(loaded, args.layout, args.rank_weighted);
+    const double scale = scale_of(m, loaded, args);
+    const double slope = scale * m.invstd * sum_dy_xhat / n;
     const double lo = m.rest(static_cast<double>(affine.hi));
     affines[threadIdx.x] = affine;
-    rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * args.sums[channel] / n)};
+    rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * sum_dy / n)};
   }
   __syncthreads();
   Affine<acc_t> affine[N];
@@ -76,10 +82,12 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   });
 }
 
+std::array<const void*, 5> tensors(const BackwardInputArgs& args) { return {args.dy, args.x, args.residual, args.dx, args.dz}; }
+
 }  // namespace
 
 cudaError_t backward_input(const BackwardInputArgs& args, const Target& target) {
-  return launch<BackwardInputPlan>(args, target, {args.dy, args.x, args.residual, args.dx, args.dz}, [](auto value, auto walk) {
+  return launch<BackwardInputPlan>(args, target, tensors(args), args.mask, [](auto value, auto walk) {
     return backward_input_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }

@@ -25,9 +25,14 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   static_assert(Walk::max_columns * (sizeof(Affine<acc_t>) + sizeof(Moments)) + Walk::max_sum_bytes < SHARED_BYTES, "the launch would fail");
   const int64_t channel = walk.first_channel() + threadIdx.x;
   const bool owns_channel = threadIdx.x < config.width * N && channel < C;
+  walk.first([&](auto step) {
+    prefetch(dy, step);
+    prefetch(x, step);
+  });
   if (owns_channel) {
-    moments[threadIdx.x] = finalize(args.stats, C, channel);
-    table[threadIdx.x] = make_affine<acc_t>(moments[threadIdx.x], args.weight, args.bias, channel);
+    const Channel loaded = load_channel(args, channel);
+    moments[threadIdx.x] = finalize(loaded, args.stats.eps);
+    table[threadIdx.x] = make_affine<acc_t>(moments[threadIdx.x], loaded, args);
   }
   __syncthreads();
   Affine<acc_t> affine[N];
@@ -76,12 +81,18 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (args.dweight.data) write(args.dweight, channel, total.b);
 }
 
+std::array<const void*, 3> tensors(const BackwardReduceArgs& args) { return {args.dy, args.x, args.residual}; }
+
 }  // namespace
 
 cudaError_t backward_reduce(const BackwardReduceArgs& args, const Target& target) {
-  return launch<BackwardReducePlan>(args, target, {args.dy, args.x, args.residual}, [](auto value, auto walk) {
+  return launch<BackwardReducePlan>(args, target, tensors(args), args.mask, [](auto value, auto walk) {
     return backward_reduce_kernel<decltype(value), typename decltype(walk)::type>;
   });
+}
+
+bool uses_workspace(const BackwardReduceArgs& args, int sm_count) {
+  return shares_sums<BackwardReducePlan>(args, sm_count, tensors(args), args.mask);
 }
 
 }  // namespace syncbn::cuda

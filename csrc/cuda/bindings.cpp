@@ -35,6 +35,18 @@ struct Memory {
   }
 };
 
+// While it lives, this thread may allocate though another thread captures a graph, and does not invalidate that capture.
+class RelaxedCapture {
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+
+ public:
+  RelaxedCapture() { exchange(); }
+  ~RelaxedCapture() { exchange(); }
+
+ private:
+  void exchange() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+};
+
 // Memory for one launch on `stream`: counters that are 0, and space for partial sums.
 class Workspace {
   void* memory_;
@@ -44,9 +56,10 @@ class Workspace {
   Workspace(const Tensor& x, cudaStream_t stream, int sm_count) {
     cudaStreamCaptureStatus status;
     check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-    if (status == cudaStreamCaptureStatusActive) {
-      // A graph may be replayed on any stream, beside other work: each of its launches has memory from the graph's own pool, which
-      // takes it back as soon as the launch is captured, and a node that zeroes the counters.
+    // A graph may be replayed on any stream, beside other work: each of its launches has memory from the graph's own pool, which takes
+    // it back as soon as the launch is captured, and a node that zeroes the counters. And these two handles name no stream of their own:
+    // the one is another stream in each thread, the other another in each context.
+    if (status == cudaStreamCaptureStatusActive || stream == cudaStreamPerThread || stream == cudaStreamLegacy) {
       borrow(x, stream, sm_count);
       return;
     }
@@ -60,6 +73,7 @@ class Workspace {
       memory_ = found->second;
       return;
     }
+    const RelaxedCapture relaxed;
     const cudaError_t error = cudaMalloc(&memory_, workspace_bytes(sm_count));
     if (error == cudaErrorMemoryAllocation) {
       cudaGetLastError();  // forgets it
@@ -99,8 +113,9 @@ class Cuda : public Memory {
     check_cuda(cudaDeviceGetAttribute(&sm_count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
     const auto cuda_stream = static_cast<cudaStream_t>(stream);
-    const Workspace workspace(x_, cuda_stream, sm_count);
-    check_cuda(op(args, {sm_count, workspace.get(), cuda_stream}), kernel);
+    std::optional<Workspace> workspace;  // in a graph it is a node of its own, so only a launch that needs it has one
+    if (uses_workspace(args, sm_count)) workspace.emplace(x_, cuda_stream, sm_count);
+    check_cuda(op(args, {sm_count, workspace ? workspace->get() : nullptr, cuda_stream}), kernel);
   }
 
  public:

@@ -7,12 +7,14 @@
 
 #include "ops.h"
 
-// The three things that g++ cannot parse; tests/emulation has its own.
+// The five things that g++ cannot parse; tests/emulation has its own.
 #ifdef __CUDACC__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define LAUNCH(kernel, config, stream, ...) \
   kernel<<<(config).groups * (config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
+#define FORGET(value) asm volatile("" : "+l"(value))  // the compiler takes it for another one from here on
+#define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #endif
 
 namespace syncbn::cuda {
@@ -32,8 +34,15 @@ struct Config {
   int groups;        // of channels: a block works on one group
   int splits;        // blocks that share a group
   int width;         // neighbouring threads that lie on neighbouring channels
+  int64_t runs;      // that a group is walked in: a warp's (Planes), or a block's steps (Pixels)
   int pieces;        // into which a plane is cut,
-  int piece;         // each of so many elements
+  int piece;         // each of this many elements
+  int lane_bits;     // 2^lane_bits lanes of a warp lie on one plane
+  int samples;       // whose planes a run takes: more than 1 only if planes are not cut
+  // From a lane's vector to its next one in a step: either in another sample, or in the same plane.
+  int samples_apart, along;
+  int64_t vector_stride, row_stride;  // in elements, and in rows of the mask
+  int64_t sample_stride;              // from an element to the one of the next sample
   int threads;
   int shared_bytes;  // sum_bytes()
 };
@@ -50,14 +59,27 @@ inline int splits_for(int sm_count, int blocks_per_sm, int64_t groups, int64_t m
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(int64_t{sm_count} * blocks_per_sm / groups, max_splits)));
 }
 
-// inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8.
+// inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8. If
+// planes are smaller and all of one alignment, it takes several, each by 8 lanes at least: the edges of more would take more steps.
 inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);
-  const int64_t runs = layout.outer * pieces;
+  const int64_t vectors = ceil_div(layout.inner, vector);
+  const int64_t sample_stride = layout.C * layout.inner;
+  const bool small = vectors <= WARP && sample_stride % 8 == 0;
+  int lane_bits = small ? 3 : 5;
+  while (small && 1 << lane_bits < vectors) ++lane_bits;
+  const int apart = small ? WARP >> lane_bits : 0, along = small ? 0 : WARP * vector, samples = small ? apart * unroll : 1;
+  const int64_t runs = ceil_div(layout.outer, samples) * pieces;
   const int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
   const int splits = splits_for(sm_count, blocks_per_sm, layout.C, ceil_div(runs, warps));
-  return {static_cast<int>(layout.C), splits, 1, static_cast<int>(pieces), piece, warps * WARP, sum_bytes(warps, 1, 1)};
+  Config config{};
+  config.groups = static_cast<int>(layout.C), config.splits = splits, config.width = 1, config.runs = runs;
+  config.pieces = static_cast<int>(pieces), config.piece = piece;
+  config.lane_bits = lane_bits, config.samples = samples, config.samples_apart = apart, config.along = along;
+  config.vector_stride = apart * sample_stride + along, config.row_stride = apart * layout.C, config.sample_stride = sample_stride;
+  config.threads = warps * WARP, config.shared_bytes = sum_bytes(warps, 1, 1);
+  return config;
 }
 
 // inner == 1. A group is a tile of channels, `width` vectors wide; the rest of a warp lies on further rows. A tile is at most a memory
@@ -67,9 +89,12 @@ inline Config pixels_config(const Layout& layout, int vector, int unroll, int ma
   int width = 1;
   while (width < max_width && width < vectors) width *= 2;
   const int64_t groups = ceil_div(vectors, width);
-  const int64_t steps = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
-  const int splits = splits_for(sm_count, blocks_per_sm, groups, steps);
-  return {static_cast<int>(groups), splits, width, 1, 0, THREADS, sum_bytes(THREADS / WARP, width, vector)};
+  const int64_t runs = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
+  const int splits = splits_for(sm_count, blocks_per_sm, groups, runs);
+  Config config{};
+  config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
+  config.threads = THREADS, config.shared_bytes = sum_bytes(THREADS / WARP, width, vector);
+  return config;
 }
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,

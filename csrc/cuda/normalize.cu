@@ -17,15 +17,37 @@ __device__ inline double moved(double old, double next, double factor) {
   return factor < 0.5 ? old + factor * (next - old) : next - (1 - factor) * (next - old);
 }
 
-__device__ void update_running_stats(const NormalizeArgs& args, const Moments& m, int64_t c) {
-  const double count = args.stats.data[3 * args.layout.C + 1];
-  const int64_t tracked = args.num_batches_tracked && *args.num_batches_tracked > 0 ? *args.num_batches_tracked : 0;
-  const double factor = args.cumulative ? 1.0 / static_cast<double>(tracked + 1) : args.momentum;
+// What a channel's update of the moving statistics reads.
+struct Running {
+  Bits mean, var;
+  double count;
+  int64_t tracked;
+};
+
+__device__ Running load_running(const NormalizeArgs& args, int64_t c) {
+  return {load_bits(args.running_mean, c), load_bits(args.running_var, c), args.stats.data[3 * args.layout.C + 1],
+          args.cumulative && args.num_batches_tracked ? *args.num_batches_tracked : 0};
+}
+
+__device__ void update_running_stats(const NormalizeArgs& args, const Moments& m, const Running& old, int64_t c) {
+  const int64_t tracked = old.tracked > 0 ? old.tracked : 0;
+  const double count = old.count, factor = args.cumulative ? 1.0 / static_cast<double>(tracked + 1) : args.momentum;
   if (!(count > 0) || factor == 0) return;
   const double var = args.unbiased ? m.var * count / (count > 2 ? count - 1 : 1) : m.var;
-  const ChannelVector &mean = args.running_mean, &variance = args.running_var;
-  if (mean.data) write(mean, c, moved(read(mean, c), m.shift + m.offset, factor));
-  if (variance.data) write(variance, c, moved(read(variance, c), var, factor));
+  const double old_mean = to_double(args.running_mean.dtype, old.mean), old_var = to_double(args.running_var.dtype, old.var);
+  if (args.running_mean.data) write(args.running_mean, c, moved(old_mean, m.shift + m.offset, factor));
+  if (args.running_var.data) write(args.running_var, c, moved(old_var, var, factor));
+}
+
+// By one thread of the first block of each group. With a cumulative average each of these blocks has read num_batches_tracked before it
+// is counted here, and only the last one counted may change it; otherwise no block reads it.
+__device__ void count_batch(const NormalizeArgs& args, const Walk& walk, const Workspace& workspace, double count) {
+  bool last = walk.group == 0;
+  if (args.cumulative) {
+    __threadfence();
+    last = atomicInc(workspace.normalize_counter, walk.config.groups - 1) == walk.config.groups - 1;
+  }
+  if (last && count > 0) *args.num_batches_tracked += 1;
 }
 
 template <typename scalar_t, class Walk>
@@ -44,18 +66,23 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   SHARED(Affine<acc_t>, table, Walk::max_columns + behind);
   const int t = threadIdx.x, columns = config.width * N;
   const int64_t channel = walk.first_channel() + t;
-  if (t < columns + behind && channel < C) {
-    const Moments m = finalize(args.stats, C, channel);
-    table[t] = make_affine<acc_t>(m, args.weight, args.bias, channel);
-    if (walk.split == 0 && t < columns) update_running_stats(args, m, channel);
+  const bool owns_channel = t < columns + behind && channel < C, updates = owns_channel && walk.split == 0 && t < columns;
+  walk.first([&](auto step) {
+    prefetch(x, step);
+    if (residual) prefetch(residual, step);
+  });
+  Moments moments{};
+  Running running{};
+  if (owns_channel) {
+    const Channel loaded = load_channel(args, channel);
+    if (updates) running = load_running(args, channel);
+    moments = finalize(loaded, args.stats.eps);
+    table[t] = make_affine<acc_t>(moments, loaded, args);
   }
   __syncthreads();
-  // Every group's first block has read num_batches_tracked before it is counted here; the last one counted may change it.
-  if (args.num_batches_tracked && walk.split == 0 && t == 0) {
-    __threadfence();
-    const bool last = atomicInc(workspace.normalize_counter, config.groups - 1) == config.groups - 1;
-    if (last && args.stats.data[3 * C + 1] > 0) *args.num_batches_tracked += 1;
-  }
+  // After the barrier: the other warps already load x.
+  if (updates) update_running_stats(args, moments, running, channel);
+  if (updates && t == 0 && args.num_batches_tracked) count_batch(args, walk, workspace, running.count);
 
   Affine<acc_t> affine[N];
 #pragma unroll
@@ -102,12 +129,16 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   });
 }
 
+std::array<const void*, 3> tensors(const NormalizeArgs& args) { return {args.x, args.residual, args.y}; }
+
 }  // namespace
 
 cudaError_t normalize(const NormalizeArgs& args, const Target& target) {
-  return launch<NormalizePlan>(args, target, {args.x, args.residual, args.y}, [](auto value, auto walk) {
+  return launch<NormalizePlan>(args, target, tensors(args), args.mask, [](auto value, auto walk) {
     return normalize_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
+
+bool uses_workspace(const NormalizeArgs& args, int) { return args.num_batches_tracked && args.cumulative; }
 
 }  // namespace syncbn::cuda

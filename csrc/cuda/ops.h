@@ -7,12 +7,19 @@
 
 namespace syncbn::cuda {
 
-// Where to launch. The workspace (launch.cuh) belongs to one stream; its counters are 0 before the first launch and after each.
+// Where to launch. The workspace (launch.cuh) belongs to one stream, and to one kernel of it at a time: a launch that starts before the
+// one before it has ended (programmatic dependent launch) would need another. Its counters are 0 before the first launch and after each.
 struct Target {
   int sm_count;
   void* workspace;
   cudaStream_t stream;
 };
+
+// Whether an op's blocks meet in the workspace; if not, target.workspace may be null.
+bool uses_workspace(const StatsArgs& args, int sm_count);
+bool uses_workspace(const NormalizeArgs& args, int sm_count);
+bool uses_workspace(const BackwardReduceArgs& args, int sm_count);
+inline bool uses_workspace(const BackwardInputArgs&, int) { return false; }
 
 cudaError_t stats(const StatsArgs& args, const Target& target);
 cudaError_t normalize(const NormalizeArgs& args, const Target& target);

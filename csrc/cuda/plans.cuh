@@ -1,7 +1,7 @@
 // A Plan: how an op fills the machine. Chosen at build time, by the bytes of an element of x.
 //
 //   planes_blocks, pixels_blocks   blocks that are resident on an SM: their number bounds a thread's registers, and must not make it
-//                                  spill. 4 blocks leave 64 registers, 3 leave 80, 2 leave 128.
+//                                  spill. 4 blocks leave 64 registers, 3 leave 80, 2 leave 128; sums in double take more.
 //   planes_unroll, pixels_unroll   vectors of each tensor that a thread loads in one step, before it uses the first
 //   pixels_width                   vectors of 16 bytes in a tile of channels, at most: a power of 2 up to 8, a memory line
 //   reversed                       the blocks walk from the last element to the first
@@ -29,21 +29,21 @@ struct StatsPlan {
 
 template <int bytes>
 struct NormalizePlan {
-  static constexpr int planes_blocks = 4, planes_unroll = 2;
+  static constexpr int planes_blocks = bytes < 8 ? 4 : 3, planes_unroll = 2;
   static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 8;
   static constexpr bool reversed = true, sums = false;
 };
 
 template <int bytes>
 struct BackwardReducePlan {
-  static constexpr int planes_blocks = 3, planes_unroll = 2;
+  static constexpr int planes_blocks = bytes < 8 ? 3 : 2, planes_unroll = 2;
   static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 8;
   static constexpr bool reversed = false, sums = true;
 };
 
 template <int bytes>
 struct BackwardInputPlan {
-  static constexpr int planes_blocks = 4, planes_unroll = 2;
+  static constexpr int planes_blocks = bytes < 8 ? 4 : 3, planes_unroll = 2;
   static constexpr int pixels_blocks = 2, pixels_unroll = 2, pixels_width = 8;
   static constexpr bool reversed = true, sums = false;
 };

@@ -22,6 +22,7 @@ struct Workspace {
 };
 
 inline Workspace workspace(const Target& target) {
+  if (!target.workspace) return {};
   auto* counters = static_cast<unsigned*>(target.workspace);
   return {counters, counters + max_sharing_blocks(target.sm_count),
           reinterpret_cast<Pair*>(static_cast<char*>(target.workspace) + counter_bytes(target.sm_count))};

@@ -12,11 +12,11 @@
 namespace syncbn::cuda {
 namespace {
 
-// What is subtracted from the values of channel c: its first value, or 0.
+// What is subtracted from the values of channel c: its first value, or 0. Read before it is needed, as every block of the channel does.
 template <typename scalar_t>
-__device__ double shift_of(const StatsArgs& args, int64_t c) {
+__device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
   const bool has_value = args.shifted && args.layout.outer * args.layout.inner > 0 && c < args.layout.C;
-  return has_value ? to_acc(static_cast<const scalar_t*>(args.x)[c * args.layout.inner]) : 0;
+  return has_value ? static_cast<const scalar_t*>(args.x)[c * args.layout.inner] : scalar_t{};
 }
 
 template <typename scalar_t, class Walk>
@@ -28,6 +28,9 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   const Walk walk(args.layout, config);
   static_assert(Walk::max_sum_bytes < SHARED_BYTES, "the launch would fail");
 
+  scalar_t channel_shift[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) channel_shift[j] = shift_of<scalar_t>(args, walk.first_channel() + walk.column() + j);
   acc_t shift[N] = {}, s1[S] = {}, s2[S] = {};
   int n = 0;
   bool shifted = false;
@@ -69,17 +72,18 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   Pair sums[N];
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    const double k = shift[j] - shift_of<scalar_t>(args, walk.first_channel() + walk.column() + j), sum = s1[j], sumsq = s2[j];
+    const double k = static_cast<double>(shift[j]) - to_acc(channel_shift[j]), sum = s1[j], sumsq = s2[j];
     sums[j] = {all * k + sum, sumsq + k * (2 * sum + all * k)};
   }
+  const int64_t C = args.layout.C, channel = walk.first_channel() + threadIdx.x;
+  const scalar_t own_shift = shift_of<scalar_t>(args, channel);
   Pair total = block_sum(sums, config.width);
   if (!grid_sum(total, walk, workspace)) return;
 
-  const int64_t C = args.layout.C, channel = walk.first_channel() + threadIdx.x;
   const double count = static_cast<double>(args.layout.outer * args.layout.inner);
   const double samples = args.rank_weighted && count > 0 ? count : 1;
   if (threadIdx.x < config.width * N && channel < C) {
-    args.stats[channel] = shift_of<scalar_t>(args, channel);
+    args.stats[channel] = to_acc(own_shift);
     args.stats[C + channel] = total.a / samples;
     args.stats[2 * C + channel] = total.b / samples;
   }
@@ -89,12 +93,16 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   }
 }
 
+std::array<const void*, 1> tensors(const StatsArgs& args) { return {args.x}; }
+
 }  // namespace
 
 cudaError_t stats(const StatsArgs& args, const Target& target) {
-  return launch<StatsPlan>(args, target, {args.x}, [](auto value, auto walk) {
+  return launch<StatsPlan>(args, target, tensors(args), nullptr, [](auto value, auto walk) {
     return stats_kernel<decltype(value), typename decltype(walk)::type>;
   });
 }
+
+bool uses_workspace(const StatsArgs& args, int sm_count) { return shares_sums<StatsPlan>(args, sm_count, tensors(args), nullptr); }
 
 }  // namespace syncbn::cuda

@@ -83,14 +83,38 @@ cudaError_t dispatch(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// Per-channel vectors are read and written once per channel and block: their type is a run-time matter.
-__device__ inline double read(const ChannelVector& v, int64_t c) {
+// A channel's value as it lies in memory. A kernel loads all that it needs of a channel before it converts the first: converted where
+// they are loaded, each would wait for the one before it.
+struct Bits {
+  uint64_t word;
+};
+
+// Per-channel vectors are read and written once per channel and block: their type is a run-time matter. An absent one has no bits.
+__device__ inline Bits load_bits(const ChannelVector& v, int64_t c) {
+  if (!v.data) return {0};
   c *= v.stride;
   switch (v.dtype) {
-    case DType::float32: return static_cast<const float*>(v.data)[c];
-    case DType::float16: return __half2float(static_cast<const __half*>(v.data)[c]);
-    case DType::bfloat16: return __bfloat162float(static_cast<const __nv_bfloat16*>(v.data)[c]);
-    case DType::float64: return static_cast<const double*>(v.data)[c];
+    case DType::float32: return {static_cast<const uint32_t*>(v.data)[c]};
+    case DType::float16:
+    case DType::bfloat16: return {static_cast<const uint16_t*>(v.data)[c]};
+    case DType::float64: return {static_cast<const uint64_t*>(v.data)[c]};
+  }
+  return {0};
+}
+
+template <typename T>
+__device__ inline T as(Bits bits) {
+  T value;
+  memcpy(&value, &bits.word, sizeof(T));
+  return value;
+}
+
+__device__ inline double to_double(DType dtype, Bits bits) {
+  switch (dtype) {
+    case DType::float32: return as<float>(bits);
+    case DType::float16: return __half2float(as<__half>(bits));
+    case DType::bfloat16: return __bfloat162float(as<__nv_bfloat16>(bits));
+    case DType::float64: return as<double>(bits);
   }
   return 0;
 }

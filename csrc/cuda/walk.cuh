@@ -1,13 +1,13 @@
 // Which thread works on which elements of [outer, C, inner]. The two classes are all that differs between the layouts.
 //
-// A walk hands its body one Step after the other: up to `unroll` vectors of `vector` neighbours in memory, whose loads are
+// each() hands its body one Step after the other, first() only the first run's: up to `unroll` vectors of `vector` neighbours in memory, whose loads are
 // independent. All threads of a warp take the same steps, so a body may use warp primitives. Of a vector's elements, all belong
 // to one channel (channels == 1, Planes), or each to its own (channels == vector, Pixels).
 //
 // A reversed walk starts where a forward one ended, so that its first reads hit what the previous kernel left in L2.
 #pragma once
 
-#include <initializer_list>
+#include <array>
 
 #include "launch.cuh"
 #include "plans.cuh"
@@ -36,6 +36,17 @@ __device__ inline void load(Vec<scalar_t, W> (&to)[U], const scalar_t* from, con
   }
 }
 
+// Asks for the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Elements at the
+// edges of planes lie on the same lines.
+template <typename scalar_t, int W, int U>
+__device__ inline void prefetch(const scalar_t* from, const Step<W, U>& step) {
+  if (W == 1) return;
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    if (u < step.count) PREFETCH(from + step.index(u));
+  }
+}
+
 __device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
 
 struct Walk {
@@ -50,14 +61,16 @@ struct Walk {
   }
 };
 
-// inner > 1: a block has one channel, a warp takes a piece of a plane in one step. Pieces begin and end at multiples of 8
-// elements, which is the alignment of every vector and a byte of the mask; what a plane has before and behind is its edge.
+// inner > 1: a block has one channel. A warp takes a piece of a plane in one step or, if a plane is at most a vector for each lane, the
+// planes of several samples, whose edges then share steps, too. Pieces begin and end at multiples of 8 elements, which is the alignment of every vector and a byte of the mask; the edge of a plane
+// is what it has before its first such multiple and after its last.
 template <int V, int U, int B, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = V, channels = 1, max_columns = 1, unroll = U, blocks_per_sm = B;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
   static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
-  static constexpr int sums = V < 4 ? V : 4;  // that a thread keeps: independent ones, for the latency of an addition
+  // Sums that a thread keeps: independent ones, for the latency of an addition; fewer where vectors take more registers.
+  static constexpr int sums = V == 8 ? 2 : V < 4 ? V : 4;
   static constexpr int shift_vectors = 1;  // behind a shift of stats: 512 bytes of the channel
 
   static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, U, B, sm_count); }
@@ -67,29 +80,76 @@ struct Planes : Walk {
   __device__ int64_t first_channel() const { return group; }
   __device__ int column() const { return 0; }
 
+  __device__ int64_t first_run() const { return int64_t{split} * (blockDim.x / WARP) + threadIdx.x / WARP; }
+
   template <class Body>
   __device__ void each(Body&& body) const {
-    const int warps = blockDim.x / WARP, lane = threadIdx.x % WARP;
-    const int64_t runs = layout.outer * config.pieces;
-    for (int64_t i = int64_t{split} * warps + threadIdx.x / WARP; i < runs; i += int64_t{config.splits} * warps) {
-      const int64_t run = reversed ? runs - 1 - i : i;
-      // Where planes are cut at all, 2^32 runs would be more than 2^38 elements.
-      const int64_t o = config.pieces == 1 ? run : static_cast<uint32_t>(run) / static_cast<uint32_t>(config.pieces);
-      const int piece = static_cast<int>(run - o * config.pieces);
+    const int64_t stride = int64_t{config.splits} * (blockDim.x / WARP);
+    for (int64_t i = first_run(); i < config.runs; i += stride) run(i, body);
+  }
 
-      const int64_t row = o * layout.C + group;
-      const int64_t plane = row * layout.inner, plane_end = plane + layout.inner;
-      const int64_t first = (plane + 7) / 8 * 8 + int64_t{piece} * config.piece;
-      const int length = clamped(plane_end - first, config.piece);
-      const int body_length = length / 8 * 8;
-      // Lanes 0 to 7 lie on the byte of the mask before the body, 8 to 15 on the one behind it.
-      const int head = piece == 0 ? static_cast<int>(first - plane) : 0;
-      const int edge = lane < 8 ? lane - 8 : body_length + lane - 8;
-      const bool on_edge = lane < 8 ? lane >= 8 - head && edge < plane_end - first : lane < 16 && edge < length;
+  template <class Body>
+  __device__ void first(Body&& body) const {
+    if (first_run() < config.runs) run(first_run(), body);
+  }
 
-      const int mine = lane * V;
-      body(Step<V, unroll>{first + mine, WARP * V, row, 0, clamped((body_length - mine + WARP * V - 1) / (WARP * V), unroll)});
-      if (head > 0 || body_length < length) body(Step<1, 1>{first + edge, 0, row, 0, on_edge});
+ private:
+  static constexpr int E = U < 2 ? U : 2;  // vectors of one element in a step of edges
+
+  // A run: a piece of a plane, or the planes of several samples, from each to the next config.sample_stride elements.
+  struct Run {
+    int64_t first, row;  // element where the vectors begin, in the first sample; and its row of the mask
+    int head, length;    // elements before that, and from there on
+    int samples;
+
+    __device__ int body_length() const { return length / 8 * 8; }
+    __device__ bool has_edges() const { return head > 0 || length % 8 > 0; }
+  };
+
+  __device__ Run run_at(int64_t i) const {
+    const int64_t index = reversed ? config.runs - 1 - i : i;
+    // Where planes are cut at all, 2^32 runs would be more than 2^38 elements.
+    const int64_t o = config.pieces == 1 ? index * config.samples : static_cast<uint32_t>(index) / static_cast<uint32_t>(config.pieces);
+    const int piece = config.pieces == 1 ? 0 : static_cast<int>(index - o * config.pieces);
+    const int64_t row = o * layout.C + group, plane = row * layout.inner;
+    const int64_t first = (plane + 7) / 8 * 8 + int64_t{piece} * config.piece;
+    return {first, row, piece == 0 ? static_cast<int>(first - plane) : 0, clamped(plane + layout.inner - first, config.piece),
+            clamped(layout.outer - o, config.samples)};
+  }
+
+  template <class Body>
+  __device__ void run(int64_t i, Body&& body) const {
+    const Run run = run_at(i);
+    const bool has_edges = run.has_edges();
+    vectors(run, body);
+    if (!has_edges) return;
+    FORGET(i);  // computed again, the run takes no registers while the body works on vectors
+    edges(run_at(i), body);
+  }
+
+  template <class Body>
+  __device__ void vectors(const Run& run, Body&& body) const {
+    const int lane = threadIdx.x % WARP, sample = lane >> config.lane_bits, at = (lane & ((1 << config.lane_bits) - 1)) * V;
+    int count = 0;
+#pragma unroll
+    for (int u = 0; u < U; ++u) count += sample + u * config.samples_apart < run.samples && at + u * config.along < run.body_length();
+    body(Step<V, U>{run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride,
+                    count});
+  }
+
+  // Of 16 lanes 0 to 7 lie on the byte of the mask before the vectors, 8 to 15 on the one after them; the other 16 on the next sample.
+  template <class Body>
+  __device__ void edges(const Run& run, Body&& body) const {
+    const int lane = threadIdx.x % WARP, at = lane % 16, edge = at < 8 ? at - 8 : run.body_length() + at - 8;
+    const int before_end = layout.inner < 8 ? static_cast<int>(layout.inner) - run.head : 1;  // all of such a plane may lie in one byte
+    const bool on_edge = at < 8 ? edge >= -run.head && edge < before_end : edge < run.length;
+    for (int begin = 0; begin < run.samples; begin += 2 * E) {
+      const int sample = begin + lane / 16;
+      int count = 0;
+#pragma unroll
+      for (int u = 0; u < E; ++u) count += on_edge && sample + 2 * u < run.samples;
+      body(Step<1, E>{run.first + sample * config.sample_stride + edge, 2 * config.sample_stride, run.row + sample * layout.C, 2 * layout.C,
+                      count});
     }
   }
 };
@@ -113,16 +173,24 @@ struct Pixels : Walk {
 
   template <class Body>
   __device__ void each(Body&& body) const {
+    for (int64_t i = split; i < config.runs; i += config.splits) run(i, body);
+  }
+
+  template <class Body>
+  __device__ void first(Body&& body) const {
+    if (split < config.runs) run(split, body);
+  }
+
+ private:
+  template <class Body>
+  __device__ void run(int64_t i, Body&& body) const {
     const int rows = blockDim.x / config.width;
     const int64_t channel = first_channel() + column();
-    const int64_t steps = (layout.outer + rows * unroll - 1) / (rows * unroll);
-    for (int64_t i = split; i < steps; i += config.splits) {
-      const int64_t row = (reversed ? steps - 1 - i : i) * rows * unroll + threadIdx.x / config.width;
-      int count = 0;  // by comparisons: the loads would wait for a division of 64 bits
+    const int64_t row = (reversed ? config.runs - 1 - i : i) * rows * U + threadIdx.x / config.width;
+    int count = 0;  // by comparisons: the loads would wait for a division of 64 bits
 #pragma unroll
-      for (int u = 0; u < unroll; ++u) count += channel < layout.C && row + u * rows < layout.outer;
-      body(Step<V, unroll>{row * layout.C + channel, rows * layout.C, row, rows, count});
-    }
+    for (int u = 0; u < U; ++u) count += channel < layout.C && row + u * rows < layout.outer;
+    body(Step<V, U>{row * layout.C + channel, rows * layout.C, row, rows, count});
   }
 };
 
@@ -136,31 +204,51 @@ using PlanesOf = Planes<V, Plan::planes_unroll, Plan::planes_blocks, Plan::rever
 template <int V, class Plan>
 using PixelsOf = Pixels<V, Plan::pixels_unroll, Plan::pixels_blocks, Plan::pixels_width, Plan::reversed>;
 
-// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and if inner is 1, rows of whole
-// bytes of the mask. Everything else (a view with an offset, 3 channels) is walked element by element.
-template <int V, class Plan, class F>
-cudaError_t with_walk(const Layout& layout, std::initializer_list<const void*> tensors, F&& f) {
+// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and if inner is 1, rows of whole vectors,
+// or with a mask of whole bytes of it. Everything else (a view with an offset, 3 channels) is walked element by element.
+template <int V, class Plan, size_t n, class F>
+cudaError_t with_walk(const Layout& layout, const std::array<const void*, n>& tensors, const void* mask, F&& f) {
   bool aligned = true;
   for (const void* p : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
   if (layout.inner != 1) return aligned ? f(Type<PlanesOf<V, Plan>>()) : f(Type<PlanesOf<1, Plan>>());
-  return aligned && layout.C % 8 == 0 ? f(Type<PixelsOf<V, Plan>>()) : f(Type<PixelsOf<1, Plan>>());
+  return aligned && layout.C % (mask ? 8 : V) == 0 ? f(Type<PixelsOf<V, Plan>>()) : f(Type<PixelsOf<1, Plan>>());
 }
 
-// Launches an op's kernel for the type of x and the walk that fits: kernel_of(a value of the one, the Type of the other).
-template <template <int> class PlanFor, class Args, class KernelOf>
-cudaError_t launch(const Args& args, const Target& target, std::initializer_list<const void*> tensors, KernelOf&& kernel_of) {
+// Runs f(a value of the type of x, the Type of the walk, the launch configuration) for an op's arguments.
+template <template <int> class PlanFor, class Args, size_t n, class F>
+cudaError_t with_config(const Args& args, int sm_count, const std::array<const void*, n>& tensors, const void* mask, F&& f) {
   return dispatch(args.dtype, [&](auto value) {
     using Plan = PlanFor<sizeof(value)>;
-    return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, [&](auto type) {
+    return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, mask, [&](auto type) {
       using Walk = typename decltype(type)::type;
       static_assert(Walk::blocks_per_sm <= MAX_BLOCKS_PER_SM, "the workspace has no space for this many partial sums");
-      Config config = Walk::make_config(args.layout, target.sm_count);
+      Config config = Walk::make_config(args.layout, sm_count);
       if (!Plan::sums) config.shared_bytes = 0;
-      const auto kernel = kernel_of(value, type);
-      LAUNCH(kernel, config, target.stream, args, config, workspace(target));
-      return cudaGetLastError();
+      return f(value, type, config);
     });
   });
+}
+
+// Launches an op's kernel: kernel_of(a value of the type of x, the Type of the walk).
+template <template <int> class PlanFor, class Args, size_t n, class KernelOf>
+cudaError_t launch(const Args& args, const Target& target, const std::array<const void*, n>& tensors, const void* mask,
+                   KernelOf&& kernel_of) {
+  return with_config<PlanFor>(args, target.sm_count, tensors, mask, [&](auto value, auto type, const Config& config) {
+    const auto kernel = kernel_of(value, type);
+    LAUNCH(kernel, config, target.stream, args, config, workspace(target));
+    return cudaGetLastError();
+  });
+}
+
+// Whether several blocks add to one sum in that launch.
+template <template <int> class PlanFor, class Args, size_t n>
+bool shares_sums(const Args& args, int sm_count, const std::array<const void*, n>& tensors, const void* mask) {
+  bool shares = false;
+  with_config<PlanFor>(args, sm_count, tensors, mask, [&](auto, auto, const Config& config) {
+    shares = config.splits > 1;
+    return cudaSuccess;
+  });
+  return shares;
 }
 
 }  // namespace syncbn::cuda

@@ -23,6 +23,8 @@
 #define LAUNCH(kernel, config, stream, ...)                                           \
   emulation::launch((config).groups * (config).splits, (config).threads, (config).shared_bytes, \
                     [&] { kernel(__VA_ARGS__); })
+#define FORGET(value) (void)(value)
+#define PREFETCH(address) (void)(address)
 
 #define EMULATION_STRING_(x) #x
 #define EMULATION_STRING(x) EMULATION_STRING_(x)

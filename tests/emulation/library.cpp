@@ -18,7 +18,8 @@ const char* run(cudaError_t (*op)(const Args&, const Target&), const Args& args,
   std::vector<unsigned char> workspace(workspace_bytes(sm_count) + GUARD, 0xff);
   std::fill_n(workspace.begin(), counter_bytes(sm_count), 0);
   emulation::seed(seed);
-  if (op(args, {sm_count, workspace.data(), nullptr}) != cudaSuccess) return "the launcher refused its arguments";
+  void* const given = uses_workspace(args, sm_count) ? workspace.data() : nullptr;
+  if (op(args, {sm_count, given, nullptr}) != cudaSuccess) return "the launcher refused its arguments";
   message = emulation::error();
   for (size_t i = 0; i < counter_bytes(sm_count); ++i) {
     if (workspace[i] != 0 && message.empty()) message = "a counter was not reset";

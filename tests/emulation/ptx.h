@@ -151,6 +151,8 @@ LOAD(ld_global_, global)
 LOAD(ld_global_cg_, global)
 LOAD(ld_shared_, shared)
 
+inline void prefetch_global_L2_(Address) {}
+
 #define STORE(name, space)                                            \
   template <class T, class A>                                         \
   void name(const char* site, Address d, A&& a) {                     \
