@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from . import environment, native
 from .comm import resolve
 from .comm.exchange import Exchange
+from .comm.identity import state_of
 from .comm.rendezvous import init_process_group
-from .comm.sharing import known_sharing
 from .environment import place
 from .modules import SyncBatchNorm
 
@@ -138,7 +138,7 @@ def exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]:
         exchange.all_reduce_(tensor, "forward")
         _wait(device)
         times.append(time.perf_counter() - began)
-    sharing = known_sharing(comm)
+    sharing = state_of(comm.group).sharing
     path = f"over {dist.get_backend()}" if sharing is None or device.type != "cpu" else sharing.path
     return sorted(times)[repeats // 2] * 1e3, path
 

@@ -45,9 +45,8 @@ def compiler() -> list[str]:
 
 def build(compiler: list[str], source: Path, folder: Path) -> Path:
     program = folder / "threads"
-    include = f"-I{SOURCE.parent}"
     threads = ROOT / "tests/emulation/shared_memory_threads.cpp"
-    made = subprocess.run([*compiler, include, source, threads, "-o", program, "-lpthread"], capture_output=True, text=True)
+    made = subprocess.run([*compiler, source, threads, "-o", program, "-lpthread"], capture_output=True, text=True)
     if "libtsan" in made.stderr:
         pytest.skip(f"no ThreadSanitizer here: {made.stderr.splitlines()[-1]}")
     assert made.returncode == 0, made.stderr
@@ -76,9 +75,9 @@ def fails(program: Path, case: tuple[int, int, int]) -> bool:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_order_is_noticed(name, compiler, tmp_path):
     text, replacement = MUTANTS[name]
-    source = SOURCE.read_text()
-    assert source.count(text) == 1
-    mutant = tmp_path / "mutant.cpp"
-    mutant.write_text(source.replace(text, replacement))
-    program = build(compiler, mutant, tmp_path)
+    sources = {path.name: path.read_text() for path in SOURCE.parent.glob("shared_memory*")}
+    assert sum(source.count(text) for source in sources.values()) == 1
+    for file, source in sources.items():
+        (tmp_path / file).write_text(source.replace(text, replacement))
+    program = build(compiler, tmp_path / SOURCE.name, tmp_path)
     assert any(fails(program, case) for case in CASES[:3])

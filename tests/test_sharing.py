@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from test_layer import SPLITS, collectives
 
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import exchange, resolve, shared_memory, sharing
-from syncbn.comm.sharing import known_sharing
+from syncbn.comm.identity import state_of
 
 several = pytest.mark.world_size(2, 3, 4)
 pytestmark = [several, pytest.mark.skipif(shared_memory.library() is None, reason="no compiled library with shared memory")]
@@ -37,16 +38,16 @@ def anew(world) -> object:
 
 def test_the_ranks_of_a_host_share_memory(world):
     named("a", world)(batch())
-    assert known_sharing(resolve(world.group)).path == "in shared memory"
+    assert state_of(resolve(world.group).group).sharing.path == "in shared memory"
 
 
 @pytest.mark.process_group
 def test_no_collective_after_the_first_exchange(world):
-    known = known_sharing
+    default = exchange.Exchange._sharing
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
     with collectives() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "known_sharing", known)  # counted as with default settings
+        patch.setattr(exchange.Exchange, "_sharing", default)  # counted as with default settings
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []
@@ -122,7 +123,7 @@ def test_a_late_rank_is_named_with_layer_and_direction(world, monkeypatch):
     layer = named("encoder.bn", world)
     layer.process_group = anew(world)
     y = layer(batch())
-    monkeypatch.setattr(known_sharing(resolve(layer.process_group)), "timeout", 0.4)
+    monkeypatch.setattr(state_of(resolve(layer.process_group).group).sharing, "timeout", 0.4)
     if world.rank == 0:
         with pytest.raises(RuntimeError, match=r'layer "encoder.bn"[\s\S]*rank 1\b.*: not there yet, but alive[\s\S]*backward exchange'):
             y.sum().backward()
@@ -137,7 +138,7 @@ def test_ranks_with_different_settings_all_use_the_group(world, monkeypatch):
         monkeypatch.setattr(environment, "settings", environment.settings._replace(shared_memory=False))
     layer = SyncBatchNorm(3, process_group=group)
     layer(batch()).sum().backward()
-    path = known_sharing(resolve(group)).path
+    path = state_of(resolve(group).group).sharing.path
     assert path == f"over the group: rank {world.size - 1}: turned off by SYNCBN_SHARED_MEMORY=0"
 
 
@@ -169,15 +170,19 @@ def test_two_groups_whose_exchanges_alternate(world):
             torch.testing.assert_close(layer(world.mine(x, (4,) * world.size)), world.mine(plain(x), (4,) * world.size))
 
 
-def test_groups_made_and_destroyed_leave_no_sharing(world):
-    before = len(sharing._sharings)
+def test_a_group_that_is_destroyed_takes_its_memory_with_it(world):
+    def mappings() -> int:
+        gc.collect()
+        return Path("/proc/self/maps").read_text().count("syncbn-")
+
+    before = mappings()
     for _ in range(3):
         group = anew(world)
         SyncBatchNorm(3, process_group=group)(batch())
+        assert mappings() == before + 1
         torch.distributed.destroy_process_group(group) if world.group is None else group.Free()
         del group
-    gc.collect()
-    assert len(sharing._sharings) == before
+        assert mappings() == before
 
 
 def test_a_wait_ends_as_soon_as_the_other_rank_comes(world):

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from .. import environment
 from . import LOCAL, Communicator, agreement, failures
-from .identity import LayerRecord, state_of
+from .identity import GroupState, LayerRecord, state_of
 from .shared_memory import Mismatch
 from .shared_memory import digest as digest_of
-from .sharing import Sharing, known_sharing, set_up_sharing
+from .sharing import Sharing, set_up_sharing
 
 
 class Exchange(NamedTuple):
@@ -67,7 +67,7 @@ class Exchange(NamedTuple):
         group = None
         try:
             group = self.group
-            sharing = self._sharing() if device.type == "cpu" else None
+            sharing = self._sharing(state_of(group)) if device.type == "cpu" and not torch.compiler.is_compiling() else None
         except Exception as error:
             raise self._failure(error, group, 0, "forward") from error
         return sharing is not None and sharing.in_memory
@@ -94,7 +94,8 @@ class Exchange(NamedTuple):
         group = None
         try:
             group = self.group
-            sharing = self._sharing() if tensor.is_cpu else None
+            state = state_of(group)
+            sharing = self._sharing(state) if tensor.is_cpu else None
             if sharing is None or not sharing.in_memory:
                 self._verify(tensor.device, values, kind)
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
@@ -104,22 +105,21 @@ class Exchange(NamedTuple):
             raise  # local errors, not communication failures
         except Exception as error:
             raise self._failure(error, group, values, kind) from error
-        state_of(group).exchanges += 1
+        state.exchanges += 1
         if self.record is not None and self.comm.compares:
             self.record.join(group)
         return total
 
-    def _sharing(self) -> Sharing | None:
+    def _sharing(self, state: GroupState) -> Sharing | None:
         """How the ranks exchange CPU tensors; None if the communicator's own collective is all there is. A group's first call is
         collective."""
-        if not self.comm.compares or torch.compiler.is_compiling():
-            return None
-        known = known_sharing(self.comm)
-        if known is None or not known.ready:
-            known = set_up_sharing(self.comm)
-            if environment.settings.debug:
-                _log().info("rank %d exchanges %s", self.rank, known.path)
-        return known
+        known = state.sharing
+        if not self.comm.compares or (known is not None and known.ready):
+            return known if self.comm.compares else None
+        made = set_up_sharing(self.comm)
+        if environment.settings.debug:
+            _log().info("rank %d exchanges %s", self.rank, made.path)
+        return made
 
     def _sum(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str) -> Tensor:
         verifies = environment.settings.check != "off"

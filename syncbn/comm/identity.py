@@ -8,10 +8,13 @@ its model later.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
+
+if TYPE_CHECKING:
+    from .sharing import Sharing
 
 
 class GroupState:
@@ -21,6 +24,7 @@ class GroupState:
         self.exchanges = 0
         self.verifications = 0  # a rank that has missed one is at another count
         self.unnamed_layers = 0
+        self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None before the first exchange
 
 
 _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()

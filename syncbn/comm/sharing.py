@@ -12,12 +12,12 @@ sum of (t_i - t)^2 is 0, and all ranks have sent t. If they are not, they are so
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from .identity import state_of
 from .meeting import PAYLOAD, REASON, Unusable, meet
 from .shared_memory import Mismatch, SharedMemory
 from .shared_memory import digest as digest_of
@@ -117,17 +117,15 @@ class Sharing:
 
 
 _RESULTS = digest_of("the sums of all hosts")
-_sharings: WeakKeyDictionary[Any, Sharing] = WeakKeyDictionary()
-
-
-def known_sharing(comm: Communicator) -> Sharing | None:
-    """Of this communicator's group; None before its first exchange, which makes it `ready`."""
-    return _sharings.get(comm.group)
+_new = threading.Lock()
 
 
 def set_up_sharing(comm: Communicator) -> Sharing:
-    """The same, made if need be. Every rank calls it."""
-    return _sharings.setdefault(comm.group, Sharing()).set_up(comm)
+    """Of this communicator's group, made if need be. Every rank calls it."""
+    state = state_of(comm.group)
+    with _new:
+        state.sharing = state.sharing or Sharing()
+    return state.sharing.set_up(comm)
 
 
 def verified(comm: Communicator, values: Tensor, digest: int) -> Tensor:
