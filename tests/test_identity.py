@@ -115,6 +115,14 @@ def subclass_on_one_rank(world, layers):
     return [(Mine if world.rank == 0 else SyncBatchNorm)(3, process_group=world.group), *layers]
 
 
+def trace_on_one_rank(world, layers):
+    """As TensorBoard's add_graph does, with the model in training mode."""
+    if world.rank == 0:
+        with pytest.raises(RuntimeError, match="trace the model in eval mode"):
+            torch.jit.trace(layers[0], torch.randn(4, 3, 5), strict=False, check_trace=False)
+    return layers
+
+
 def fail_on_one_rank(world, layers):
     """A call that fails before its collective is not counted: its number remains free."""
     if world.rank == 0:
@@ -132,6 +140,7 @@ DIFFERENCES = [
     convert_later_on_one_rank,
     revert_on_one_rank,
     subclass_on_one_rank,
+    trace_on_one_rank,
     fail_on_one_rank,
 ]
 

@@ -66,6 +66,7 @@ class Exchange(NamedTuple):
             return True
         group = None
         try:
+            _check_possible(device)
             group = self.group
             sharing = self._sharing(state_of(group)) if device.type == "cpu" and not torch.compiler.is_compiling() else None
         except Exception as error:
@@ -93,6 +94,7 @@ class Exchange(NamedTuple):
         values = tensor.numel() - channels  # all shifts are known, or merged away
         group = None
         try:
+            _check_possible(tensor.device)
             group = self.group
             state = state_of(group)
             sharing = self._sharing(state) if tensor.is_cpu else None
@@ -196,6 +198,14 @@ def _digest(*arguments: Any) -> int:
 
 
 _UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
+
+
+def _check_possible(device: torch.device) -> None:
+    """Raises before the group is made, since the other ranks would have to take part in that."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
+    if device.type == "meta":
+        raise RuntimeError("a tensor on the meta device has no values that the ranks could exchange")
 
 
 def _is_profiling() -> bool:
