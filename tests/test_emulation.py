@@ -94,6 +94,15 @@ def test_moving_statistics_are_the_batchs_where_nothing_is_kept(kernels):
     check_moved_all_the_way(kernels)
 
 
+@pytest.mark.parametrize(("shape", "zeros"), [((16, 2, 48, 48), 2), ((32, 8, 14, 14), 1), ((6000, 8), 40), ((6000, 64), 200)], ids=str)
+def test_zeros_in_front_do_not_spoil_the_shift(kernels, shape, zeros):
+    x = 1000 + torch.randn(shape)
+    x[:zeros] = 0
+    got, want = replace(kernels, sm_count=1).stats(x, False, True), reference.stats(x.double(), False, True)
+    (_, var, _), (_, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
+    assert float(((var - want_var) / want_var).abs().max()) < 1e-6
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

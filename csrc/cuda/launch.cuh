@@ -35,6 +35,7 @@ struct Config {
   int splits;        // blocks that share a group
   int width;         // neighbouring threads that lie on neighbouring channels
   int64_t runs;      // that a group is walked in: a warp's (Planes), or a block's steps (Pixels)
+  int64_t runs_each;  // of a warp or a block at least
   int pieces;        // into which a plane is cut,
   int piece;         // each of this many elements
   int lane_bits;     // 2^lane_bits lanes of a warp lie on one plane
@@ -75,6 +76,7 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
   const int splits = splits_for(sm_count, blocks_per_sm, layout.C, ceil_div(runs, warps));
   Config config{};
   config.groups = static_cast<int>(layout.C), config.splits = splits, config.width = 1, config.runs = runs;
+  config.runs_each = runs / (int64_t{splits} * warps);
   config.pieces = static_cast<int>(pieces), config.piece = piece;
   config.lane_bits = lane_bits, config.samples = samples, config.samples_apart = apart, config.along = along;
   config.vector_stride = apart * sample_stride + along, config.row_stride = apart * layout.C, config.sample_stride = sample_stride;
@@ -93,6 +95,7 @@ inline Config pixels_config(const Layout& layout, int vector, int unroll, int ma
   const int splits = splits_for(sm_count, blocks_per_sm, groups, runs);
   Config config{};
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
+  config.runs_each = runs / splits;
   config.threads = THREADS, config.shared_bytes = sum_bytes(THREADS / WARP, width, vector);
   return config;
 }

@@ -22,7 +22,7 @@ namespace syncbn::cuda {
 
 template <int bytes>
 struct StatsPlan {
-  static constexpr int planes_blocks = 3, planes_unroll = 4;
+  static constexpr int planes_blocks = bytes < 8 ? 3 : 2, planes_unroll = 4;
   static constexpr int pixels_blocks = 2, pixels_unroll = 4, pixels_width = 8;
   static constexpr bool reversed = false, sums = true;
 };

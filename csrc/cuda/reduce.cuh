@@ -35,14 +35,19 @@ __device__ void fold(T (&sums)[S]) {
   for (int j = N; j < S; ++j) sums[j % N] += sums[j];
 }
 
-// The first N values become their sums over the lanes of a warp that lie on the same columns: lanes that differ by a multiple of
-// `width`. The N shuffles of one offset are independent of each other, so they share one latency.
-template <int N, typename T, int S>
-__device__ void warp_sums(T (&values)[S], int width) {
+// The first N values are joined, each over the lanes of a warp that lie on the same columns: lanes that differ by a multiple of `width`.
+// The N shuffles of one offset are independent of each other, so they share one latency.
+template <int N, typename T, int S, class Join>
+__device__ void warp_join(T (&values)[S], int width, Join&& join) {
   for (int offset = width; offset < WARP; offset *= 2) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) values[j] += __shfl_xor_sync(ALL_LANES, values[j], offset);
+    for (int j = 0; j < N; ++j) values[j] = join(values[j], __shfl_xor_sync(ALL_LANES, values[j], offset));
   }
+}
+
+template <int N, typename T, int S>
+__device__ void warp_sums(T (&values)[S], int width) {
+  warp_join<N>(values, width, [](T a, T b) { return a + b; });
 }
 
 template <typename T>

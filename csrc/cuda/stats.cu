@@ -1,8 +1,7 @@
 // stats: this rank's shift(C), sum(C) and sumsq(C) of x - shift, weight and samples, in double.
 //
-// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each warp subtracts K, the
-// mean of what it loads first (a single value could be an outlier, a running mean is wrong at first), sums d = x - K and d * d in
-// acc_t, and brings them in double to the channel's shift, which all blocks share: with k = K - shift, sum = n k + s1 and
+// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each warp subtracts K, a mean
+// of values from all over its elements, sums d = x - K and d * d in acc_t, and brings them in double to the channel's shift, which all blocks share: with k = K - shift, sum = n k + s1 and
 // sumsq = s2 + k (2 s1 + n k). Traffic: x once.
 
 #include "reduce.cuh"
@@ -17,6 +16,39 @@ template <typename scalar_t>
 __device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
   const bool has_value = args.shifted && args.layout.outer * args.layout.inner > 0 && c < args.layout.C;
   return has_value ? static_cast<const scalar_t*>(args.x)[c * args.layout.inner] : scalar_t{};
+}
+
+// K of a lane's channels. Its loads are under way together with those of the first step. Each lane has the mean of one vector, from all
+// over what the warp will read, so that elements that begin with zeros do not decide; of three lanes and more the lowest and the
+// highest mean are left out, so that an outlier does not either. Where there is no such vector, the step's first one serves.
+template <typename acc_t, int N, typename scalar_t, class Walk, int W, class Step>
+__device__ void estimate_mean(acc_t (&mean)[N], const scalar_t* x, const Walk& walk, const Vec<scalar_t, W>& first, const Step& step) {
+  constexpr int V = Walk::vector;
+  const int width = walk.config.width;
+  const auto spread = walk.spread();
+  Vec<scalar_t, V> in[1];
+  load(in, x, spread);
+  const bool has_value = spread.count > 0 || step.count > 0;
+  acc_t lowest[N], highest[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) mean[j] = 0;
+#pragma unroll
+  for (int j = 0; j < V; ++j) mean[j % N] += spread.count > 0 ? in[0].get(j) * (acc_t{N} / V) : acc_t{0};
+#pragma unroll
+  for (int j = 0; j < W; ++j) mean[j % N] += spread.count == 0 && step.count > 0 ? first.get(j) * (acc_t{N} / W) : acc_t{0};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    lowest[j] = has_value ? mean[j] : static_cast<acc_t>(INFINITY);
+    highest[j] = has_value ? mean[j] : -static_cast<acc_t>(INFINITY);
+  }
+  warp_sums<N>(mean, width);
+  warp_join<N>(lowest, width, [](acc_t a, acc_t b) { return a < b ? a : b; });
+  warp_join<N>(highest, width, [](acc_t a, acc_t b) { return a > b ? a : b; });
+  const int lanes = warp_sum(int{has_value}, width);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    mean[j] = lanes > 2 ? (mean[j] - lowest[j] - highest[j]) / static_cast<acc_t>(lanes - 2) : mean[j] / static_cast<acc_t>(max(lanes, 1));
+  }
 }
 
 template <typename scalar_t, class Walk>
@@ -39,16 +71,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     Vec<scalar_t, W> in[U];
     load(in, x, step);
     if (!shifted) {
-      constexpr int leading = Walk::shift_vectors < U ? Walk::shift_vectors : U;
-      acc_t sum[N] = {};
-#pragma unroll
-      for (int u = 0; u < leading; ++u) {
-#pragma unroll
-        for (int j = 0; j < W; ++j) sum[j % N] += u < step.count ? in[u].get(j) : acc_t{0};
-      }
-      const int first = warp_sum(min(step.count, leading) * W / N, config.width);
-#pragma unroll
-      for (int j = 0; j < N; ++j) shift[j] = warp_sum(sum[j], config.width) / static_cast<acc_t>(max(first, 1));
+      estimate_mean(shift, x, walk, in[0], step);
       shifted = __any_sync(ALL_LANES, step.count > 0);
     }
     n += step.count * W / N;

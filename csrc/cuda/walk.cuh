@@ -49,6 +49,9 @@ __device__ inline void prefetch(const scalar_t* from, const Step<W, U>& step) {
 
 __device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
 
+// The middle of part `part` of `parts` of n.
+__device__ inline int64_t spread_over(int64_t n, int part, int parts) { return n * (2 * part + 1) / (2 * parts); }
+
 struct Walk {
   Layout layout;
   Config config;
@@ -71,7 +74,6 @@ struct Planes : Walk {
   static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
   // Sums that a thread keeps: independent ones, for the latency of an addition; fewer where vectors take more registers.
   static constexpr int sums = V == 8 ? 2 : V < 4 ? V : 4;
-  static constexpr int shift_vectors = 1;  // behind a shift of stats: 512 bytes of the channel
 
   static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, U, B, sm_count); }
 
@@ -81,16 +83,26 @@ struct Planes : Walk {
   __device__ int column() const { return 0; }
 
   __device__ int64_t first_run() const { return int64_t{split} * (blockDim.x / WARP) + threadIdx.x / WARP; }
+  __device__ int64_t run_stride() const { return int64_t{config.splits} * (blockDim.x / WARP); }
 
   template <class Body>
   __device__ void each(Body&& body) const {
-    const int64_t stride = int64_t{config.splits} * (blockDim.x / WARP);
-    for (int64_t i = first_run(); i < config.runs; i += stride) run(i, body);
+    for (int64_t i = first_run(); i < config.runs; i += run_stride()) run(i, body);
   }
 
   template <class Body>
   __device__ void first(Body&& body) const {
     if (first_run() < config.runs) run(first_run(), body);
+  }
+
+  // One vector for each lane, or none, from all over what the warp walks; two neighbours in a run, for they share a sector of memory.
+  __device__ Step<V, 1> spread() const {
+    int64_t runs_each = config.runs_each;
+    FORGET(runs_each);  // or all that follows would be computed outside the body's loop, and kept in registers
+    const int64_t i = first_run() + run_stride() * spread_over(runs_each, threadIdx.x % WARP / 2, WARP / 2);
+    if (i >= config.runs) return {0, 0, 0, 0, 0};
+    const auto step = vectors_of(run_at(i));
+    return {step.first, 0, step.row, 0, min(step.count, 1)};
   }
 
  private:
@@ -121,20 +133,18 @@ struct Planes : Walk {
   __device__ void run(int64_t i, Body&& body) const {
     const Run run = run_at(i);
     const bool has_edges = run.has_edges();
-    vectors(run, body);
+    body(vectors_of(run));
     if (!has_edges) return;
     FORGET(i);  // computed again, the run takes no registers while the body works on vectors
     edges(run_at(i), body);
   }
 
-  template <class Body>
-  __device__ void vectors(const Run& run, Body&& body) const {
+  __device__ Step<V, U> vectors_of(const Run& run) const {
     const int lane = threadIdx.x % WARP, sample = lane >> config.lane_bits, at = (lane & ((1 << config.lane_bits) - 1)) * V;
     int count = 0;
 #pragma unroll
     for (int u = 0; u < U; ++u) count += sample + u * config.samples_apart < run.samples && at + u * config.along < run.body_length();
-    body(Step<V, U>{run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride,
-                    count});
+    return {run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride, count};
   }
 
   // Of 16 lanes 0 to 7 lie on the byte of the mask before the vectors, 8 to 15 on the one after them; the other 16 on the next sample.
@@ -162,7 +172,6 @@ struct Pixels : Walk {
   static_assert(max_width <= 8 && (max_width & (max_width - 1)) == 0, "a tile is at most a memory line, and divides a warp");
   static constexpr bool shares_bytes = V == 1;
   static constexpr int sums = V;
-  static constexpr int shift_vectors = unroll;  // one could be a single value of the channel
 
   static Config make_config(const Layout& layout, int sm_count) { return pixels_config(layout, V, U, max_width, B, sm_count); }
 
@@ -179,6 +188,14 @@ struct Pixels : Walk {
   template <class Body>
   __device__ void first(Body&& body) const {
     if (split < config.runs) run(split, body);
+  }
+
+  // One vector for each lane, or none, from all over what the block walks; the lanes of a row together.
+  __device__ Step<V, 1> spread() const {
+    const int row_of_warp = threadIdx.x % WARP / config.width, rows = blockDim.x / config.width;
+    const int64_t i = split + int64_t{config.splits} * spread_over(config.runs_each, row_of_warp, WARP / config.width);
+    const int64_t row = i * rows * U + threadIdx.x / config.width, channel = first_channel() + column();
+    return {row * layout.C + channel, 0, row, 0, channel < layout.C && row < layout.outer};
   }
 
  private:
