@@ -53,6 +53,7 @@ void wake(Control& control) {
 
 // Sequentially consistent, as is the sleeper's increment: either the sleeper sees the new epoch, or this rank sees the sleeper.
 void publish(Control& control) {
+  control.core.store(sched_getcpu(), std::memory_order_relaxed);
   control.epoch.store(control.epoch.load(std::memory_order_relaxed) + 1, std::memory_order_seq_cst);
   wake(control);
 }
@@ -82,10 +83,13 @@ Status wait(const Memory& memory, int rank) {
   int64_t began = 0;
   for (int other = 0; other < memory.ranks(); ++other) {
     Control& control = memory.control(other);
+    if (has_published(control, epoch)) continue;
+    // The system may have put both ranks on one core, where a rank that spins keeps the other from coming.
+    const int64_t spin = control.core.load(std::memory_order_relaxed) == sched_getcpu() ? 0 : self.spin;
     while (!has_published(control, epoch)) {
       if (control.abandoned.load(std::memory_order_acquire)) return abandoned;
       if (!began) began = now();
-      if (now() - began < self.spin) {
+      if (now() - began < spin) {
         for (int i = 0; i < 32 && !has_published(control, epoch); ++i) relax();
       } else if (!sleep_until_published(control, epoch, began + kSlice)) {
         return waiting;

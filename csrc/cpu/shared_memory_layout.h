@@ -17,6 +17,7 @@ struct alignas(64) Control {
   std::atomic<uint64_t> epoch;
   std::atomic<uint32_t> abandoned;
   std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
+  std::atomic<int32_t> core;       // on which it published last
   // Of its rank alone: where it is in the exchange. On a line of its own, for the others read the first one all the time.
   alignas(64) uint64_t exchanges;
   int64_t first;  // of the values in the piece
