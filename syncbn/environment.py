@@ -79,7 +79,8 @@ VARIABLES = (
     ),
     Variable(
         "check", "first", "first, always or off", _one_of("first", "always", "off"),
-        "when the ranks compare what they are about to exchange: a layer's first exchange in each direction, every exchange, or none",
+        "when the ranks compare what they are about to exchange: a layer's first exchange in each direction, every exchange, or none;"
+        " the same on all ranks",
     ),
     Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from syncbn import environment, native
-from syncbn.comm import meeting, shared_memory
-from syncbn.comm.meeting import Unusable, meet
+from syncbn import native
+from syncbn.comm import shared_memory
+from syncbn.comm.meeting import meet
 from syncbn.comm.shared_memory import Forked, Mismatch, SharedExchangeError, SharedMemory, digest
 
 WHY_NOT = native.status()[0].reason  # or a library built before there was an exchange in shared memory
@@ -32,10 +30,6 @@ def set_up(world) -> SharedMemory:
     memory = meet(lambda row: gather(world, row), world.rank, world.size).memory
     assert memory is not None
     return memory
-
-
-def files() -> list[str]:
-    return [path.name for path in Path("/dev/shm").glob("syncbn-*")]
 
 
 @pytest.fixture(params=["all read all", "by segments"])
@@ -200,6 +194,11 @@ def test_a_fork_gets_an_error(world, memory):
     assert memory.all_reduce_(torch.ones(1).double(), digest("a"), TIMEOUT).item() == world.size  # the parent goes on
 
 
+def test_a_wait_may_be_without_end(world, memory):
+    """SYNCBN_MPI_TIMEOUT=inf."""
+    assert memory.all_reduce_(torch.ones(1).double(), digest("a"), float("inf")).item() == world.size
+
+
 def test_two_memories_whose_exchanges_alternate(world, memory):
     other = set_up(world)
     for n in range(200):
@@ -224,78 +223,3 @@ def test_threads_of_a_rank_take_turns(world, memory):
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-# ---- Set-up -----------------------------------------------------------------------------------------------------------------------
-
-
-def refuses(*_, **__):
-    raise OSError(28, "No space left on device")
-
-
-TURNED_OFF = environment.read_settings({"SYNCBN_SHARED_MEMORY": "0"})
-PROBLEMS = {  # on the last rank, or on every rank: (how to make it, the reason)
-    "turned off": (lambda patch: patch.setattr(environment, "settings", TURNED_OFF), "turned off by SYNCBN_SHARED_MEMORY=0"),
-    "no library": (lambda patch: patch.setattr(meeting, "library", lambda: None), "built without it"),
-    "no folder": (lambda patch: patch.setattr(meeting, "FOLDER", Path("/dev/none")), "there is no /dev/none"),
-    "a read-only folder": (lambda patch: patch.setattr(meeting, "FOLDER", Path("/proc")), ""),
-    "a full folder": (lambda patch: patch.setattr(os, "posix_fallocate", refuses), "No space left"),
-    "no mapping": (lambda patch: patch.setattr(shared_memory.mmap, "mmap", refuses), "No space left"),
-}
-
-
-@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_a_problem_is_the_same_reason_on_every_rank(world, name, everywhere, monkeypatch):
-    make, reason = PROBLEMS[name]
-    before = files()
-    if everywhere or world.rank == (0 if name == "a full folder" else world.size - 1):
-        make(monkeypatch)
-    try:
-        meet(lambda row: gather(world, row), world.rank, world.size)
-        said = ""
-    except Unusable as error:
-        said = str(error)
-    monkeypatch.undo()
-    assert reason in said or name == "a read-only folder"
-    assert len(set(gather(world, said.encode().ljust(400)))) == 1
-    if name == "a read-only folder" and not everywhere and world.size > 2:
-        assert not said  # that rank is as if on another host
-    else:
-        assert said
-    gather(world, b"all have given up")
-    after = files()
-    gather(world, b"all have looked")
-    assert after == before
-
-
-def test_a_thousand_groups_leave_no_file_no_mapping_and_no_descriptor(world):
-    if world.size > 2:
-        pytest.skip("once, with two ranks, is enough for 8,000 gloo collectives")
-
-    def resources() -> tuple[int, int, list[str]]:
-        gc.collect()
-        mappings = Path("/proc/self/maps").read_text().count("syncbn-")
-        return len(os.listdir("/proc/self/fd")), mappings, files()
-
-    set_up(world)
-    gather(world, b"set up")
-    before = resources()
-    for _ in range(1000):
-        memory = set_up(world)
-        memory.all_reduce_(torch.ones(3).double(), digest("a"), TIMEOUT)
-    del memory
-    gather(world, b"done")
-    after = resources()
-    gather(world, b"all have looked")
-    assert after == before
-
-
-def test_a_name_that_a_killed_job_has_left_is_removed(world):
-    stale = Path(f"/dev/shm/syncbn-{0:032x}")
-    if world.rank == 0:
-        stale.touch()
-        os.utime(stale, (time.time() - 3600,) * 2)
-    gather(world, b"left")
-    set_up(world)
-    assert not stale.exists()

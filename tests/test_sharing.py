@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import HERE
 from paths import over_the_group
 from test_layer import SPLITS, collectives
+from torch.utils.data import DataLoader, TensorDataset
 
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import exchange, resolve, shared_memory, sharing
@@ -140,6 +141,43 @@ def test_ranks_with_different_settings_all_use_the_group(world, monkeypatch):
     layer(batch()).sum().backward()
     path = state_of(resolve(group).group).sharing.path
     assert path == f"over the group: rank {world.size - 1}: turned off by SYNCBN_SHARED_MEMORY=0"
+
+
+@pytest.mark.parametrize("odd", ["off", "always"])
+def test_ranks_that_differ_in_when_they_compare_are_told_at_once(world, odd, monkeypatch):
+    layer = SyncBatchNorm(3, process_group=anew(world))
+    if world.rank == world.size - 1:
+        monkeypatch.setattr(environment, "settings", environment.settings._replace(check=odd))
+    for _ in range(2):
+        with pytest.raises(RankMismatchError, match=rf"rank {world.size - 1}: SYNCBN_CHECK={odd}, which must be the same on all ranks"):
+            layer(batch())
+
+
+@pytest.mark.process_group
+def test_first_ranks_have_a_group_whatever_other_groups_there_are(world):
+    """On several hosts. One rank is in another group more, and a group is made again after it was destroyed."""
+    one_more = torch.distributed.new_group([0])
+    for _ in range(3):
+        group = torch.distributed.new_group()
+        first_ranks = resolve(group).among([0, world.size - 1])
+        assert (first_ranks is not None) == (world.rank in (0, world.size - 1))
+        if first_ranks is not None:
+            assert first_ranks.all_reduce_(torch.ones(3)).tolist() == [2, 2, 2]
+        torch.distributed.destroy_process_group(group)
+    torch.distributed.destroy_process_group(one_more)
+
+
+@pytest.mark.process_group  # MPI forbids forks
+def test_workers_of_a_data_loader_come_and_go(world):
+    layer = named("a", world)
+    layer(batch())
+    data = TensorDataset(torch.randn(4, 3, 5))
+    for _ in range(2):
+        for (x,) in DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="fork"):
+            layer(x)
+    if world.rank == 0:
+        time.sleep(0.3)  # the others look after its process, which has not ended with its workers
+    assert torch.isfinite(layer(batch())).all()
 
 
 def test_a_tag_is_exact_for_thousands_of_ranks():

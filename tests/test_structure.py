@@ -25,6 +25,7 @@ ORDER = [
     "comm.shared_memory",
     "comm.meeting",
     "comm.identity",
+    "comm.agreement",
     "comm.sharing",
     "comm.duplicates",
     "comm.sums",
@@ -34,7 +35,6 @@ ORDER = [
     "comm",
     "comm.rendezvous",
     "comm.groups",
-    "comm.agreement",
     "comm.exchange",
     "moments",
     "reference",
@@ -102,6 +102,13 @@ def test_importing_the_package_imports_no_optional_dependency():
     packages = {name.split(".")[0] for name in done.stdout.split()}
     assert "syncbn" in packages
     assert not packages & {"mpi4py", "tqdm", "matplotlib", "sklearn", "lightning", "pytest"}
+
+
+def test_the_package_can_be_imported_where_there_is_no_unix():
+    unix = "fcntl", "grp", "pwd", "resource", "syslog", "termios"
+    code = f"import sys, torch; sys.modules.update(dict.fromkeys({unix})); import syncbn; print(syncbn.SyncBatchNorm(3))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{syncbn.SyncBatchNorm(3)}\n"), done.stderr
 
 
 # ---- Nothing that comes over the wire or from a file is run as code ------------------------------------------------------------------

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import Communicator
 from .identity import state_of
+
+if TYPE_CHECKING:
+    from . import Communicator
 
 DIGEST, LENGTH = 16, 8  # bytes in a rank's row
 LONGEST = 4096  # bytes of a signature and its details that an error shows

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import environment
 from . import LOCAL, Communicator, agreement, failures
-from .identity import GroupState, LayerRecord, state_of
+from .identity import GroupState, LayerRecord, Membership, state_of
 from .shared_memory import Mismatch
 from .shared_memory import digest as digest_of
 from .sharing import Sharing, set_up_sharing
@@ -50,6 +50,10 @@ class Exchange(NamedTuple):
     def world_size(self) -> int:
         return self.comm.world_size
 
+    @property
+    def _channels(self) -> int | None:
+        return None if self.shape is None else self.shape[1]
+
     def all_reduce_(self, tensor: Tensor, kind: str = "exchange") -> Tensor:
         """`Communicator.all_reduce_`. `kind` is the exchange's name, such as "forward".
 
@@ -69,6 +73,8 @@ class Exchange(NamedTuple):
             _check_possible(device)
             group = self.group
             sharing = self._sharing(state_of(group)) if device.type == "cpu" and not torch.compiler.is_compiling() else None
+        except _NO_FAILURES:
+            raise
         except Exception as error:
             raise self._failure(error, group, 0, "forward") from error
         return sharing is not None and sharing.in_memory
@@ -79,7 +85,7 @@ class Exchange(NamedTuple):
 
     def signature(self, kind: str, values: int) -> str:
         """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
-        return _signature(self._identity(self.group), kind, values, *self[2:5], self.shape)
+        return _signature(self._identity(self.group), kind, values, *self[2:5], self._channels)
 
     def details(self) -> str:
         """What may differ between ranks, for errors."""
@@ -97,18 +103,20 @@ class Exchange(NamedTuple):
             _check_possible(tensor.device)
             group = self.group
             state = state_of(group)
+            membership = None if self.record is None else self.record.memberships.get(group)
             sharing = self._sharing(state) if tensor.is_cpu else None
             if sharing is None or not sharing.in_memory:
-                self._verify(tensor.device, values, kind)
+                self._verify(membership, tensor.device, values, kind)
+            identity = self._identity(group) if membership is None else membership.identity
             with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
                 reduce = self._logged if environment.settings.debug else self._sum
-                total = reduce(sharing, tensor, channels, kind)
-        except (agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError):
-            raise  # local errors, not communication failures
+                total = reduce(sharing, tensor, channels, kind, identity)
+        except _NO_FAILURES:
+            raise
         except Exception as error:
             raise self._failure(error, group, values, kind) from error
         state.exchanges += 1
-        if self.record is not None and self.comm.compares:
+        if membership is None and self.record is not None and self.comm.compares:
             self.record.join(group)
         return total
 
@@ -123,12 +131,12 @@ class Exchange(NamedTuple):
             _log().info("rank %d exchanges %s", self.rank, made.path)
         return made
 
-    def _sum(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str) -> Tensor:
+    def _sum(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str, identity: str) -> Tensor:
         verifies = environment.settings.check != "off"
         if sharing is None or (sharing.reason and not verifies):
             return self._over_the_group(tensor, channels)
         values = tensor.numel() - channels
-        digest = _digest(self._identity(self.group), kind, values, *self[2:5], self.shape) if verifies else _UNVERIFIED
+        digest = _digest(identity, kind, values, *self[2:5], self._channels) if verifies else _UNVERIFIED
         try:
             if sharing.in_memory:
                 return sharing.all_reduce_(self.comm, tensor, digest, channels)
@@ -143,11 +151,10 @@ class Exchange(NamedTuple):
     def _over_the_group(self, tensor: Tensor, channels: int) -> Tensor:
         return self.comm.all_reduce_stats_(tensor, channels) if channels else self.comm.all_reduce_(tensor)
 
-    def _verify(self, device: torch.device, values: int, kind: str) -> None:
+    def _verify(self, membership: Membership | None, device: torch.device, values: int, kind: str) -> None:
         mode = environment.settings.check
         if mode == "off" or not self.comm.compares or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
-        membership = None if self.record is None else self.record.memberships.get(self.group)
         first = self.record is not None and (membership is None or kind not in membership.verified)
         if not (first or mode == "always"):
             return
@@ -162,30 +169,31 @@ class Exchange(NamedTuple):
         description = "" if self.record is None else self.record.description()
         layer = self._identity(group) + (f" ({description})" if description else "")
         number = 1 if group is None else state_of(group).exchanges + 1
-        exchange = f"{kind} exchange of {_size(values, self.shape)} ({_position(number)})"
+        exchange = f"{kind} exchange of {_size(values, self._channels)} ({_position(number)})"
         return failures.explained(error, layer, self.rank, self.world_size, exchange)
 
     def _identity(self, group: object) -> str:
         return self.layer if self.record is None else self.record.identity_in(group)
 
-    def _logged(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str) -> Tensor:
+    def _logged(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str, identity: str) -> Tensor:
         start = _now(tensor)
-        total = self._sum(sharing, tensor, channels, kind)
+        total = self._sum(sharing, tensor, channels, kind, identity)
         milliseconds = (_now(tensor) - start) * 1e3
         values, dtype = tensor.numel() - channels, str(tensor.dtype).removeprefix("torch.")
         _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, values, dtype, milliseconds)
         return total
 
 
-Shape = tuple[int, ...] | None
+# Of an exchange, which need no explanation: the ranks disagree, or this one is the cause.
+_NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
 
 
-def _signature(identity: str, kind: str, values: int, dtype: torch.dtype, weighting: str, eps: float, shape: Shape) -> str:
-    return f"{kind} of {identity}, {_size(values, shape)}, {dtype}, weighting {weighting}, eps {eps}"
+def _signature(identity: str, kind: str, values: int, dtype: torch.dtype, weighting: str, eps: float, channels: int | None) -> str:
+    return f"{kind} of {identity}, {_size(values, channels)}, {dtype}, weighting {weighting}, eps {eps}"
 
 
-def _size(values: int, shape: Shape) -> str:
-    return f"{values} values" if shape is None else f"{shape[1]} channels"
+def _size(values: int, channels: int | None) -> str:
+    return f"{values} values" if channels is None else f"{channels} channels"
 
 
 def _position(number: int) -> str:

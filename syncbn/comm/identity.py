@@ -33,9 +33,7 @@ _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()
 def state_of(group: Any) -> GroupState:
     """The state of a group, or of an MPI duplicate. It ends with the group."""
     state = _states.get(group)
-    if state is None:
-        state = _states[group] = GroupState()
-    return state
+    return _states.setdefault(group, GroupState()) if state is None else state  # one, if two threads ask at once
 
 
 class Membership:

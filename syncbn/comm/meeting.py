@@ -17,16 +17,18 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from .. import environment, native
 from .shared_memory import SharedMemory, bytes_for, library
 
 FOLDER = Path("/dev/shm")
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 VERSION = b"1"  # of the protocol: ranks may run different builds
 PAYLOAD, REASON = 64, 192  # bytes in a row of `gather`
-STALE = 60  # seconds after which a file that no process has locked belongs to a job that was killed while it set up
+STALE = 60  # seconds after which a name belongs to a job that was killed while it set up; without it, a very slow one uses its group
 Gather = Callable[[bytes], list[bytes]]
+Made = TypeVar("Made")
 
 
 class Unusable(Exception):
@@ -47,7 +49,8 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         gather: returns the bytes, PAYLOAD + REASON, of every rank.
     """
     why = _why_not()
-    identities = _agree(gather, b"" if why else _identity(), why)
+    identity, why = (None, why) if why else _try(_identity)
+    identities = _agree(gather, identity or b"", why)
     hosts = list({host: [r for r in range(world_size) if identities[r] == host] for host in identities}.values())
     if len(hosts) == world_size:
         raise Unusable("each rank is on a host, or in a container, of its own")
@@ -72,7 +75,8 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         _agree(gather, b"", why)
     finally:  # all ranks of the host have it by now, or will not use it; and the first one may have been killed
         if path is not None and len(here) > 1:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # another rank has removed it, or is another user, whose files stay
+                path.unlink()
     if memory is not None:
         memory.start()
     return Hosts(hosts, memory)
@@ -105,12 +109,16 @@ def _identity() -> bytes:
 
     Containers of one machine have their own host names or their own /dev/shm.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    try:
+        boot = BOOT_ID.read_bytes()
+    except OSError as error:  # as in some sandboxes
+        raise ValueError(f"this host cannot be told from others: {BOOT_ID}: {error.strerror}") from error
     parts = VERSION, boot, socket.gethostname().encode(), str(FOLDER.stat().st_dev).encode()
     return hashlib.sha256(b"\0".join(parts)).digest()
 
 
-def _try(make: Callable[..., SharedMemory], *arguments: object) -> tuple[SharedMemory | None, str]:
+def _try(make: Callable[..., Made], *arguments: object) -> tuple[Made | None, str]:
+    """What it makes, or the reason why it cannot."""
     try:
         return make(*arguments), ""
     except (OSError, ValueError) as error:
@@ -133,10 +141,13 @@ def _create(path: Path, ranks: list[int]) -> SharedMemory:
 
 def _map(path: Path, ranks: list[int], rank: int) -> SharedMemory:
     file = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    if os.fstat(file).st_size != bytes_for(len(ranks)):
+    try:
+        if os.fstat(file).st_size != bytes_for(len(ranks)):
+            raise ValueError(f"{FOLDER}: the first rank's file has another size")
+        return SharedMemory(file, ranks.index(rank), _names(ranks))
+    except BaseException:
         os.close(file)
-        raise ValueError(f"{FOLDER}: the first rank's file has another size")
-    return SharedMemory(file, ranks.index(rank), _names(ranks))
+        raise
 
 
 def _names(ranks: list[int]) -> list[str]:

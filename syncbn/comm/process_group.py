@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
-from .duplicates import destroy_with, duplicate_of_default, timeout_of
+from .duplicates import duplicate_of_default, timeout_of
 from .failures import Incomplete
 from .sums import SumsAboutZero
 
@@ -34,11 +35,16 @@ class OfTorch(SumsAboutZero):
 
     def among(self, ranks: list[int]) -> ProcessGroupCommunicator | None:
         """`Communicator.among`, over gloo."""
-        if self.group.rank() not in ranks:
+        rank = self.group.rank()
+        number = torch.tensor(secrets.randbits(62) if rank == ranks[0] else 0)
+        all_reduce_(number, self.group)
+        if rank not in ranks:
             return None
-        members = [dist.get_process_group_ranks(self.group)[rank] for rank in ranks]
-        group = dist.new_group(members, timeout_of(self.group), backend="gloo", use_local_synchronization=True)
-        destroy_with(self.group, group)
+        # Not by torch's new_group, which names a group after how many the rank is in: another rank may be in more of them, and a group
+        # made again would read the addresses of the one that has been destroyed.
+        store = dist.PrefixStore(f"syncbn {number.item()}", dist.distributed_c10d._get_default_store())
+        timeout = timeout_of(self.group) or dist.default_pg_timeout
+        group: Any = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), timeout)  # a backend, which adds as a group does
         return ProcessGroupCommunicator(group)
 
 

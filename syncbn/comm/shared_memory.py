@@ -8,7 +8,6 @@ added, each rank has compared what all of them are about to exchange.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import mmap
@@ -16,12 +15,16 @@ import os
 import threading
 import time
 import weakref
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
 from .. import native
 from .failures import Incomplete
+
+with suppress(ImportError):  # Windows has none, and no compiled side either
+    import fcntl
 
 ALL_READ_ALL = 8  # up to this many ranks, each of them reads all slots; with more, each adds one segment
 
@@ -123,7 +126,7 @@ class SharedMemory:
         if values.dtype is not torch.float64 or not values.is_contiguous() or not values.is_cpu:
             raise ValueError(f"values must be contiguous float64 on the CPU, got {values.dtype} with strides {values.stride()}")
         call = self._address, self.rank, values.data_ptr(), values.numel(), channels, digest
-        if not self._turn.acquire(True, timeout):
+        if not self._turn.acquire(True, min(timeout, threading.TIMEOUT_MAX)):
             raise SharedExchangeError(f"another thread of this process has been exchanging for {timeout:g} s")
         try:
             status = self._all_reduce(*call)

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import environment
+from . import agreement
 from .identity import state_of
 from .meeting import PAYLOAD, REASON, Unusable, meet
 from .shared_memory import Mismatch, SharedMemory
@@ -53,9 +55,11 @@ class Sharing:
         return self.memory is not None and self.hosts == 1
 
     def set_up(self, comm: Communicator) -> Sharing:
-        """Every rank calls it."""
+        """Every rank calls it. Raises RankMismatchError on every rank if their SYNCBN_CHECK differ: then they would not compare alike."""
         with self._lock:
             if not self.ready:
+                check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
+                agreement.verify(comm, check, "", torch.device("cpu"))
                 try:
                     ranks, self.memory = meet(lambda row: gather(comm, row), comm.rank, comm.world_size)
                     self.hosts, self.timeout = len(ranks), comm.timeout
