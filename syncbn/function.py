@@ -24,7 +24,7 @@ WEIGHTINGS = ("samples", "ranks")
 
 
 class Options(NamedTuple):
-    """What a layer is told apart from its tensors. `name` is the layer's in messages."""
+    """What a layer is told apart from its tensors."""
 
     momentum: float | None = 0.1
     eps: float = 1e-5
@@ -32,7 +32,8 @@ class Options(NamedTuple):
     negative_slope: float = 0.01
     weighting: str = "samples"
     unbiased: bool = True
-    name: str = "sync_batch_norm"
+    name: str = "sync_batch_norm"  # in logs and profiles
+    layer: str = "sync_batch_norm"  # in messages: `comm.identity.description_of`
 
     @property
     def rank_weighted(self) -> bool:
@@ -41,11 +42,11 @@ class Options(NamedTuple):
     def checked(self) -> Options:
         """self, or ValueError."""
         if self.activation is not None and self.activation not in ACTIVATIONS[1:]:
-            raise ValueError(f"activation must be None or one of {ACTIVATIONS[1:]}, got {self.activation!r}")
+            raise ValueError(f"{self.layer}: activation must be None or one of {ACTIVATIONS[1:]}, got {self.activation!r}")
         if self.weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
+            raise ValueError(f"{self.layer}: weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
         if not self.eps >= 0:  # nor NaN
-            raise ValueError(f"eps must not be negative, got {self.eps}")
+            raise ValueError(f"{self.layer}: eps must not be negative, got {self.eps}")
         return self
 
 
@@ -78,13 +79,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         activation = options.activation or "none"
-        stats = checkpoint.replay(options.name, x.shape[1])
+        stats = checkpoint.replay(options.layer, x.shape[1])
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
         if stats is None:
             stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, exchange.merges(x.device)), x.shape[1])
-        checkpoint.record(options.name, stats)
-        check_count(options.name, stats, x, exchange.comm)
+        checkpoint.record(options.layer, stats)
+        check_count(options.layer, stats, x, exchange.comm)
         if torch.compiler.is_compiling():
             # As an op of its own: normalize can then be computed again in the backward pass, as checkpoints do.
             update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
@@ -166,11 +167,11 @@ def train_batch_norm(
     if not torch.compiler.is_compiling() and has_torch_function(tensors):
         # As every function of torch's: the tensors' classes run it on plain ones, and make what it returns theirs.
         return handle_torch_function(_on_plain_tensors, tensors, tensors, comm, options, record)
-    check(options.name, *tensors)
-    check_transforms(options.name, input)
+    check(options.layer, *tensors)
+    check_transforms(options.layer, input)
     if not options.eps > 0:
-        raise ValueError(f"{options.name}: eps must be positive in training, got {options.eps}")
-    check_memory(options.name, *tensors)
+        raise ValueError(f"{options.layer}: eps must be positive in training, got {options.eps}")
+    check_memory(options.layer, *tensors)
     # Here, where autograd sees it: what the function saves must be its own inputs to have a second derivative.
     input = dense(input)
     residual = None if residual is None else dense_like(residual, input)
@@ -199,7 +200,7 @@ def eval_batch_norm(
     options: Options,
 ) -> Tensor:
     """Normalizes by the running statistics. Never communicates; plain torch, so that it exports."""
-    check(options.name, input, residual, weight, bias, running_mean, running_var, None)
+    check(options.layer, input, residual, weight, bias, running_mean, running_var, None)
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if saves and not torch.compiler.is_exporting():
         # What autograd saves must stay: a training step may come before the backward pass.
@@ -277,5 +278,5 @@ def sync_batch_norm(
         comm = resolve(process_group)
         return train_batch_norm(input, residual, weight, bias, running_mean, running_var, None, comm, options)
     if running_mean is None or running_var is None:
-        raise ValueError("running_mean and running_var must be given when training is False")
+        raise ValueError("sync_batch_norm: running_mean and running_var must be given when training is False")
     return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .comm.identity import description_of
 from .reference import ACTIVATIONS
 
 # Options that torch's layers do not have, with the value that makes a layer the same as torch's.
@@ -44,8 +45,8 @@ def check_group_can_be_pickled(layer: nn.Module, groups: list[Any]) -> None:
             group.__reduce_ex__(4)
         except Exception as error:
             raise TypeError(
-                f"{name_of(layer)} cannot be pickled, because it has a process group ({error}): save model.state_dict(), or a whole model"
-                " after setting layer.process_group = None, or syncbn.revert_sync_batchnorm(copy.deepcopy(model)) if it was converted"
+                f"{description_of(layer)} cannot be pickled, because it has a process group ({error}): save model.state_dict(), or a whole"
+                " model after setting layer.process_group = None, or syncbn.revert_sync_batchnorm(copy.deepcopy(model)) if it was converted"
                 " without a group before"
             ) from error
 
@@ -61,12 +62,7 @@ def check_no_other_converter(layer: nn.Module) -> None:
             continue
         if any(t is other for t in tensors for other in (value.weight, value.bias, value.running_mean, value.running_var)):
             raise RuntimeError(
-                f"{name_of(layer)} cannot become a {type(value).__name__}, which has no {lost}: to convert the model to another kind of"
-                " batch norm, call syncbn.revert_sync_batchnorm(model) first, which brings fused activations back, and build layers"
+                f"{description_of(layer)} cannot become a {type(value).__name__}, which has no {lost}: to convert the model to another"
+                " kind of batch norm, call syncbn.revert_sync_batchnorm(model) first, which brings fused activations back, and build layers"
                 " without such options"
             )
-
-
-def name_of(layer: nn.Module) -> str:
-    name, cls = getattr(layer, "layer_name", None), type(layer).__name__
-    return f'layer "{name}" ({cls})' if name else f"this {cls}"

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from .comm.identity import description_of
 from .function import Options
 from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
 from .modules import SyncBatchNorm
@@ -147,14 +148,18 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             return record_in_fx_graph(self, inputs, training)
         x = self.channels_second(inputs)
         if x.shape[1] != self.num_features:
-            raise ValueError(f"inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}")
+            raise ValueError(
+                f"{description_of(self)}: inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}"
+            )
         y = self._batch_norm(x, None, self.trainable and (self.training if training is None else bool(training)))
         return y.movedim(1, self.axis)
 
     def channels_second(self, inputs: Tensor) -> Tensor:
         """A view of the inputs as [N, C, *], C on `axis` before."""
         if inputs.dim() < 2 or not -inputs.dim() <= self.axis < inputs.dim():
-            raise ValueError(f"inputs must have 2 or more dimensions, axis {self.axis} among them, got {list(inputs.shape)}")
+            raise ValueError(
+                f"{description_of(self)}: inputs must have 2 or more dimensions, axis {self.axis} among them, got {list(inputs.shape)}"
+            )
         return inputs.movedim(self.axis, 1)
 
     # ---- Building: torch's mechanism for lazy modules ---------------------------------------------------------------------------
@@ -198,7 +203,9 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
 
     def _options(self) -> Options:
         if self.momentum is None:  # torch's tools set this
-            raise ValueError("momentum must be a number, the decay of the moving values, got None; see syncbn.update_bn_stats")
+            raise ValueError(
+                f"{description_of(self)}: momentum must be a number, the decay of the moving values, got None; see syncbn.update_bn_stats"
+            )
         return super()._options()._replace(momentum=1 - self.momentum)
 
     def extra_repr(self) -> str:

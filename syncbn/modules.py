@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
-from .comm import LOCAL, NotAMember, check_type, resolve
-from .comm.identity import record_of
+from .comm import LOCAL, check_type, resolve
+from .comm.identity import description_of, record_of
 from .comm.recorded import RecordedCommunicator
 from .function import Options, eval_batch_norm, train_batch_norm
 from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
@@ -114,14 +114,17 @@ class SyncBatchNorm(_BatchNorm):
         """
         if isinstance(input, torch.fx.Proxy):
             return record_in_fx_graph(self, input, residual)
-        self._check_input_dim(input)
+        try:
+            self._check_input_dim(input)
+        except ValueError as error:  # torch's words, which do not say where
+            raise ValueError(f"{description_of(self)}: {error}") from None
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
         options = self._options()
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(
-                f"{options.name}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}"
+                f"{options.layer}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}"
             )
         weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
         running_mean, running_var = _tensor(self, "running_mean"), _tensor(self, "running_var")
@@ -130,8 +133,8 @@ class SyncBatchNorm(_BatchNorm):
         # Without running statistics eval mode uses this rank's batch, as torch does.
         try:
             comm = resolve(self.process_group) if training else LOCAL
-        except NotAMember as error:
-            raise NotAMember(f"{options.name}: {error}") from None
+        except ValueError as error:
+            raise type(error)(f"{options.layer}: {error}") from None
         return train_batch_norm(
             input,
             residual,
@@ -207,6 +210,7 @@ class SyncBatchNorm(_BatchNorm):
             self.weighting,
             self.unbiased,
             self.layer_name or type(self).__name__,
+            description_of(self),
         ).checked()
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -172,7 +172,7 @@ def test_eps_is_checked_where_a_layer_is_built_and_may_be_0_in_eval_mode():
         syncbn.SyncBatchNorm(3, eps=-1e-3)
     layer = syncbn.SyncBatchNorm(3, eps=0.0)
     assert torch.equal(layer.eval()(X), F.batch_norm(X, torch.zeros(3), torch.ones(3), torch.ones(3), torch.zeros(3), eps=0.0))
-    with pytest.raises(ValueError, match="SyncBatchNorm: eps must be positive in training"):
+    with pytest.raises(ValueError, match=r"^SyncBatchNorm\(3\): eps must be positive in training"):
         layer.train()(X)
 
 
@@ -185,7 +185,9 @@ def test_a_dtensor_in_training_is_an_error_that_names_the_layer_and_the_remedy(w
     layer = syncbn.SyncBatchNorm(3)
     layer.layer_name = "encoder.bn"
     x = DTensor.from_local(torch.randn(4, 3, 5), mesh, [Shard(0)])
-    with pytest.raises(TypeError, match=r"^encoder\.bn: a DTensor .* DTensor\.from_local\(layer\(x\.to_local\(\)\)"):
+    with pytest.raises(
+        TypeError, match=r'^layer "encoder\.bn" \(SyncBatchNorm\(3\)\): a DTensor .* DTensor\.from_local\(layer\(x\.to_local\(\)\)'
+    ):
         layer(x)
     y = DTensor.from_local(layer(x.to_local()), x.device_mesh, x.placements)
     assert y.shape == (4 * world.size, 3, 5) and float(y.detach().full_tensor().mean().abs()) < 1e-6

@@ -76,12 +76,37 @@ def test_wrong_number_of_channels(world):
     in_step(world)
 
 
-def test_an_error_names_the_converted_layer(world):
+def without_memory():
+    x = X.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+SPOILT = {  # what is wrong with a BatchNorm1d(3) or its input: (attributes that are set, the input)
+    "channels": ({}, lambda: torch.zeros(2, 5, 4)),
+    "dimensions": ({}, lambda: X[0, 0]),
+    "dimensions, which torch checks": ({}, lambda: X[..., None]),
+    "dtype": ({}, X.long),
+    "device": ({}, lambda: X.to("meta")),
+    "freed memory": ({}, without_memory),
+    "a parameter": ({"weight": nn.Parameter(torch.ones(3).half())}, lambda: X),
+    "the count of batches": ({"num_batches_tracked": torch.tensor(0.0)}, lambda: X),
+    "eps": ({"eps": 0.0}, lambda: X),
+    "an option": ({"weighting": "equal"}, lambda: X),
+    "the process group": ({"process_group": 3}, lambda: X),
+    "a dual number": ({}, lambda: torch.autograd.forward_ad.make_dual(X, X)),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_an_error_before_an_exchange_begins_with_the_layer(world, name):
+    attributes, make = SPOILT[name]
     model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"stem": nn.Sequential(nn.BatchNorm1d(3))}), world.group)
     layer = model["stem"][0]
-    for x in (torch.zeros(2, 5, 4), X.long(), X.to("meta")):
-        with pytest.raises((ValueError, TypeError), match=r"^stem\.0: "):
-            layer(x)
+    for attribute, value in attributes.items():
+        setattr(layer, attribute, value)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match=r'^layer "stem\.0" \(SyncBatchNorm1d\(3\)\): '):
+        layer(make())
     in_step(world)
 
 
@@ -218,7 +243,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
     command = [*torchrun(), str(script)]
     done = run(command, env=subprocess_env, timeout=60)
     assert done.returncode != 0
-    assert "named: encoder.bn: input must have 3 channels" in done.stdout
+    assert 'named: layer "encoder.bn" (SyncBatchNorm(3)): input must have 3 channels' in done.stdout
     waited = re.search(rf'after ([\d.]+) s: layer "encoder\.bn" .*\nrank {1 - failing} of 2 could not complete its forward', done.stdout)
     assert waited, done.stdout
     assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, done.stdout

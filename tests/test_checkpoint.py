@@ -192,7 +192,7 @@ def test_another_order_of_layers_is_an_error():
         return layer(x if layer.num_features == 3 else x.repeat(1, 2)[:, :5])[:, :3].sin()
 
     loss = ours(forward, x).sum()
-    with pytest.raises(RuntimeError, match="call 0 is SyncBatchNorm with 5 channels, but was SyncBatchNorm with 3"):
+    with pytest.raises(RuntimeError, match=r"call 0 is SyncBatchNorm\(5\) with 5 channels, but was SyncBatchNorm\(3\) with 3"):
         loss.backward()
     with pytest.raises(RuntimeError, match="not called in the forward pass"):
         Record().replay("layer", 3)

@@ -174,7 +174,7 @@ def test_pickling_a_layer_with_a_process_group_names_the_layer_and_the_remedy(wo
     group = dist.new_group(list(range(world.size)))
     model = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), group)
     for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
-        with pytest.raises(TypeError, match=r'layer "1" \(SyncBatchNorm1d\) .* save model.state_dict\(\)'):
+        with pytest.raises(TypeError, match=r'layer "1" \(SyncBatchNorm1d\(4\)\) .* save model.state_dict\(\)'):
             save(model)
     assert copy.copy(model[1]).process_group is group and copy.deepcopy(model)[1].process_group is group
     model[1].process_group = None

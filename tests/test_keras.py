@@ -268,13 +268,13 @@ def test_defaults_are_horovods():
 def test_bad_input():
     with pytest.raises(ValueError, match=r"axis 4 among them, got \[2, 3, 4, 5\]"):
         SyncBatchNormalization(axis=4)(torch.randn(2, 3, 4, 5))
-    with pytest.raises(ValueError, match="2 or more dimensions"):
+    with pytest.raises(ValueError, match=r"^SyncBatchNormalization\(\): inputs must have 2 or more dimensions"):
         SyncBatchNormalization()(torch.randn(3))
-    with pytest.raises(ValueError, match=r"inputs must have 3 features on axis -1, got \[2, 4\]"):
+    with pytest.raises(ValueError, match=r"^SyncBatchNormalization\(3\): inputs must have 3 features on axis -1, got \[2, 4\]"):
         SyncBatchNormalization(num_features=3)(torch.randn(2, 4))
     layer = SyncBatchNormalization(num_features=3)
     layer.momentum = None  # as torch.optim.swa_utils.update_bn sets it
-    with pytest.raises(ValueError, match="momentum must be a number"):
+    with pytest.raises(ValueError, match=r"^SyncBatchNormalization\(3\): momentum must be a number"):
         layer(torch.randn(2, 3))
 
 

@@ -108,8 +108,9 @@ CASES = {
     "plain": dict(activation="none"),
     "relu and residual": dict(activation="relu", residual=True),
     "silu and residual": dict(activation="silu", residual=True),
-    "no parameters, no buffers": dict(activation="leaky_relu", affine=False, track=False),
+    "no parameters, no buffers": dict(activation="leaky_relu", parameters=lambda: (None, None), track=False),
     "momentum None": dict(activation="none", momentum=None),
+    "one weight for all channels, a column of a matrix": dict(parameters=lambda: (torch.randn(1).expand(3), torch.randn(3, 2)[:, 1])),
 }
 
 
@@ -117,10 +118,11 @@ CASES = {
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
 def test_opcheck(name, layout):
     """Schema, aliasing, fake kernel and traceability of every op, as torch.library checks them."""
-    case = {"residual": False, "affine": True, "track": True, "momentum": 0.1} | CASES[name]
+    case = {"activation": "none", "residual": False, "parameters": lambda: (torch.randn(3), torch.randn(3)), "track": True, "momentum": 0.1}
+    case |= CASES[name]
     x, dy = layout(torch.randn(2, 3, 4, 5)), layout(torch.randn(2, 3, 4, 5))
     residual = layout(torch.randn(2, 3, 4, 5)) if case["residual"] else None
-    weight, bias = (torch.randn(3), torch.randn(3)) if case["affine"] else (None, None)
+    weight, bias = case["parameters"]()
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(0)) if case["track"] else (None, None, None)
     activation = case["activation"]
     stats = ops.stats(x, False)

@@ -75,7 +75,19 @@ class LayerRecord:
     def description(self) -> str:
         """The layer's class, which may differ by rank, for messages; empty if there is no layer."""
         layer = self.layer()
-        return "" if layer is None else f"{type(layer).__name__}({getattr(layer, 'num_features', '')})"
+        return "" if layer is None else class_and_channels(layer)
+
+
+def class_and_channels(layer: torch.nn.Module) -> str:
+    """`SyncBatchNorm2d(8)`, or `SyncBatchNorm2d()` if it has not been built."""
+    return f"{type(layer).__name__}({getattr(layer, 'num_features', 0) or ''})"
+
+
+def description_of(layer: torch.nn.Module) -> str:
+    """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. With this each message about a layer
+    begins."""
+    name: str | None = getattr(layer, "layer_name", None)
+    return f'layer "{name}" ({class_and_channels(layer)})' if name else class_and_channels(layer)
 
 
 # Beside the layers, not in them: a copy is another layer, and a layer that one rank reverts and converts again remains the same one.
