@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import syncbn
 from syncbn import RankMismatchError, SyncBatchNorm, environment
@@ -126,9 +128,22 @@ def trace_on_one_rank(world, layers):
 def fail_on_one_rank(world, layers):
     """A call that fails before its collective is not counted: its number remains free."""
     if world.rank == 0:
-        broken = SyncBatchNorm(3, process_group=world.group, device="meta")
-        with pytest.raises(RuntimeError, match="The other ranks are not the cause"):
-            broken(torch.empty(4, 3, 5, device="meta"))
+        for without_values in (torch.device("meta"), FakeTensorMode()):
+            with without_values, pytest.raises(RuntimeError, match="has no values that the ranks could exchange"):
+                SyncBatchNorm(3, process_group=world.group)(torch.empty(4, 3, 5))
+    return layers
+
+
+def vectorize_gradients_on_one_rank(world, layers):
+    x = torch.randn(4, 3, requires_grad=True)
+    y = layers[0](x).square().sum(0)
+    gradient = partial(torch.autograd.grad, y, x, retain_graph=True)
+    if world.rank == 0:
+        for together in (partial(gradient, is_grads_batched=True), torch.func.vmap(gradient)):
+            with pytest.raises(RuntimeError, match=r"several gradients in one call .* compute one after the other\n.* not the cause"):
+                together(torch.eye(3))
+    for direction in torch.eye(3):
+        gradient(direction)
     return layers
 
 
@@ -142,6 +157,7 @@ DIFFERENCES = [
     subclass_on_one_rank,
     trace_on_one_rank,
     fail_on_one_rank,
+    vectorize_gradients_on_one_rank,
 ]
 
 

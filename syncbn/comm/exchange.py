@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import environment
 from . import LOCAL, Communicator, agreement, failures
@@ -64,15 +65,17 @@ class Exchange(NamedTuple):
         """
         return self._exchanged(tensor, 0, kind)
 
-    def merges(self, device: torch.device) -> bool:
-        """`Communicator.merges`, or the ranks share memory. It may be the group's first exchange, and raises as `all_reduce_`."""
-        if self.comm.merges(device):
+    def merges(self, x: Tensor) -> bool:
+        """`Communicator.merges` for x's device, or the ranks share memory. Raises as `all_reduce_`.
+
+        It may be the group's first exchange."""
+        if self.comm.merges(x.device):
             return True
         group = None
         try:
-            _check_possible(device)
+            _check_possible(x)
             group = self.group
-            sharing = self._sharing(state_of(group)) if device.type == "cpu" and not torch.compiler.is_compiling() else None
+            sharing = self._sharing(state_of(group)) if x.is_cpu and not torch.compiler.is_compiling() else None
         except _NO_FAILURES:
             raise
         except Exception as error:
@@ -100,7 +103,7 @@ class Exchange(NamedTuple):
         values = tensor.numel() - channels  # all shifts are known, or merged away
         group = None
         try:
-            _check_possible(tensor.device)
+            _check_possible(tensor)
             group = self.group
             state = state_of(group)
             membership = None if self.record is None else self.record.memberships.get(group)
@@ -208,12 +211,19 @@ def _digest(*arguments: Any) -> int:
 _UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
-def _check_possible(device: torch.device) -> None:
+def _check_possible(tensor: Tensor) -> None:
     """Raises before the group is made, since the other ranks would have to take part in that."""
+    if torch.compiler.is_compiling():
+        return
     if torch.jit.is_tracing():
         raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
-    if device.type == "meta":
-        raise RuntimeError("a tensor on the meta device has no values that the ranks could exchange")
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
+        raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
+    if torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor):
+        raise RuntimeError(
+            "several gradients in one call (is_grads_batched=True, jacobian(vectorize=True)) cannot be exchanged with other ranks:"
+            " compute one after the other"
+        )
 
 
 def _is_profiling() -> bool:
