@@ -154,7 +154,8 @@ def test_a_group_without_this_rank_is_an_error_only_if_it_is_used(world, kind):
         else:
             with pytest.raises(ValueError, match="does not contain this rank") as error:
                 layer.train()(x)
-            assert str(error.value).startswith(layer.layer_name or "SyncBatchNorm")
+            name = f'layer "{layer.layer_name}" (' if layer.layer_name else ""
+            assert str(error.value).startswith(f"{name}{type(layer).__name__}(4)")
 
 
 @pytest.mark.world_size(2)
