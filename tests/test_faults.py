@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def launch(launcher: str, fault: str, folder: Path, env: dict[str, str], shared:
         return statuses[0], left_behind(env)
 
 
-def assert_says(error: Path, words: tuple[str, ...], at_once: bool) -> None:
+def assert_says(error: Path, words: Sequence[str], at_once: bool) -> None:
     said = error.read_text()
     for word in words:
         assert word in said, said
@@ -166,29 +167,44 @@ def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, l
     assert_says(tmp_path / "1.error", names("encoder.a", "forward", rank=1), at_once=True)
 
 
-JOIN = f"""
+JOINED = f"""
 import sys, time, torch, torch.distributed as dist, syncbn
 from torch import nn
 syncbn.init_process_group("gloo", timeout={TIMEOUT})
 model, rank = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3)), dist.get_rank()
+syncbn.convert_sync_batchnorm(model)  # names the layer
+began = time.time()
 try:
-    with syncbn.join(model):
+    with {{joined}}:
         for step in range(4):
             if rank == 1 and step == 2:
-                time.sleep({2 * TIMEOUT})
-                raise KeyError
+                {{fault}}
             model(torch.randn(5, 4)).sum().backward()
 except RuntimeError as error:
-    open(f"{{sys.argv[1]}}/{{rank}}.error", "w").write(str(error))
+    open(f"{{{{sys.argv[1]}}}}/{{{{rank}}}}.error", "w").write(f"after {{{{time.time() - began:.1f}}}} s: {{{{error}}}}")
+    time.sleep({2 * TIMEOUT} * rank)  # else the launcher could end rank 0 before its error
     raise
 """
+DDP = "nn.parallel.DistributedDataParallel(model)"
+LEFT = {  # how the ranks join, what rank 1 does after two batches: the words of rank 0's error
+    "raises inside syncbn.join": (
+        "syncbn.join(model)",
+        f"time.sleep({2 * TIMEOUT}); raise KeyError",
+        ["after", "s: syncbn.join: ", "\nrank 0 of 2 could not reach the other ranks before call 3"],
+    ),
+    "has no batch left inside DDP's join": (
+        f"(model := {DDP}).join()",
+        "break",
+        [*names("1", "forward")[1:], "(syncbn.join(model), not model.join(), lets ranks have different numbers of batches)"],
+    ),
+}
 
 
-def test_a_rank_that_raises_inside_join_ends_the_other_with_an_error_that_names_join(tmp_path, subprocess_env):
-    (tmp_path / "job.py").write_text(JOIN)
+@pytest.mark.parametrize("name", LEFT)
+def test_a_rank_that_has_left_a_join_ends_the_other_with_an_error_that_names_join(name, tmp_path, subprocess_env):
+    joined, fault, words = LEFT[name]
+    (tmp_path / "job.py").write_text(JOINED.format(joined=joined, fault=fault))
     with job(subprocess_env) as env:
         command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]
         assert subprocess.run(command, env=env, capture_output=True, timeout=LIMIT).returncode != 0
-    assert re.search(
-        r"^syncbn.join: .*\nrank 0 of 2 could not reach the other ranks before call 3", (tmp_path / "0.error").read_text(), re.S
-    )
+    assert_says(tmp_path / "0.error", words, at_once=False)
