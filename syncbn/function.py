@@ -83,7 +83,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
         if stats is None:
-            stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, exchange.merges(x)), x.shape[1])
+            shifted = exchange.merges(x)
+            stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted), x.shape[1], shifted)
         checkpoint.record(options.layer, stats)
         check_count(options.layer, stats, x, exchange.comm)
         if torch.compiler.is_compiling():

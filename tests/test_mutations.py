@@ -84,8 +84,8 @@ CHANGED = [
     Mutant("walk.cuh", "int64_t{piece} * config.piece", "int64_t{piece} * (config.piece - 8)", "stats"),
     Mutant("walk.cuh", "- 1)) * V", "- 1))", "backward_input"),
     Mutant("walk.cuh", "(lane & ((1 << config.lane_bits) - 1)) * V", "lane * V", "backward_input"),
-    Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input"),
-    Mutant("walk.cuh", "channel < layout.C &&", "channel <= layout.C &&", "normalize"),
+    Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input", nth=1),  # not of the prefetch
+    Mutant("walk.cuh", "channel < layout.C &&", "channel <= layout.C &&", "normalize", nth=1),
     Mutant("walk.cuh", "row + u * rows < layout.outer", "row + u * rows <= layout.outer", "backward_input"),
     Mutant("walk.cuh", "runs - 1 - i", "runs - i", "backward_input"),
     Mutant("walk.cuh", "config.runs - 1 - i", "i - split", "backward_input", nth=1),

@@ -18,6 +18,7 @@ PACKAGE = Path(syncbn.__file__).parent
 ORDER = [
     "environment",
     "layout",
+    "moments",
     "build_info",
     "gpus",
     "native",
@@ -36,7 +37,6 @@ ORDER = [
     "comm.rendezvous",
     "comm.groups",
     "comm.exchange",
-    "moments",
     "reference",
     "checkpoint",
     "ops",

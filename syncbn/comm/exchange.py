@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import environment
+from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .identity import GroupState, LayerRecord, Membership, state_of
 from .shared_memory import Mismatch
@@ -82,8 +83,12 @@ class Exchange(NamedTuple):
             raise self._failure(error, group, 0, "forward") from error
         return sharing is not None and sharing.in_memory
 
-    def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
-        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`."""
+    def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
+        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
+
+        `shifted` is what `merges` returned: if a graph breaks between the two calls, this one may be traced, and that one not."""
+        if shifted and self.comm is not LOCAL and torch.compiler.is_compiling():
+            stats = rebase(stats, torch.zeros_like(stats[:channels]))
         return self._exchanged(stats, channels, "forward")
 
     def signature(self, kind: str, values: int) -> str:
