@@ -129,7 +129,6 @@ CHANGED = [
     Mutant("stats.cu", "&& count > 0 ? count : 1", "? count : 1", "stats"),
     Mutant("stats.cu", "args.rank_weighted ? count > 0", "args.rank_weighted ? 1", "stats"),
     Mutant("stats.cu", "- to_acc(channel_shift[j])", "", "stats"),
-    Mutant("stats.cu", "c * args.layout.inner", "c", "stats"),
     Mutant("stats.cu", "args.shifted && args.layout.outer * args.layout.inner > 0", "args.shifted", "stats"),
     Mutant("finalize.cuh", "- offset * offset", "", "normalize"),
     Mutant("finalize.cuh", "channel.weight_sum < 1 ? 1 :", "", "normalize"),
