@@ -128,8 +128,9 @@ def main() -> None:
         train_losses.append(loss.detach())
     late = torch.stack(train_losses[-50:]).mean()
     dist.all_reduce(late)
+    # On every rank: gloo's thread lets go of `late` meanwhile. It may need the GIL for that, which a group that is being destroyed holds.
+    loss, iou, predicted = evaluate(model.module, test_x, test_mask)
     if rank == 0:
-        loss, iou, predicted = evaluate(model.module, test_x, test_mask)
         result = {"norm": args.norm, "ranks": world_size, "batch_size": args.batch_size, "curve": [*curve, loss]}
         result |= {"train_loss": late.item() / world_size, "test_loss": loss, "iou": iou}
         result |= {"images": test_x[:SHOWN, 0].cpu(), "truth": test_mask[:SHOWN].cpu(), "predicted": predicted[:SHOWN].cpu()}
