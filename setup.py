@@ -285,6 +285,8 @@ REASON = ".reason"  # the file beside the Python files that says why a library w
 # optional: a library that cannot be built, or is turned off, is left out.
 extensions = [Extension(name, [], optional=os.environ.get(switch) != "1") for name, switch in SWITCHES.items()]
 setup(
+    long_description=runpy.run_path("docs/long_description.py")["long_description"](),
+    long_description_content_type="text/markdown",
     ext_modules=extensions if sys.platform == "linux" else [],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": AnyPython},
 )

@@ -1,9 +1,9 @@
-"""Compiles the bindings with the headers of the oldest torch that setup.cfg admits: those of a newer one declare more than it has.
+"""Compiles the bindings with the headers of the oldest torch that pyproject.toml admits: those of a newer one declare more.
 
 The headers are taken from its smallest wheel, another system's. Without nvcc the CUDA binding is left out, with a line that says so.
 """
 
-import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +14,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 SMALLEST = ["--platform=macosx_14_0_arm64", "--python-version=3.12", "--only-binary=:all:", "--no-deps"]
 
-setup_cfg = configparser.ConfigParser()
-setup_cfg.read(ROOT / "setup.cfg")
-(required,) = setup_cfg["options"]["install_requires"].split()
-oldest = required.replace(">=", "==")
-major, minor = map(int, oldest.partition("==")[2].split("."))
+(version,) = re.findall(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text())
+oldest = f"torch=={version}"
+major, minor = map(int, version.split("."))
 target = f"0x{major:02x}{minor:02x}000000000000"
 if f'TARGET = "{target}"' not in (ROOT / "setup.py").read_text():
-    sys.exit(f"setup.py must build for the torch that setup.cfg requires, {oldest}: TARGET = {target!r}")
+    sys.exit(f"setup.py must build for the torch that pyproject.toml requires, {oldest}: TARGET = {target!r}")
 
 with tempfile.TemporaryDirectory() as folder:
     subprocess.run([sys.executable, "-m", "pip", "--quiet", "download", *SMALLEST, "--dest", folder, oldest], check=True)

@@ -1,8 +1,9 @@
-"""Builds the wheel, with the CUDA library where nvcc is, installs it where the source tree is out of sight, and runs a layer with its
-compiled kernels. Then builds the source distribution, and looks whether it has what a build and the tests need. Both have the license."""
+"""Builds the wheel, with the CUDA library where nvcc is, installs it where the source tree cannot be imported, and runs a layer with its
+compiled kernels. Then builds the source distribution, and checks that it has what a build and the tests need. Both have the license."""
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ with tempfile.TemporaryDirectory() as folder:
         assert archive.read(license) == (ROOT / "LICENSE").read_bytes()
         about = email.message_from_bytes(archive.read(metadata))
     assert (about["License-Expression"] or about["License"]) == "BSD-3-Clause", about.items()
+    links = re.findall(r"\]\((?!https?://|#)[^)]*\)", about.get_payload())
+    assert not links, f"relative links are dead in the long description: {links}"
     assert about["License-File"] == "LICENSE" and about["Author"] == "the syncbn authors" and about["Keywords"], about.items()
     subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
     env = os.environ | {"PYTHONPATH": f"{folder}/site"}

@@ -3,7 +3,7 @@
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail
-source "$(dirname "$0")/environment.sh" test mpi examples workflows
+source "$(dirname "$0")/environment.sh" mpi,examples test workflows
 export OMP_NUM_THREADS=1  # the ranks share the cores
 export SYNCBN_FUZZ=${SYNCBN_FUZZ:-9}  # seconds of random layers in each of the seven runs, a minute in all
 failed=()
