@@ -8,8 +8,8 @@ import sys
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from ._torch_private import has_tangent, is_transformed
 from .comm import LOCAL, Communicator
 from .layout import samples_per_channel
 from .moments import parts
@@ -68,8 +68,7 @@ def check_transforms(layer: str, input: Tensor) -> None:
             f"{layer}: a DTensor cannot be normalized in training mode. Give the layer this rank's samples, sharded along dimension 0:"
             " y = DTensor.from_local(layer(x.to_local()), x.device_mesh, x.placements), and leave it out of distribute_module"
         )
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or (forward_ad._current_level >= 0 and forward_ad.unpack_dual(input).tangent is not None):
+    if is_transformed() or has_tangent(input):
         raise NotImplementedError(
             f"{layer}: synchronized batch norm in training mode has no forward-mode derivative and no torch.func transform (jvp, grad,"
             " vmap): use torch.autograd.grad, with create_graph=True for higher derivatives, or the layer in eval mode"
@@ -87,7 +86,7 @@ def check_memory(layer: str, *tensors: Tensor | None) -> None:
 
 def plain(t: Tensor | None) -> Tensor | None:
     """t as a tensor of torch's own class, if its class takes part in torch's functions by `__torch_function__`."""
-    if t is None or type(t) is Tensor or type(t).__torch_function__ is torch._C._disabled_torch_function_impl:
+    if t is None or type(t) is Tensor or type(t).__torch_function__ is torch.nn.Parameter.__torch_function__:  # which is disabled
         return t
     return t.as_subclass(Tensor)
 

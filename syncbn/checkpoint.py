@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+from ._torch_private import in_backward, is_collective_in_graph, is_traced_by_make_fx
 from .moments import channels_of
 
 
@@ -73,7 +74,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     >>> layer.num_batches_tracked
     tensor(1)
     """
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # as torch's checkpoint asks
+    if is_traced_by_make_fx():
         return context_fn() if context_fn else create_selective_checkpoint_contexts(_keep_exchanges)
     record = Record()
     others = context_fn() if context_fn else ()
@@ -82,8 +83,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
 
 def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Under torch.compile, where a checkpoint is a hint to the partitioner: what was exchanged is kept, the rest computed again."""
-    keep = op.namespace in ("_c10d_functional", "c10d_functional")
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_collective_in_graph(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def replay(layer: str, channels: int) -> Tensor | None:
@@ -103,7 +103,7 @@ def record(layer: str, stats: Tensor) -> None:
 
 def is_recomputation() -> bool:
     """True inside a backward pass, where a forward pass can only be one that is run again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not torch.compiler.is_compiling() and in_backward()
 
 
 class _Together:

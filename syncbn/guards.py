@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ._torch_private import _BatchNorm
 from .comm.identity import description_of
 from .reference import ACTIVATIONS
 

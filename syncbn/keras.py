@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
+from ._torch_private import remove_lazy_hooks
 from .comm.identity import description_of
 from .function import Options
 from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
@@ -183,9 +184,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
                 self._reset(name)
         if not self.trainable:
             self.trainable = False
-        for hook in ("_load_hook", "_initialize_hook"):
-            if hook in vars(self):
-                getattr(self, hook).remove()
+        remove_lazy_hooks(self)
 
     @torch.no_grad()
     def _reset(self, *names: str) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer
 
+from ._torch_private import _BatchNorm, tensor_of
 from .comm import LOCAL, check_type, resolve
 from .comm.identity import description_of, record_of
 from .comm.recorded import RecordedCommunicator
@@ -126,8 +126,8 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(
                 f"{options.layer}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}"
             )
-        weight, bias = _tensor(self, "weight"), _tensor(self, "bias")
-        running_mean, running_var = _tensor(self, "running_mean"), _tensor(self, "running_var")
+        weight, bias = tensor_of(self, "weight"), tensor_of(self, "bias")
+        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
         if not training and running_mean is not None and running_var is not None:
             return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
         # Without running statistics eval mode uses this rank's batch, as torch does.
@@ -140,7 +140,7 @@ class SyncBatchNorm(_BatchNorm):
             residual,
             weight,
             bias,
-            *((running_mean, running_var, _tensor(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
+            *((running_mean, running_var, tensor_of(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
             comm,
             options,
             None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self),
@@ -244,7 +244,7 @@ class SyncBatchNorm(_BatchNorm):
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         for group in groups_of(self):  # a copy exchanges with the same ranks; groups cannot be copied
             memo[id(group)] = group.outside if isinstance(group, RecordedCommunicator) else group  # a copy is not part of syncbn.join
-        for buffer in self._buffers.values():
+        for buffer in self.buffers(recurse=False):
             if isinstance(buffer, UninitializedBuffer):  # which torch cannot copy, unlike an uninitialized parameter
                 factory: dict[str, Any] = {"device": buffer.device, "dtype": buffer.dtype}
                 memo[id(buffer)] = UninitializedBuffer(**factory)
@@ -252,13 +252,6 @@ class SyncBatchNorm(_BatchNorm):
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return new
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    """`module.name`, straight from its parameters or buffers: as an attribute it is found behind an AttributeError, which is made and
-    dropped each time and takes as long as a small kernel. Parametrized or replicated, it is not among them."""
-    tensors = module._parameters if name in module._parameters else module._buffers
-    return tensors[name] if name in tensors else getattr(module, name)
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

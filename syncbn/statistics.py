@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import itertools
 import operator
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from . import ops
+from ._torch_private import _BatchNorm, is_compiler_loaded
 from .comm import Communicator, resolve
 from .comm.agreement import RankMismatchError
 from .comm.exchange import Exchange
@@ -138,7 +137,7 @@ class _Observation:
         for module, total in zip(self.buffers, self.totals, strict=True):
             self._observe(module, total)
         # Not compiled once more for this pass and its hooks. If nothing is compiled, asking for eager would load the compiler.
-        if "torch._dynamo" in sys.modules:
+        if is_compiler_loaded():
             self.stance = torch.compiler.set_stance("force_eager")
         torch.set_grad_enabled(False)
         self.model.eval()

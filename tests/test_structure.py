@@ -1,13 +1,17 @@
-"""Imports go one way: a module imports only what stands before it in ORDER. Nothing heavy is imported unasked. No data of others is run as
-code."""
+"""Imports go one way, from floor to floor. Private names of torch stand in one file. Importing the package imports no optional dependency.
+No untrusted data is executed."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,85 +19,153 @@ import syncbn
 
 pytestmark = pytest.mark.world_size(1)
 PACKAGE = Path(syncbn.__file__).parent
-ORDER = [
-    "environment",
-    "layout",
-    "moments",
-    "build_info",
-    "gpus",
-    "native",
-    "comm.failures",
-    "comm.shared_memory",
-    "comm.meeting",
-    "comm.identity",
-    "comm.agreement",
-    "comm.sharing",
-    "comm.duplicates",
-    "comm.sums",
-    "comm.process_group",
-    "comm.mpi",
-    "comm.recorded",
-    "comm",
-    "comm.rendezvous",
-    "comm.groups",
-    "comm.exchange",
-    "reference",
-    "checkpoint",
-    "ops",
-    "double_backward",
-    "arguments",
-    "function",
-    "keras_weights",
-    "guards",
-    "surgery",
-    "surgery.record",
-    "surgery.tails",
-    "surgery.encapsulation",
-    "surgery.trace",
-    "modules",
-    "keras",
-    "surgery.fuse",
-    "surgery.convert",
-    "statistics",
-    "surgery.fold",
-    "join",
-    "lightning",
-    "check",
-    "__init__",
-]
-
-
-def imports_of(path: Path) -> set[str]:
-    """The modules of the package that a file imports at its top level, as names in ORDER."""
-    found = set()
-    package = path.parent.relative_to(PACKAGE).parts
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.level > 0:
-            base = list(package)[: len(package) - node.level + 1]
-            if node.module:
-                found.add(".".join([*base, node.module]))
-            else:
-                names = {".".join([*base, alias.name]) for alias in node.names}
-                found |= {name if name in ORDER else ".".join(base) for name in names}
-    return found
+# A module imports from its own floor and from those above it in this list; a wing stands for all of its modules that are not named.
+FLOORS = {
+    "torch, the machine and memory": "_torch_private environment layout moments build_info gpus native",
+    "communication": "comm",
+    "the four ops": "reference ops",
+    "the layer's arithmetic": "checkpoint double_backward arguments function",
+    "what a layer needs": "keras_weights guards surgery.__init__ surgery.record surgery.tails surgery.encapsulation surgery.trace",
+    "the layers": "modules keras",
+    "model surgery, and statistics of a whole pass": "surgery statistics",
+    "training loops and tools": "join lightning check",
+    "what users import": "__init__",
+}
+PLACES = {name: floor for floor, names in enumerate(FLOORS.values()) for name in names.split()}
+# Imports inside functions, which lead to a higher floor, each with its reason.
+UPWARD = {("modules", "surgery.convert"): "torch's users look for convert_sync_batchnorm on the class"}
 
 
 def module_name(path: Path) -> str:
-    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__")
+    """`function`, `comm.mpi`, `comm.__init__`"""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)
-def test_imports_go_one_way(path):
-    name = module_name(path)
-    assert name in ORDER, f"{name} has no place in the order of modules"
-    for imported in imports_of(path):
-        assert ORDER.index(imported) < ORDER.index(name), f"{name} imports {imported}"
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes, those inside functions as well, but for what only type checkers read."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from nodes(node)
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the package that a module of it imports."""
+    imported = set()
+    package = name.split(".")[:-1]
+    for node in nodes(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            base = [*package[: len(package) - node.level + 1], *filter(None, [node.module])]
+            for alias in node.names:
+                candidates = [".".join([*base, *end]) for end in ([alias.name], [alias.name, "__init__"], [], ["__init__"])]
+                imported.add(next(candidate for candidate in candidates if candidate in FILES))
+    return imported - {name}
+
+
+def floor_of(name: str) -> int:
+    assert name in PLACES or name.split(".")[0] in PLACES, f"{name} is on no floor"
+    return PLACES[name] if name in PLACES else PLACES[name.split(".")[0]]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_go_one_way(name):
+    for imported in imports_of(name):
+        assert floor_of(imported) <= floor_of(name) or (name, imported) in UPWARD, f"{name} imports {imported}"
+
+
+def test_there_is_no_circle_of_imports():
+    graph = {name: imports_of(name) - {upper for lower, upper in UPWARD if lower == name} for name in FILES}
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(FILES)  # else CycleError names the circle
+
+
+def test_the_list_of_floors_names_what_there_is():
+    missing = [name for name in PLACES if name not in FILES and f"{name}.__init__" not in FILES]
+    assert missing == []
+    assert all(upper in imports_of(lower) for lower, upper in UPWARD)
+
+
+# ---- Private names of torch are in _torch_private.py only ----------------------------------------------------------------------------
+
+# Methods that torch's modules call, and that our classes override.
+OVERRIDDEN = {"_check_input_dim", "_load_from_state_dict"}
+NOT_OF_TORCH = {"_replace", "_getframe"}  # of NamedTuple, of sys
+AS_TEXT = {"_modules"}  # in a list of the words that the source of a user's model may use
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[A-Za-z]\w*", name) is not None and not name.startswith("__")
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    """Names of functions, classes, attributes and variables that a file defines."""
+    defined = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            defined.add(node.id if isinstance(node, ast.Name) else node.attr)
+    return defined
+
+
+def private_names_used(tree: ast.AST) -> set[str]:
+    """Private names that a file imports from elsewhere, reads as an attribute or has as a text, as for getattr."""
+    used = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            used.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            used |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            used |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+            used |= set(node.value.split("."))
+    return {name for name in used if is_private(name)}
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+DEFINED = set.union(*(defined_in(tree) for name, tree in TREES.items() if name != "_torch_private"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "_torch_private"])
+def test_private_names_of_torch_are_in_one_file(name):
+    assert private_names_used(TREES[name]) - DEFINED - OVERRIDDEN - NOT_OF_TORCH - AS_TEXT == set()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch._C._current_graph_task_id()",
+        "from torch.nn.modules.batchnorm import _BatchNorm",
+        "import torch._dynamo",
+        "from torch._subclasses.fake_tensor import FakeTensor",
+        "module._parameters['weight']",
+        "getattr(module, '_forward_hooks')",
+        "'torch._dynamo' in sys.modules",
+    ],
+)
+def test_a_private_name_would_be_noticed(source):
+    assert private_names_used(ast.parse(source)) - DEFINED - OVERRIDDEN - NOT_OF_TORCH - AS_TEXT
+
+
+def overridden(cls: Any) -> set[str]:
+    """The private names of torch's classes that a class of ours defines again."""
+    bases = [base for base in cls.__mro__ if base.__module__.startswith("torch.")]
+    return {name for name in vars(cls) if is_private(name) and name in DEFINED and any(hasattr(base, name) for base in bases)}
+
+
+def test_no_other_private_method_of_torch_is_overridden():
+    modules = [importlib.import_module(f"syncbn.{name}".removesuffix(".__init__")) for name in FILES if name != "comm.mpi"]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    ours = [cls for cls in classes if cls.__module__.startswith("syncbn.")]
+    assert set.union(*map(overridden, ours)) == OVERRIDDEN
 
 
 def test_only_one_module_reads_the_environment():
     pattern = re.compile(r"\b(environ|getenv|putenv)\b")
-    assert [module_name(path) for path in sorted(PACKAGE.rglob("*.py")) if pattern.search(path.read_text())] == ["environment"]
+    assert [name for name, path in FILES.items() if pattern.search(path.read_text())] == ["environment"]
 
 
 def test_importing_the_package_imports_no_optional_dependency():

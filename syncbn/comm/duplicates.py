@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from .._torch_private import timeout_of_backend
 from .failures import Incomplete
 
 _duplicates: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
@@ -77,10 +78,7 @@ def all_gather(number: int) -> list[int]:
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """The group's timeout: a new group would get torch's default. None for a backend that has none."""
     assert group is not None
-    try:
-        return group._get_backend(torch.device(_device())).options._timeout
-    except (AttributeError, RuntimeError):
-        return None
+    return timeout_of_backend(group, torch.device(_device()))
 
 
 def _device() -> str:

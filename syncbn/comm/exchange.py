@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .. import environment
+from .._torch_private import is_batched, is_fake, is_profiling
 from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .identity import GroupState, LayerRecord, Membership, state_of
@@ -116,7 +116,7 @@ class Exchange(NamedTuple):
             if sharing is None or not sharing.in_memory:
                 self._verify(membership, tensor.device, values, kind)
             identity = self._identity(group) if membership is None else membership.identity
-            with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if _is_profiling() else nullcontext():
+            with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if is_profiling() else nullcontext():
                 reduce = self._logged if environment.settings.debug else self._sum
                 total = reduce(sharing, tensor, channels, kind, identity)
         except _NO_FAILURES:
@@ -222,17 +222,13 @@ def _check_possible(tensor: Tensor) -> None:
         return
     if torch.jit.is_tracing():
         raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
-    if tensor.is_meta or isinstance(tensor, FakeTensor):
+    if tensor.is_meta or is_fake(tensor):
         raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
-    if torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor):
+    if is_batched(tensor):
         raise RuntimeError(
             "several gradients in one call (is_grads_batched=True, jacobian(vectorize=True)) cannot be exchanged with other ranks:"
             " compute one after the other"
         )
-
-
-def _is_profiling() -> bool:
-    return torch.autograd._profiler_enabled()  # an unused range still costs microseconds
 
 
 def _now(tensor: Tensor) -> float:

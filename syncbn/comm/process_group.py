@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor
 
+from .._torch_private import all_reduce_in_graph, default_store
 from .duplicates import duplicate_of_default, timeout_of
 from .failures import Incomplete
 from .sums import SumsAboutZero
@@ -42,7 +42,7 @@ class OfTorch(SumsAboutZero):
             return None
         # Not by torch's new_group, which names a group after how many the rank is in: another rank may be in more of them, and a group
         # made again would read the addresses of the one that has been destroyed.
-        store = dist.PrefixStore(f"syncbn {number.item()}", dist.distributed_c10d._get_default_store())
+        store = dist.PrefixStore(f"syncbn {number.item()}", default_store())
         timeout = timeout_of(self.group) or dist.default_pg_timeout
         group: Any = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), timeout)  # a backend, which adds as a group does
         return ProcessGroupCommunicator(group)
@@ -65,7 +65,7 @@ class ProcessGroupCommunicator(OfTorch):
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return functional_collectives.all_reduce(tensor, "sum", self.group)  # the form that a graph can hold
+            return all_reduce_in_graph(tensor, self.group)
         return all_reduce_(tensor, self.group)
 
 
@@ -91,7 +91,7 @@ class DefaultGroupCommunicator(OfTorch):
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return functional_collectives.all_reduce(tensor, "sum", _name_of_duplicate())
+            return all_reduce_in_graph(tensor, _name_of_duplicate())
         return all_reduce_(tensor, duplicate_of_default())
 
 

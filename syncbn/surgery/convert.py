@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
-from torch.nn.utils import parametrize
 
+from .._torch_private import _BatchNorm, _LazyNormBase, change_class, class_below_parametrization, registered_names
 from ..comm import check_type
 from ..guards import options_of_ours
 from ..modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
@@ -116,7 +115,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 def _is_of_a_users_class(child: SyncBatchNorm) -> bool:
     """Whether the layer was built, and of a class that means something which a plain batch norm would lose."""
     converted = child._conversion is not None and child._conversion.original_class is not None
-    return not converted and _class_below(child) not in _SYNCHRONIZED.values()
+    return not converted and class_below_parametrization(child) not in _SYNCHRONIZED.values()
 
 
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
@@ -127,7 +126,7 @@ def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
 def _own_names(child: _BatchNorm) -> set[str]:
     """What `child` or its class means something of its own by, and a SyncBatchNorm another thing."""
     names = {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name"}
-    own = {*vars(child), *child._modules, *child._buffers, *child._parameters}
+    own = {*vars(child), *registered_names(child)}
     if not tail_of_class(type(child)):
         own |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
     return names & own
@@ -135,9 +134,9 @@ def _own_names(child: _BatchNorm) -> set[str]:
 
 def _convert(child: _BatchNorm, process_group: Any) -> None:
     attributes = vars(child)
-    original = _class_below(child)
+    original = class_below_parametrization(child)
     attributes["_conversion"] = Conversion(original, {key: attributes[key] for key in ("process_group",) if key in attributes})
-    _become(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
+    change_class(child, _synchronized(original))  # type: ignore[arg-type]  # mypy takes the class for unhashable
     if process_group is not None:
         child.process_group = process_group
 
@@ -156,26 +155,13 @@ def _revert(child: SyncBatchNorm) -> None:
         attributes.pop(option, None)
     if issubclass(original, _LazyNormBase) and not isinstance(child, _LazyNormBase):
         original = original.cls_to_become  # it has seen its first input since
-    _become(child, original)
+    change_class(child, original)
     attributes.update(conversion.original_attributes)
 
 
 def _plain(built: type[SyncBatchNorm]) -> type[_BatchNorm]:
     """What a layer that was built as a `SyncBatchNorm` reverts to."""
     return next((plain for plain, synchronized in _SYNCHRONIZED.items() if issubclass(built, plain)), BatchNorm)
-
-
-def _class_below(child: _BatchNorm) -> type[_BatchNorm]:
-    """The class of `child` without the one that torch.nn.utils.parametrize has put on top."""
-    return type(child).__bases__[0] if parametrize.is_parametrized(child) else type(child)
-
-
-def _become(child: _BatchNorm, cls: type[_BatchNorm]) -> None:
-    """Makes `child` a `cls`, parametrized as before: the class on top holds nothing but properties."""
-    if parametrize.is_parametrized(child):
-        properties = {name: value for name, value in vars(type(child)).items() if isinstance(value, property)}
-        cls = type(f"Parametrized{cls.__name__}", (cls,), properties)
-    child.__class__ = cls
 
 
 @functools.cache

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from .._torch_private import _BatchNorm
 from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import groups_of
 from .tails import tail_of
-from .trace import has_hooks, producer, record_in_fx_graph, regions, warn_of
+from .trace import is_observed, producer, record_in_fx_graph, regions, warn_of
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -98,7 +98,7 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
         layer, batch_norm = modules[str(source.target)], modules[str(node.target)]
         shared = any(str(target).startswith((f"{source.target}.", f"{node.target}.")) for target in read)
         alone = inputs.count(node.args[0]) == 1 and not shared
-        if alone and all(calls.count(m) == 1 and not has_hooks(m) for m in (layer, batch_norm)) and _known(batch_norm, len(inputs)):
+        if alone and all(calls.count(m) == 1 and not is_observed(m) for m in (layer, batch_norm)) and _known(batch_norm, len(inputs)):
             fits, dim = _channels(layer, batch_norm)
             if fits:
                 pairs.append(Foldable(layer, batch_norm, dim))
@@ -181,7 +181,6 @@ def _activation(batch_norm: _BatchNorm) -> nn.Module:
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Under every name: the model may call a module by another one than the trace does."""
-    for parent in list(root.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
+    for name, module in list(root.named_modules(remove_duplicate=False)):
+        if module is old:
+            root.set_submodule(name, new)

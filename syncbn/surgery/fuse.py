@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch_private import _BatchNorm
 from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import Conversion
-from .trace import Region, has_hooks, producer, record_in_fx_graph, regions, warn_of
+from .trace import Region, is_observed, producer, record_in_fx_graph, regions, warn_of
 
 _FORWARDS = (SyncBatchNorm.forward, SyncBatchNormalization.forward)  # any other may go on after the normalization
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
@@ -87,6 +87,6 @@ def _adjacent(module: nn.Module, graph: fx.Graph) -> list[Fusible]:
         if source is None:
             continue
         pair = Fusible(modules[source.target], modules[node.target])
-        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not has_hooks(m) for m in pair):
+        if isinstance(pair.batch_norm, _BatchNorm) and all(calls.count(m) == 1 and not is_observed(m) for m in pair):
             pairs.append(pair)
     return pairs

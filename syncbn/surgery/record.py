@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from .._torch_private import _BatchNorm
 
 
 @dataclass

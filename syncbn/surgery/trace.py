@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._torch_private import _BatchNorm, has_hooks
 from .encapsulation import units
 
 _LIBRARIES = tuple(str(Path(path).parent) for path in (torch.__file__, __file__))
@@ -104,13 +104,12 @@ def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
     source = node.args[0] if node.args else None
     while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
         module = modules[str(source.target)]
-        if type(module) is not nn.Identity or has_hooks(module) or len(source.args) != 1 or source.kwargs:
+        if type(module) is not nn.Identity or is_observed(module) or len(source.args) != 1 or source.kwargs:
             return source
         source = source.args[0]
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Hooks see a module's input and output, which joining two layers would change."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name) for name in hooks) or isinstance(module, torch.jit.ScriptModule)
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks, or code that torch.jit has compiled, see the module's input and output, which joining two layers would change."""
+    return has_hooks(module) or isinstance(module, torch.jit.ScriptModule)

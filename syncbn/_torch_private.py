@@ -1,0 +1,191 @@
+"""Every use that the package makes of torch's private names: one function, or one name, for each use.
+
+Each says why no public name would do, and what happens with a torch that lacks the name. The names are in the sources of torch
+2.11.0, 2.12.1, 2.13.0 and 2.14.1; tests/test_torch_private.py checks what they do in the torch at hand, and each fallback.
+
+Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `Module._load_from_state_dict`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrize
+
+try:
+    # The base that torch's batch norms share. DistributedDataParallel, FSDP and every converter recognize a batch norm by it.
+    from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+except ImportError:  # under other names
+    _BatchNorm, _LazyNormBase = nn.BatchNorm2d.__bases__[0], nn.LazyBatchNorm2d.__bases__[0]  # type: ignore[misc, assignment]
+
+
+def _private(path: str) -> Any:
+    """What torch has under this dotted name; None if there is nothing."""
+    value: Any = torch
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+# ---- Where a call comes from -------------------------------------------------------------------------------------------------
+
+_peek_interpreter_stack = _private("_C._functorch.peek_interpreter_stack")
+_is_batched: list[Callable[[Tensor], bool]] = [
+    test for test in map(_private, ("_C._functorch.is_batchedtensor", "_C._functorch.is_legacy_batchedtensor")) if test
+]
+_current_graph_task_id = _private("_C._current_graph_task_id")
+_profiler_enabled = _private("autograd._profiler_enabled")
+_get_dispatch_mode = _private("_C._get_dispatch_mode")
+_proxy_mode_key = _private("_C._TorchDispatchModeKey.PROXY")
+_fake_tensor_class = _private("_subclasses.FakeTensor")
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func (grad, jvp, vmap) runs this code: its tensors look like any others.
+
+    Fallback: False. torch then says that the autograd function lacks a static method."""
+    return _peek_interpreter_stack is not None and _peek_interpreter_stack() is not None
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Whether t is a dual number of forward-mode differentiation.
+
+    The private level only saves `unpack_dual`, 1 µs at each call, outside `dual_level`. Fallback: `unpack_dual`, which is public."""
+    return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether t stands for several tensors: in `torch.vmap`, or in a backward pass with `is_grads_batched=True`.
+
+    Fallback: False. The exchange then fails in the backend, after the other ranks have begun theirs."""
+    return any(test(t) for test in _is_batched)
+
+
+def is_fake(t: Tensor) -> bool:
+    """Whether t is a FakeTensor, which has a shape but no values. Fallback: by the name of its class."""
+    if _fake_tensor_class is not None:
+        return isinstance(t, _fake_tensor_class)
+    return any(cls.__name__ == "FakeTensor" for cls in type(t).__mro__)
+
+
+def is_traced_by_make_fx() -> bool:
+    """Whether torch.compile, or make_fx, records a graph: torch.utils.checkpoint asks the same way.
+
+    Fallback: torch.fx's function for it, which loads a large part of the compiler."""
+    if _get_dispatch_mode is not None and _proxy_mode_key is not None:
+        return _get_dispatch_mode(_proxy_mode_key) is not None
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
+def in_backward() -> bool:
+    """Whether autograd's engine runs this code: a forward pass in it can only be a recomputation.
+
+    Fallback: False. A checkpoint without `checkpoint_contexts` then moves the running statistics twice, as torch's layers do."""
+    return _current_graph_task_id is not None and _current_graph_task_id() != -1
+
+
+def is_profiling() -> bool:
+    """Whether a profiler runs: an unused range costs microseconds. Fallback: True, ranges are always opened."""
+    return _profiler_enabled is None or _profiler_enabled()
+
+
+def is_compiler_loaded() -> bool:
+    """Whether anything can have been compiled: to ask torch.compiler would load the compiler, which takes seconds.
+
+    Fallback: none is needed, if the module has another name the answer is False, and compiled code runs compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+# ---- Modules -----------------------------------------------------------------------------------------------------------------
+
+_HAS_REGISTRIES = {"_parameters", "_buffers", "_modules"} <= vars(nn.Module()).keys()
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """`module.name` of a parameter or buffer. As an attribute it costs as much as a small kernel: Python first raises an AttributeError.
+
+    Fallback: the attribute. So is a tensor that is parametrized or replicated, which is in neither registry."""
+    if _HAS_REGISTRIES:
+        if name in module._parameters:
+            return module._parameters[name]
+        if name in module._buffers:
+            return module._buffers[name]
+    return getattr(module, name)
+
+
+def registered_names(module: nn.Module) -> set[str]:
+    """The names of the module's parameters, buffers and submodules, those that are None included.
+
+    Fallback: without those that are None."""
+    if _HAS_REGISTRIES:
+        return {*module._parameters, *module._buffers, *module._modules}
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False), *module.named_children())
+    return {name for name, _ in named}
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks see the module's input, output or gradients. torch keeps each kind in a dictionary and offers no list of them.
+
+    Fallback: none; the test registers a hook of each kind that torch has, so that it notices a new one."""
+    return any(hooks for name, hooks in vars(module).items() if name.endswith("_hooks") and name[0] == "_" and "state_dict" not in name)
+
+
+def remove_lazy_hooks(module: nn.Module) -> None:
+    """Removes the hooks with which torch's `LazyModuleMixin` builds a module at its first call: it has been built otherwise.
+
+    Fallback: none is needed, hooks under other names stay and find the module built."""
+    for hook in ("_load_hook", "_initialize_hook"):
+        if hook in vars(module):
+            getattr(module, hook).remove()
+
+
+def class_below_parametrization(module: nn.Module) -> Any:
+    """The module's class, without the one that torch.nn.utils.parametrize has put on top: its only base. No fallback."""
+    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
+
+
+def change_class(module: nn.Module, cls: Any) -> None:
+    """Makes `module` a `cls`, parametrized as before: the class on top holds nothing but properties. No fallback."""
+    if parametrize.is_parametrized(module):
+        properties = {name: value for name, value in vars(type(module)).items() if isinstance(value, property)}
+        cls = type(f"Parametrized{cls.__name__}", (cls,), properties)
+    module.__class__ = cls
+
+
+# ---- torch.distributed -------------------------------------------------------------------------------------------------------
+
+
+def all_reduce_in_graph(tensor: Tensor, group: Any) -> Tensor:
+    """The sum over the ranks of a group, or of the group of that name, in the form that a compiled graph can hold.
+
+    Fallback: none, a graph takes no collective in place."""
+    return functional_collectives.all_reduce(tensor, "sum", group)
+
+
+def is_collective_in_graph(op: Any) -> bool:
+    """Whether an op of a graph is a collective such as `all_reduce_in_graph` makes, by its namespace. No fallback: a checkpoint's
+    recomputation would exchange again, on all ranks."""
+    return op.namespace in ("_c10d_functional", "c10d_functional")
+
+
+def timeout_of_backend(group: dist.ProcessGroup, device: torch.device) -> timedelta | None:
+    """How long the group's backend for this device waits for the other ranks. Fallback, also for a backend without options: None."""
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+
+
+def default_store() -> dist.Store:
+    """The store over which the ranks of the default group met. No fallback: an AttributeError."""
+    return dist.distributed_c10d._get_default_store()
