@@ -1,0 +1,116 @@
+"""The documents are true: every block of Python in README.md and docs/ runs, commands name what exists, and relative links lead somewhere.
+
+A comment before a block says how it runs, if not in this process:
+
+    <!-- run: torchrun -->           on two ranks, as a script; or mpirun
+    <!-- run: with lightning -->     if that package is installed
+    <!-- not run: the reason -->
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+pytestmark = pytest.mark.world_size(1)
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2"],
+    "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
+}
+# The names that blocks take for granted.
+PREAMBLE = """
+import copy
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+import syncbn
+torch.manual_seed(0)
+C = 8
+model = nn.Sequential(nn.Conv2d(3, C, 3), nn.BatchNorm2d(C), nn.ReLU())
+x = torch.randn(2, 3, 8, 8)
+loader = [x.clone() for _ in range(3)]
+"""
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    mark: str  # "", "run: ..." or "not run: ..."
+    language: str
+    code: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.page.name}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    found = []
+    text = page.read_text()
+    for match in re.finditer(r"(?:<!-- ((?:not )?run: .*?) -->\n)?^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        line = text[: match.start()].count("\n") + 1
+        found.append(Block(page, line, match[1] or "", match[2], match[3]))
+    return found
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+COMMANDS = [block for block in BLOCKS if block.language == "bash"]
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
+def test_block_runs(block, subprocess_env, tmp_path, monkeypatch):
+    kind, _, value = block.mark.partition(": ")
+    if kind == "not run":
+        pytest.skip(value)
+    monkeypatch.chdir(tmp_path)
+    if value in LAUNCHERS:
+        if value == "mpirun":
+            pytest.importorskip("mpi4py")
+        if not shutil.which(value):
+            pytest.skip(f"{value} is not on PATH")
+        Path("script.py").write_text(PREAMBLE + block.code)
+        env = subprocess_env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*LAUNCHERS[value], "script.py"], env=env, capture_output=True, text=True, timeout=110)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return
+    if value:
+        pytest.importorskip(value.removeprefix("with "))
+    names: dict[str, object] = {"__name__": "block"}
+    exec(compile(PREAMBLE + block.code, block.name, "exec"), names)
+
+
+def test_marks_are_known():
+    marks = [block.mark for block in PYTHON if block.mark]
+    assert {"run: torchrun", "run: mpirun"} <= set(marks)
+    assert [mark for mark in marks if not re.fullmatch(r"run: (torchrun|mpirun|with \w+)|not run: .+", mark)] == []
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert len(re.findall(r"<!-- (?:not )?run: ", text)) == len(marks), "a mark belongs to a block of Python, on the line before it"
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.name)
+def test_commands_name_what_exists(block):
+    code = textwrap.dedent(block.code)
+    files = re.findall(r"(?<![\w/.-])((?:launch|examples|\.ci|benchmarks|tests)/[\w/.]+)", code)
+    assert [name for name in files if not (ROOT / name).exists()] == []
+    modules = re.findall(r"-m ((?:syncbn|benchmarks)[\w.]*)", code)
+    assert [name for name in modules if importlib.util.find_spec(name) is None] == []
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "RELEASE.md", "tests/README.md"))], ids=lambda page: page.name
+)
+def test_relative_links_lead_to_files(page):
+    prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", prose)
+    assert [target for target in targets if not (page.parent / target).exists()] == []
