@@ -108,7 +108,7 @@ def check(part: Part, command: tuple[str, ...]) -> tuple[str, list[str]]:
         return "", [f"{command[0]} is missing: run launch/gpu_build.sh" if ".gpu" in command[0] else f"{command[0]} is no program"]
     if program.suffix == ".sh":
         unread = [name for name in part.env if f"{name}=${{{name}:-" not in program.read_text()]
-        remark, wrong = check_selection(("tests/test_gpu_kernels.py", "-k", part.env["CASES"]), 1)
+        remark, wrong = check_selection(("tests/kernels/test_gpu_kernels.py", "-k", part.env["CASES"]), 1)
         return remark, [*wrong, *(f"{command[0]} reads no {name}" for name in unread)]
     help = subprocess.run([program, "--help"], capture_output=True, text=True)
     return "", [] if help.returncode == 0 else [f"{command[0]} --help: {help.stderr.strip()}"]

@@ -55,7 +55,9 @@ def sweeps() -> tuple[tuple[str, ...], ...]:
     return tuple((str(path.relative_to(ROOT)),) for path in programs if path.exists() or path.stem.endswith("_now"))
 
 
-TWO_RANKS = pytest_command("tests/test_layer.py", "-m", "gpu")
+KERNELS = "tests/kernels/test_gpu_kernels.py"
+LAYER = ("tests/layer/test_cuda_graphs.py", "tests/layer/test_gpu_layer.py")
+TWO_RANKS = pytest_command("tests/layer/test_layer.py", "-m", "gpu")
 NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
 CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 TESTS = {"lines": 3, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
@@ -64,9 +66,9 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
     "1": (330, [
         Part("card", 5, (("nvidia-smi", CLOCKS, "--format=csv"),), 2),
         Part("check", 30, ((sys.executable, "-m", "syncbn.check"),), 2, "^cuda|layer", r"cuda +compiled kernels", vital=True),
-        Part("kernels", 60, (pytest_command("-n", "6", "tests/test_gpu_kernels.py", "-k", "not more_than and not memory"),), **TESTS),
+        Part("kernels", 60, (pytest_command("-n", "6", KERNELS, "-k", "not more_than and not memory"),), **TESTS),
         Part("sweep", 70, sweeps(), 32, "^# best", "# best"),
-        Part("layer", 55, (pytest_command("tests/test_cuda_graphs.py", "tests/test_gpu_layer.py", *GRAPHS_AND_LAUNCHES),), **TESTS),
+        Part("layer", 55, (pytest_command(*LAYER, *GRAPHS_AND_LAUNCHES),), **TESTS),
         sanitizer("memcheck"),
         sanitizer("racecheck"),
     ]),
@@ -74,7 +76,7 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
         Part("benchmark", 95, ((sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick", "--networks", "--out", str(OUT)),), 14,
              "[│┃]|^written", "^written"),
         Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 30, "[│┃]", "°C after"),
-        Part("large", 30, (pytest_command("tests/test_gpu_kernels.py", "-k", "more_than or memory or streams or graph"),), **TESTS),
+        Part("large", 30, (pytest_command(KERNELS, "-k", "more_than or memory or streams or graph"),), **TESTS),
         Part("gloo", 50, (torchrun(2, TWO_RANKS, "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
         Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
                                    f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),

@@ -21,6 +21,6 @@ for tool in $TOOLS; do
     # Without torch's cache of memory, a write beyond a tensor is a write beyond an allocation. Torch's own kernels are not looked at.
     said=$(PYTORCH_NO_CUDA_MEMORY_CACHING=1 SYNCBN_TEST_TIMEOUT=600 "$SANITIZER" --tool "$tool" --kernel-regex kns=syncbn \
         --error-exitcode 1 --target-processes all \
-        "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_gpu_kernels.py -k "$CASES" | tee >(cat >&2))
+        "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/kernels/test_gpu_kernels.py -k "$CASES" | tee >(cat >&2))
     grep -q " passed" <<<"$said" || { echo "sanitize.sh: no test ran" >&2; exit 1; }
 done

@@ -16,46 +16,17 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from paths import over_the_group
-from torch import Tensor
 
 import syncbn
+from support.paths import over_the_group
+from support.world import HERE, TIMEOUT, UNDER_MPI, World
 from syncbn.comm import ProcessGroupCommunicator
-from syncbn.environment import place
 
-HERE = place()
-UNDER_MPI = HERE.launcher not in (None, "torchrun")
 _STDERR = os.dup(2)  # pytest captures the other one
-TIMEOUT = int(os.environ.get("SYNCBN_TEST_TIMEOUT", 60))  # seconds: a rank that fails leaves the others waiting no longer than this
-
-
-@dataclass(frozen=True)
-class World:
-    """The ranks of this run."""
-
-    rank: int
-    size: int
-    group: Any  # what a layer gets as process_group
-
-    def mine(self, whole: Tensor, counts: tuple[int, ...]) -> Tensor:
-        """This rank's rows of the whole batch, as a tensor of its own."""
-        return whole.split(counts)[self.rank].clone(memory_format=torch.preserve_format)
-
-    def all_gather(self, t: Tensor) -> list[Tensor]:
-        """`t` of every rank, for comparisons."""
-        if self.size == 1:
-            return [t]
-        if UNDER_MPI:
-            return [part.to(t.device) for part in self.group.allgather(t.detach().cpu())]
-        tensors = [torch.empty_like(t) for _ in range(self.size)]
-        dist.all_gather(tensors, t.detach().contiguous())
-        return tensors
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -119,7 +90,7 @@ def time_limit() -> Iterator[Callable[..., None]]:
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
     """The same numbers on every rank, and whatever other tests ran before."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+    torch.manual_seed(zlib.crc32(request.node.nodeid.rpartition("/")[2].encode()))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@
 
 #include "ops.h"
 
-// The five things that g++ cannot parse; tests/emulation has its own.
+// The five things that g++ cannot parse; tests/kernels/emulation has its own.
 #ifdef __CUDACC__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]

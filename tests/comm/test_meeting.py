@@ -1,0 +1,108 @@
+"""How ranks agree on memory: a problem of one rank is the reason on all of them, and nothing is left."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from support.shared_memory import TIMEOUT, WHY_NOT, gather, set_up
+from syncbn import environment
+from syncbn.comm import meeting, shared_memory
+from syncbn.comm.meeting import Unusable, meet
+from syncbn.comm.shared_memory import digest
+
+pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
+
+
+def files() -> list[str]:
+    return [path.name for path in Path("/dev/shm").glob("syncbn-*")]
+
+
+def refuses(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def belongs_to_another_user(patch: pytest.MonkeyPatch) -> None:
+    """The first rank's file: /dev/shm lets a user neither open nor remove another one's."""
+
+    def denies(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    patch.setattr(os, "open", denies)
+    patch.setattr(Path, "unlink", denies)
+
+
+TURNED_OFF = environment.read_settings({"SYNCBN_SHARED_MEMORY": "0"})
+PROBLEMS = {  # on the last rank, or on every rank: (how to make it, the reason)
+    "turned off": (lambda patch: patch.setattr(environment, "settings", TURNED_OFF), "turned off by SYNCBN_SHARED_MEMORY=0"),
+    "no library": (lambda patch: patch.setattr(meeting, "library", lambda: None), "built without it"),
+    "no folder": (lambda patch: patch.setattr(meeting, "FOLDER", Path("/dev/none")), "there is no /dev/none"),
+    "a read-only folder": (lambda patch: patch.setattr(meeting, "FOLDER", Path("/proc")), ""),
+    "a full folder": (lambda patch: patch.setattr(os, "posix_fallocate", refuses), "No space left"),
+    "an unknown host": (lambda patch: patch.setattr(meeting, "BOOT_ID", Path("/proc/none")), "cannot be told from others: /proc/none"),
+    "another user": (belongs_to_another_user, "/dev/shm: Permission denied"),
+    "no mapping": (lambda patch: patch.setattr(shared_memory.mmap, "mmap", refuses), "No space left"),
+}
+
+
+@pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_problem_is_the_same_reason_on_every_rank(world, name, everywhere, monkeypatch):
+    make, reason = PROBLEMS[name]
+    before, descriptors = files(), len(os.listdir("/proc/self/fd"))
+    if everywhere or world.rank == (0 if name == "a full folder" else world.size - 1):
+        make(monkeypatch)
+    try:
+        meet(lambda row: gather(world, row), world.rank, world.size)
+        said = ""
+    except Unusable as error:
+        said = str(error)
+    monkeypatch.undo()
+    assert reason in said or name == "a read-only folder"
+    assert len(set(gather(world, said.encode().ljust(400)))) == 1
+    if name == "a read-only folder" and not everywhere and world.size > 2:
+        assert not said  # that rank is as if on another host
+    else:
+        assert said
+    gather(world, b"all have given up")
+    after = files()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    gather(world, b"all have looked")
+    assert after == before
+
+
+def test_a_thousand_groups_leave_no_file_no_mapping_and_no_descriptor(world):
+    if world.size > 2:
+        pytest.skip("once, with two ranks, is enough for 8,000 gloo collectives")
+
+    def resources() -> tuple[int, int, list[str]]:
+        gc.collect()
+        mappings = Path("/proc/self/maps").read_text().count("syncbn-")
+        return len(os.listdir("/proc/self/fd")), mappings, files()
+
+    set_up(world)
+    gather(world, b"set up")
+    before = resources()
+    for _ in range(1000):
+        memory = set_up(world)
+        memory.all_reduce_(torch.ones(3).double(), digest("a"), TIMEOUT)
+    del memory
+    gather(world, b"done")
+    after = resources()
+    gather(world, b"all have looked")
+    assert after == before
+
+
+def test_a_name_that_a_killed_job_has_left_is_removed(world):
+    stale = Path(f"/dev/shm/syncbn-{0:032x}")
+    if world.rank == 0:
+        stale.touch()
+        os.utime(stale, (time.time() - 3600,) * 2)
+    gather(world, b"left")
+    set_up(world)
+    assert not stale.exists()

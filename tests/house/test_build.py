@@ -1,0 +1,153 @@
+"""What setup.py builds, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from setuptools import Distribution, Extension
+
+from support import ROOT
+from syncbn import build_info, ops
+
+pytestmark = pytest.mark.world_size(1)
+needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc on PATH")
+
+
+def build(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(folder)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("library,compiler", [("CPU", "CXX"), ("CUDA", "NVCC")])
+def test_without_a_compiler_a_library_is_left_out_with_its_reason(library, compiler, tmp_path):
+    others = {"SYNCBN_BUILD_CPU": "0", "SYNCBN_BUILD_CUDA": "0"}
+    missing = {compiler: "no-such-compiler"}
+    done = build(tmp_path, **others | missing | {f"SYNCBN_BUILD_{library}": ""})
+    reason = f"libsyncbn_{library.lower()}.so is not built: {compiler} is 'no-such-compiler', which is not on PATH"
+    assert done.returncode == 0 and reason in done.stderr and not list(tmp_path.rglob("*.so"))
+    assert (tmp_path / f"syncbn/libsyncbn_{library.lower()}.reason").read_text() in reason  # which the warning at import repeats
+    done = build(tmp_path, **others | missing | {f"SYNCBN_BUILD_{library}": "1"})
+    assert done.returncode != 0 and reason in done.stderr
+
+
+def test_a_build_with_a_compiler_that_sees_no_torch_fails_and_says_which_flag_cures_it(setup, monkeypatch, tmp_path):
+    """Installers show what a build prints only when it fails: one without kernels would look like any other."""
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "")
+    monkeypatch.setattr("site.getsitepackages", list)
+    monkeypatch.setattr("os.get_exec_path", lambda: [str(tmp_path)])
+    monkeypatch.delenv("SYNCBN_BUILD_CPU", raising=False)
+    monkeypatch.chdir(tmp_path)  # without a .venv
+    setup["COMMANDS"]["syncbn.libsyncbn_cpu"] = lambda temp: setup["torch_flags"]()
+    command = setup["BuildLibraries"](Distribution({"ext_modules": [Extension("syncbn.libsyncbn_cpu", [], optional=True)]}))
+    command.ensure_finalized()
+    with pytest.raises(SystemExit, match="does not see.*`uv pip install --no-build-isolation .`; or set SYNCBN_BUILD_CPU=0"):
+        command.run()
+
+
+@pytest.mark.parametrize("where", ["active", "beside the source"])
+def test_an_isolated_build_finds_torch_in_the_environment_to_install_into(setup, monkeypatch, tmp_path, where):
+    """uv's builds run in an environment of their own, with the active one behind it on PATH."""
+    header = tmp_path / ".venv/lib/python3.11/site-packages/torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "")
+    monkeypatch.setattr("site.getsitepackages", list)
+    monkeypatch.setattr("os.get_exec_path", lambda: ["/usr/bin", *([str(tmp_path / ".venv/bin")] if where == "active" else [])])
+    monkeypatch.chdir(ROOT if where == "active" else tmp_path)
+    if where == "active":  # this checkout may have a .venv of its own
+        monkeypatch.chdir(tmp_path / ".venv")
+    assert setup["torch_folder"]() == header.parents[4]
+
+
+def test_the_digest_in_the_library_is_made_of_the_table_of_ops(setup):
+    assert setup["schemas_digest"]() == build_info.digest(ops.SCHEMAS)
+
+
+def test_a_build_with_nothing_compiled_is_a_wheel_for_any_platform_and_says_so(tmp_path):
+    env = os.environ | {"SYNCBN_BUILD_CPU": "0", "SYNCBN_BUILD_CUDA": "0"}
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build",
+        "--build-base",
+        str(tmp_path / "build"),
+        "bdist_wheel",
+        "--dist-dir",
+        str(tmp_path),
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and done.stderr.count("nothing is compiled in this build, plain Python for any platform") == 1, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        assert "syncbn/__init__.py" in names and not [name for name in names if name.endswith(".so")]
+        (about,) = (name for name in names if name.endswith(".dist-info/WHEEL"))
+        assert "Root-Is-Purelib: true\nTag: py3-none-any\n" in archive.read(about).decode()
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """The names in setup.py."""
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--quiet", "--version"])
+    monkeypatch.chdir(ROOT)
+    return runpy.run_path("setup.py")
+
+
+@pytest.fixture
+def architectures(setup, monkeypatch):
+    """setup.py's function of that name, for this TORCH_CUDA_ARCH_LIST."""
+
+    def ask(wanted: str | None) -> tuple[list[str], str]:
+        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        if wanted is not None:
+            monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", wanted)
+        return setup["architectures"](["nvcc"])
+
+    return ask
+
+
+def test_architectures_are_torchs_list(architectures):
+    assert architectures("9.0") == (["-gencode=arch=compute_90,code=sm_90"], "90")
+    flags, names = architectures("8.0;9.0a+PTX")
+    codes = [flag.rpartition("code=")[2] for flag in flags]
+    assert codes == ["sm_80", "sm_90a", "compute_90a"] and names == "80 90a+PTX"
+    with pytest.raises(Exception, match="TORCH_CUDA_ARCH_LIST must be numbers such as .* got 'sm_90'"):
+        architectures("sm_90")
+
+
+@needs_nvcc
+def test_by_default_from_turing_to_the_newest_that_nvcc_knows(architectures):
+    flags, names = architectures(None)
+    assert names.startswith("75 80 86 89 90") and names.endswith("+PTX") and names.count("PTX") == 1
+    assert [flag for flag in flags if "code=compute_" in flag] == flags[-1:]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("gpu", [False, True])
+def test_the_scripts_say_that_they_compile_before_they_do(tmp_path, compiled, gpu):
+    """With a python and an nvidia-smi that do nothing. Once the objects are there, no line is printed."""
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
+    for name in ["python", *(["nvidia-smi"] if gpu else [])]:
+        (tmp_path / "bin" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text('#!/bin/sh\ncase "$*" in *"install --quiet --no-build"*) echo installs;; esac\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    if compiled:
+        (tmp_path / "build/objects/libsyncbn_cpu").mkdir(parents=True)
+        (tmp_path / "build/objects/libsyncbn_cpu/stats.o").touch()
+    env = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path)}
+    done = subprocess.run(["bash", tmp_path / "launch/environment.sh", "test"], env=env, capture_output=True, text=True, timeout=60)
+    line = "Compiling the kernels for the CPU: about two minutes on two cores, the first time"
+    line += ", and for the GPU, which takes minutes more" if gpu else ""
+    assert done.returncode == 0 and done.stdout.splitlines() == ([] if compiled else [line]) + ["installs"], done

@@ -1,0 +1,200 @@
+"""The emulation can fail: with any one barrier deleted, or an index or a term of a formula changed, a comparison notices.
+
+Each mutant is compiled for the one op that is checked, and runs in a child process, for it may crash or run for ever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import resource
+import shutil
+from dataclasses import dataclass
+
+import pytest
+
+from support import emulated
+from support.mutants import survives
+
+pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    op: str
+    nth: int = 0  # occurrence of `old`
+
+    def __str__(self) -> str:
+        return re.sub(r"[^\w+*/%<=,.-]+", "_", f"{self.op}:{self.file}:{self.old}->{self.new}:{self.nth}")
+
+
+USERS = {"reduce.cuh": ["stats", "backward_reduce"]}  # of a header's barriers
+
+
+def deleted_barriers() -> list[Mutant]:
+    """Every __syncthreads() there is, in every op that reaches it."""
+    found = []
+    for path in sorted(emulated.KERNELS.glob("*.cu*")):
+        ops = [path.stem] if path.suffix == ".cu" else USERS.get(path.name, [])
+        count = path.read_text().count("__syncthreads();")
+        assert ops or not count, f"add {path.name} to USERS"
+        found += [Mutant(path.name, "__syncthreads();", "", op, nth) for nth in range(count) for op in ops]
+    return found
+
+
+def overlooked_tensors() -> list[Mutant]:
+    """Each tensor whose alignment decides about vectors, left out."""
+    braces = lambda names: "{" + ", ".join(f"args.{name}" for name in names) + "}"  # noqa: E731
+    return [
+        Mutant(f"{op}.cu", braces(names), braces([other for other in names if other != name]), op)
+        for op, names in emulated.OPS.items()
+        for name in names
+    ]
+
+
+CHANGED = [
+    # Indices and bounds
+    Mutant("walk.cuh", "block % config.groups", "block / config.splits", "normalize"),
+    Mutant("walk.cuh", "o * layout.C + group", "group * layout.outer + o", "normalize"),
+    Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane / 8 * 8", "normalize"),
+    Mutant("walk.cuh", "edge >= -run.head", "edge > -run.head", "normalize"),
+    Mutant("walk.cuh", "edge < before_end", "edge <= before_end", "normalize"),
+    Mutant("walk.cuh", "layout.inner < 8 ?", "layout.inner < 1 ?", "normalize"),
+    Mutant("walk.cuh", "edge < run.length;", "edge <= run.length;", "stats"),
+    Mutant("walk.cuh", "index * config.samples", "index", "stats"),
+    Mutant("walk.cuh", "layout.outer - o, config.samples", "config.samples, config.samples", "stats"),
+    Mutant("walk.cuh", "sample + u * config.samples_apart < run.samples", "sample < run.samples", "stats"),
+    Mutant("walk.cuh", "at + u * config.along < run.body_length()", "at < run.body_length()", "stats"),
+    Mutant("walk.cuh", "run.first + sample * config.sample_stride + at", "run.first + at", "normalize"),
+    Mutant("walk.cuh", "run.row + sample * layout.C, config.row_stride", "run.row, config.row_stride", "normalize"),
+    Mutant("walk.cuh", "begin < run.samples;", "begin < 1;", "normalize"),
+    Mutant("walk.cuh", "begin += 2 * E", "begin += E", "stats"),
+    Mutant("walk.cuh", "on_edge && sample + 2 * u < run.samples", "on_edge && sample < run.samples", "stats"),
+    Mutant("walk.cuh", "run.first + sample * config.sample_stride + edge", "run.first + edge", "backward_input"),
+    Mutant("walk.cuh", " 2 * config.sample_stride", " config.sample_stride", "backward_input"),
+    Mutant("walk.cuh", "run.row + sample * layout.C, 2", "run.row, 2", "normalize"),
+    Mutant("walk.cuh", ", 2 * layout.C,", ", layout.C,", "normalize"),
+    Mutant("launch.cuh", "&& sample_stride % 8 == 0", "", "normalize"),
+    Mutant("launch.cuh", "apart * sample_stride + along", "sample_stride + along", "stats"),
+    Mutant("launch.cuh", "config.row_stride = apart * layout.C", "config.row_stride = layout.C", "normalize"),
+    Mutant("walk.cuh", "int64_t{piece} * config.piece", "int64_t{piece} * (config.piece - 8)", "stats"),
+    Mutant("walk.cuh", "- 1)) * V", "- 1))", "backward_input"),
+    Mutant("walk.cuh", "(lane & ((1 << config.lane_bits) - 1)) * V", "lane * V", "backward_input"),
+    Mutant("walk.cuh", "row * layout.C + channel", "channel * layout.outer + row", "backward_input", nth=1),  # not of the prefetch
+    Mutant("walk.cuh", "channel < layout.C &&", "channel <= layout.C &&", "normalize", nth=1),
+    Mutant("walk.cuh", "row + u * rows < layout.outer", "row + u * rows <= layout.outer", "backward_input"),
+    Mutant("walk.cuh", "runs - 1 - i", "runs - i", "backward_input"),
+    Mutant("walk.cuh", "config.runs - 1 - i", "i - split", "backward_input", nth=1),
+    Mutant("reduce.cuh", "(w * N + t % N) * stride + t / N", "(w * N + t / width) * stride + t % width", "stats"),
+    Mutant("reduce.cuh", "split * C + first + column", "(first + column) * splits + split", "stats"),
+    Mutant("reduce.cuh", "split < splits &&", "", "stats"),
+    Mutant("reduce.cuh", "first + threadIdx.x < C", "true", "stats"),
+    Mutant("reduce.cuh", "loaded[u] = {0, 0};", "", "stats"),
+    Mutant("reduce.cuh", "r < rows &&", "", "backward_reduce"),
+    Mutant("reduce.cuh", "&& r < splits", "&& r < splits - 1", "stats"),
+    Mutant("reduce.cuh", "sums[r * columns + threadIdx.x]", "sums[threadIdx.x * rows + r]", "backward_reduce"),
+    Mutant("launch.cuh", "warps * (width + 1) * vector", "warps * width * vector", "stats"),
+    Mutant("launch.cuh", ", warps * WARP) * 16", ", 0) * 16", "backward_reduce"),
+    Mutant("reduce.cuh", "offset = width;", "offset = 1;", "stats"),
+    Mutant("reduce.cuh", "[walk.group], splits - 1)", "[walk.group], splits)", "stats"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "backward_reduce"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += rows", "stats"),
+    Mutant("reduce.cuh", "k + u * rows", "k + u", "stats"),
+    Mutant("reduce.cuh", "workspace.counters[walk.group]", "workspace.counters[0]", "stats"),
+    Mutant("mask.cuh", "bits << (f & 7)", "bits", "normalize"),
+    Mutant("mask.cuh", "offset < 8 / V", "offset < 4 / V", "normalize"),
+    Mutant("normalize.cu", "8 - f % 8", "7 - f % 8", "normalize"),
+    Mutant("normalize.cu", "f % 8 != 0 && c != 0", "f % 8 != 0", "normalize"),
+    Mutant("normalize.cu", "table[walk.column() + j](to_acc", "table[walk.column()](to_acc", "normalize"),
+    Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_reduce"),
+    Mutant("activation.cuh", ">> (step.index(u) & 7)", "", "backward_input"),
+    # Alignment
+    Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "stats"),
+    Mutant("walk.cuh", "reinterpret_cast<uintptr_t>(p) % 16 == 0", "true", "normalize"),
+    Mutant("walk.cuh", "% 16 == 0", "% 4 == 0", "backward_reduce"),
+    Mutant("walk.cuh", " && layout.C % (mask ? 8 : V) == 0", "", "stats"),
+    Mutant("walk.cuh", " && layout.C % (mask ? 8 : V) == 0", "", "backward_input"),
+    Mutant("walk.cuh", "(mask ? 8 : V)", "V", "normalize"),
+    Mutant("walk.cuh", "(plane + 7) / 8 * 8", "plane", "stats"),
+    Mutant("launch.cuh", "ceil_div(ceil_div(layout.inner, pieces), 8) * 8", "ceil_div(layout.inner, pieces)", "stats"),
+    # Statistics
+    Mutant("stats.cu", "- shift[j % N]", "", "stats"),
+    Mutant("stats.cu", "2 * sum + all * k", "sum + all * k", "stats"),
+    Mutant("stats.cu", "n += step.count * W / N", "n += step.count * W", "stats"),
+    Mutant("stats.cu", "args.rank_weighted && count > 0 ? count : 1", "1", "stats"),
+    Mutant("stats.cu", "&& count > 0 ? count : 1", "? count : 1", "stats"),
+    Mutant("stats.cu", "args.rank_weighted ? count > 0", "args.rank_weighted ? 1", "stats"),
+    Mutant("stats.cu", "- to_acc(channel_shift[j])", "", "stats"),
+    Mutant("stats.cu", "args.shifted && args.layout.outer * args.layout.inner > 0", "args.shifted", "stats"),
+    Mutant("finalize.cuh", "- offset * offset", "", "normalize"),
+    Mutant("finalize.cuh", "channel.weight_sum < 1 ? 1 :", "", "normalize"),
+    Mutant("finalize.cuh", "channel.weight_sum < 1 ? 1 :", "", "backward_reduce"),
+    Mutant("finalize.cuh", "n < 1 ? 1 : n", "n", "backward_input"),
+    Mutant("finalize.cuh", "var < 0 ? 0 : var", "var", "normalize"),
+    Mutant("finalize.cuh", "clamped + eps", "clamped", "normalize"),
+    Mutant("finalize.cuh", "stats[3 * C],", "stats[3 * C + 1],", "normalize"),
+    Mutant("finalize.cuh", "(shift - hi) + offset", "(shift + offset) - hi", "normalize"),
+    Mutant("finalize.cuh", "channel.bias) - lo * scale", "channel.bias)", "normalize"),
+    Mutant("finalize.cuh", "rank_weighted ? channel", "false ? channel", "backward_input"),
+    Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize"),
+    Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize", 1),
+    # The moving statistics
+    Mutant("normalize.cu", "(tracked + 1)", "(tracked)", "normalize"),
+    Mutant("normalize.cu", "config.groups - 1;", "config.groups;", "normalize"),
+    Mutant("normalize.cu", "walk.split == 0 && t < columns", "t < columns", "normalize"),
+    Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count", "normalize"),
+    Mutant("normalize.cu", "count > 2 ? count - 1 : 1", "count - 1", "normalize"),
+    Mutant("normalize.cu", "!(count > 0) || factor == 0", "!(count > 0)", "normalize"),
+    Mutant("normalize.cu", "!(count > 0) || factor == 0", "factor == 0", "normalize"),
+    Mutant("normalize.cu", "last && count > 0", "last", "normalize"),
+    Mutant("normalize.cu", "last = walk.group == 0", "last = true", "normalize"),
+    Mutant("normalize.cu", "updates && t == 0 &&", "updates &&", "normalize"),
+    # The workspace, null unless asked for
+    Mutant("normalize.cu", "args.num_batches_tracked && args.cumulative;", "false;", "normalize"),
+    Mutant("walk.cuh", "shares = config.splits > 1", "shares = config.splits > 2", "stats"),
+    # Activations
+    Mutant("activation.cuh", "!(z <= 0)", "z > 0", "normalize"),
+    Mutant("activation.cuh", "1 + z * (1 - s)", "1 + z", "backward_input"),
+    Mutant("activation.cuh", "? dz[j] * negative_slope", "? acc_t{0}", "backward_input"),
+    # Backward
+    Mutant("backward_reduce.cu", "total.b - lo * total.a", "total.b", "backward_reduce"),
+    Mutant("backward_reduce.cu", "* m.invstd", "", "backward_reduce"),
+    Mutant("backward_reduce.cu", "write(args.dbias, channel, total.a)", "write(args.dbias, channel, total.b)", "backward_reduce"),
+    Mutant("backward_input.cu", "lo * slope -", "-", "backward_input"),
+    Mutant("backward_input.cu", "args.sums[C + channel]", "args.sums[channel]", "backward_input"),
+    Mutant("backward_input.cu", "- affine[j % N].hi", "", "backward_input"),
+    Mutant("backward_input.cu", "dz + step.index(u)", "dz + step.first", "backward_input"),
+    Mutant("activation.cuh", "z += add.get(j)", "z += 0", "backward_input"),
+]
+
+
+def is_noticed(library, op: str) -> bool:
+    child = multiprocessing.get_context("fork").Process(target=survives_in_time, args=(library, op))
+    child.start()
+    child.join()
+    return child.exitcode != 0
+
+
+def survives_in_time(path: str, op: str) -> None:
+    """The same, and ends after 30 s of processor time: a mutant may run for ever."""
+    resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+    survives(path, op)
+
+
+@pytest.mark.parametrize("op", emulated.OPS)
+def test_the_kernels_as_they_are_survive(library, op):
+    assert not is_noticed(library, op)
+
+
+@pytest.mark.parametrize("mutant", [*deleted_barriers(), *overlooked_tensors(), *CHANGED], ids=str)
+def test_mutant_is_noticed(library, tmp_path, mutant):
+    sources = shutil.copytree(emulated.KERNELS.parent, tmp_path / "csrc") / "cuda"
+    parts = (sources / mutant.file).read_text().split(mutant.old)
+    assert len(parts) > mutant.nth + 1, f"{mutant.old!r} is not in {mutant.file}"
+    changed = mutant.old.join(parts[: mutant.nth + 1]) + mutant.new + mutant.old.join(parts[mutant.nth + 1 :])
+    (sources / mutant.file).write_text(changed)
+    emulated.compile_kernel(sources / f"{mutant.op}.cu", tmp_path / "mutant.o", "-O0")
+    assert is_noticed(emulated.link(library.parent, {mutant.op: tmp_path / "mutant.o"}), mutant.op)

@@ -1,0 +1,172 @@
+"""The law: ranks with different numbers of batches train as one process in whose batches the finished ranks' parts are missing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from support.oracle import assert_close
+
+pytestmark = pytest.mark.process_group
+several = pytest.mark.world_size(2, 3)
+NUMBERS = {1: [(3,)], 2: [(4, 1), (2, 5)], 3: [(2, 4, 1)], 4: [(1, 2, 3, 1)]}  # batches of each rank
+ROWS = 3
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "numbers" in metafunc.fixturenames and "ranks_per_group" not in metafunc.fixturenames:
+        from support.world import HERE
+
+        metafunc.parametrize("numbers", NUMBERS[HERE.world_size], ids=str)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.BatchNorm1d(3), nn.Tanh()).double()
+
+
+def batches(numbers: tuple[int, ...]) -> list[list[torch.Tensor]]:
+    """Of each rank."""
+    torch.manual_seed(1)
+    return [[torch.randn(ROWS, 2, 5, dtype=torch.float64) + rank for _ in range(n)] for rank, n in enumerate(numbers)]
+
+
+def train_together(numbers: tuple[int, ...], world_size: int) -> nn.Module:
+    """The oracle: one process, each step on the batches of the ranks that still have some; gradients averaged over all ranks."""
+    model, data = net(), batches(numbers)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(max(numbers)):
+        optimizer.zero_grad()
+        (model(torch.cat([mine[step] for mine in data if step < len(mine)])).square().sum() / world_size).backward()
+        optimizer.step()
+    return model
+
+
+def check_same(got: nn.Module, want: nn.Module, names: str = "") -> None:
+    for (name, other), one in zip(want.state_dict().items(), got.state_dict().values(), strict=True):
+        if names in name:
+            assert_close(one, other, 1e-9, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}, {"find_unused_parameters": True}, {"bucket_cap_mb": 1e-4}], ids=str)
+def test_ddp_with_uneven_numbers_of_batches(world, numbers, options):
+    """Two epochs: parameters and moving statistics are those of the oracle on every rank, also on those that finished first."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()), **options)
+    groups = [model.module[1].process_group, model.module[4].process_group]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with syncbn.join(model):
+        for x in batches(numbers)[world.rank]:
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    check_same(model.module, train_together(numbers, world.size))
+    assert [model.module[1].process_group, model.module[4].process_group] == groups
+    with syncbn.join(model):  # a second time: nothing is left over from the first
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+
+
+def test_without_ddp(world, numbers):
+    """Only the statistics are shared. Each rank that is still active sees those of the active ones."""
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model):
+        for step, x in enumerate(batches(numbers)[world.rank]):
+            y = model(x)
+            y.square().sum().backward()
+            active = [mine[step] for mine in batches(numbers) if step < len(mine)]
+            before = sum(len(mine[step]) for mine in batches(numbers)[: world.rank] if step < len(mine))
+            want = net()(torch.cat(active))
+            assert_close(y, want[before : before + ROWS].detach(), 1e-10, "y", want.detach())
+    for buffer in model.buffers():
+        assert all(torch.equal(buffer, other) for other in world.all_gather(buffer))
+    assert model[1].num_batches_tracked == max(numbers)
+
+
+@pytest.mark.parametrize(
+    ("ranks_per_group", "numbers"),
+    [
+        pytest.param(1, (3, 1), marks=pytest.mark.world_size(2)),
+        pytest.param(2, (3, 1, 1, 2), marks=pytest.mark.world_size(4)),
+    ],
+)
+def test_subgroups(world, ranks_per_group, numbers):
+    """Layers that synchronize in groups: a group whose ranks have all left goes on with itself."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net(), syncbn.new_group(ranks_per_group)))
+    with syncbn.join(model):
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+
+
+def test_eval_inside(world, numbers):
+    """Of the module inside DDP, on any rank, at any time."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))
+    results = 0
+    with syncbn.join(model):
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+            model.module.eval()
+            results += len(model.module(x))
+            model.module.train()
+    assert results == ROWS * numbers[world.rank]
+
+
+@several
+@pytest.mark.parametrize("with_ddp", [True, False], ids=["DDP", "plain"])
+def test_a_rank_without_any_batch_is_an_error_on_every_rank(world, with_ddp):
+    model = syncbn.convert_sync_batchnorm(net())
+    model = DistributedDataParallel(model) if with_ddp else model
+    numbers = (0,) + (2,) * (world.size - 1)
+    with (
+        pytest.raises(RuntimeError, match="rank 0 has no batch at all.*at least one batch, which may be empty"),
+        syncbn.join(model),
+    ):
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+
+
+@several
+def test_early_termination(world):
+    """Join's own option: everyone stops when the first rank has run out."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))
+    numbers = tuple(2 + rank for rank in range(world.size))
+    with pytest.raises(RuntimeError, match="exhausted"), syncbn.join(model, throw_on_early_termination=True):
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+
+
+def test_disabled(world):
+    """Nothing changes: no group, no notification."""
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model, enable=False):
+        model(torch.randn(2, 2, 5, dtype=torch.float64))
+        assert model[1].process_group is None
+
+
+@several
+def test_a_copy_made_inside_is_not_part_of_join(world):
+    """It is the same whether made inside or outside, and calling it neither notifies nor exchanges for the model."""
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model):
+        for step in range(2 + world.rank):
+            if step == 0:
+                inside = copy.deepcopy(model)
+                assert [m.process_group for m in inside.modules() if isinstance(m, syncbn.SyncBatchNorm)] == [None, None]
+                inside.eval()(torch.randn(2, 2, 5, dtype=torch.float64))
+            model(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()
+    inside.train()(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()
+    assert inside[1].num_batches_tracked == 1
+
+
+@several
+def test_a_second_join_of_the_same_model_is_an_error_on_every_rank(world):
+    model = syncbn.convert_sync_batchnorm(net())
+    with syncbn.join(model):
+        with pytest.raises(RuntimeError, match="join is active for this model"), syncbn.join(model):
+            pass
+        for _ in range(1 + world.rank):
+            model(torch.randn(2, 2, 5, dtype=torch.float64)).square().sum().backward()

@@ -1,0 +1,289 @@
+"""The CUDA kernels as a shared library for the CPU, through tests/kernels/emulation: same names and arguments as in reference.py.
+
+Every tensor is copied between margins of NaN, so that what is read beyond its ends shows in a result, and what is written there
+is found. Outputs are NaN before the kernel runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support import ROOT
+from support.ptx import translate
+from syncbn import reference
+from syncbn.layout import mask_bytes, outer_c_inner
+
+KERNELS = ROOT / "csrc" / "cuda"
+EMULATION = ROOT / "tests" / "kernels" / "emulation"
+PTX = ROOT / "tests" / "kernels" / "ptx"
+# Each op, and its tensors of x's shape.
+OPS = {
+    "stats": ("x",),
+    "normalize": ("x", "residual", "y"),
+    "backward_reduce": ("dy", "x", "residual"),
+    "backward_input": ("dy", "x", "residual", "dx", "dz"),
+}
+COMPILER = shutil.which("g++")
+NVCC = shutil.which(os.environ.get("NVCC", "nvcc"))
+PLANS = ["-include", os.environ["SYNCBN_PLANS"]] if os.environ.get("SYNCBN_PLANS") else []  # other ones than csrc/cuda/plans.cuh has
+MARGIN = 64  # bytes; keeps the alignment of what lies between
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
+
+# ---- Building -----------------------------------------------------------------------------------------------------------------
+
+
+def compile_kernel(source: Path, target: Path, *flags: str) -> None:
+    """One csrc/cuda/*.cu, with the headers beside it, by g++."""
+    _compile(["-O1", "-fsanitize=alignment", "-I", str(EMULATION / "include"), *flags, "-x", "c++", str(source)], target)
+
+
+def build(folder: Path, *flags: str) -> Path:
+    """The library of all four ops, from the kernels as they are; and of the kernel with faults."""
+    for op in OPS:
+        compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o", *flags)
+    _compile_emulation(folder, EMULATION / "library.cpp", EMULATION / "scheduler.cpp")
+    return link(folder, {})
+
+
+def build_from_ptx(folder: Path) -> Path:
+    """The same library of what nvcc makes of the kernels: its PTX is what runs, its host code launches them."""
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda op: _compile_ptx(op, folder), OPS))
+    _compile_emulation(folder, EMULATION / "library.cpp", EMULATION / "scheduler.cpp", PTX / "cudart.cpp")
+    return link(folder, {})
+
+
+def _compile_ptx(op: str, folder: Path) -> None:
+    flags = ["-std=c++17", "-O3", "-arch=sm_90", *PLANS, "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
+    _run([NVCC, *flags, "-c", str(KERNELS / f"{op}.cu"), "-o", str(folder / f"{op}.o")])
+    compile_translated((folder / f"{op}.ptx").read_text(), op, folder / f"{op}_ptx.o")
+
+
+def compile_translated(text: str, op: str, target: Path) -> None:
+    """The PTX of one op, as C++."""
+    source = target.with_suffix(".cpp")
+    source.write_text(translate(text, f"{op}.ptx"))
+    _compile(["-O1", "-fwrapv", "-ffp-contract=off", "-I", str(EMULATION), "-I", str(PTX), str(source)], target)
+
+
+def build_sweep(op: str, target: Path) -> None:
+    """benchmarks/sweep.cu for this op, as a program."""
+    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h")]
+    folders = [flag for folder in (EMULATION / "include", EMULATION, KERNELS) for flag in ("-I", str(folder))]
+    sources = [str(ROOT / "benchmarks" / "sweep.cu"), str(EMULATION / "scheduler.cpp")]
+    _run([COMPILER, *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
+
+
+def _compile_emulation(folder: Path, *sources: Path) -> None:
+    compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
+    for source in sources:
+        # Fibers jump between stacks, which fortified longjmp takes for an error.
+        folders = [flag for path in (EMULATION, EMULATION / "include", KERNELS) for flag in ("-I", str(path))]
+        _compile(["-O2", "-U_FORTIFY_SOURCE", *folders, str(source)], folder / f"{source.stem}.o")
+
+
+def link(folder: Path, replaced: dict[str, Path]) -> Path:
+    """The library of the objects in `folder`, some of them replaced."""
+    # The replaced ones first: of an inline function that several objects define, the first is taken.
+    objects = [*replaced.values(), *(path for path in sorted(folder.glob("*.o")) if path.stem not in replaced)]
+    target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
+    # Its own part of CUDA's runtime, not the real one that torch may have loaded; and nothing may be missing.
+    _run([COMPILER, "-shared", "-Wl,-Bsymbolic,-z,defs", "-o", str(target), *map(str, objects)])
+    return target
+
+
+def _compile(arguments: list[str], target: Path) -> None:
+    _run([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments, "-c", "-o", str(target)])
+
+
+def _run(command: list) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+# ---- The structs of csrc/args.h ------------------------------------------------------------------------------------------------
+
+c_dtype = c_activation = ctypes.c_int
+c_bool, c_double, c_pointer, c_int64 = ctypes.c_bool, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
+
+
+def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Layout = _struct("Layout", outer=c_int64, C=c_int64, inner=c_int64)
+Vector = _struct("Vector", data=c_pointer, dtype=c_dtype, stride=c_int64)
+Stats = _struct("Stats", data=c_pointer, eps=c_double)
+Activated = dict(activation=c_activation, negative_slope=c_double)
+Affine = dict(stats=Stats, weight=Vector, bias=Vector)
+
+ARGS = {
+    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, shifted=c_bool, stats=c_pointer),
+    "normalize": _struct(
+        "NormalizeArgs", dtype=c_dtype, layout=Layout, x=c_pointer, **Affine, residual=c_pointer,
+        running_mean=Vector, running_var=Vector, num_batches_tracked=c_pointer,
+        cumulative=c_bool, momentum=c_double, unbiased=c_bool, **Activated, y=c_pointer, mask=c_pointer,
+    ),
+    "backward_reduce": _struct(
+        "BackwardReduceArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, **Affine, residual=c_pointer, mask=c_pointer,
+        **Activated, sums=c_pointer, dweight=Vector, dbias=Vector,
+    ),
+    "backward_input": _struct(
+        "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
+        weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, rank_weighted=c_bool,
+        dx=c_pointer, dz=c_pointer,
+    ),
+}  # fmt: skip
+
+# ---- Calling ------------------------------------------------------------------------------------------------------------------
+
+
+class Guarded:
+    """Tensors between margins, for one call."""
+
+    def __init__(self) -> None:
+        self.kept: list[tuple[Tensor, Tensor, int]] = []
+
+    def new(self, like: Tensor, misaligned: bool = False) -> Tensor:
+        """NaN of like's shape, strides and type, perhaps one element off the alignment."""
+        span = 1 + sum((n - 1) * stride for n, stride in zip(like.shape, like.stride(), strict=True)) if like.numel() else 1
+        size = span * like.element_size()
+        start = MARGIN + misaligned * like.element_size()
+        raw = torch.full((size + 4 * MARGIN,), 0xFF, dtype=torch.uint8)
+        start += -raw.data_ptr() % MARGIN
+        storage = raw[start : start + size].view(torch.uint8)
+        self.kept.append((raw, storage, start))
+        flat = torch.frombuffer(memoryview(storage.numpy()), dtype=like.dtype)
+        return flat.as_strided(like.shape, like.stride())
+
+    def copy(self, t: Tensor | None, misaligned: bool = False) -> Tensor | None:
+        return None if t is None else self.new(t, misaligned).copy_(t)
+
+    def check(self) -> None:
+        for raw, storage, start in self.kept:
+            assert bool((raw[:start] == 0xFF).all()) and bool((raw[start + storage.numel() :] == 0xFF).all()), "written out of bounds"
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def vector(t: Tensor | None) -> ctypes.Structure:
+    return Vector() if t is None else Vector(t.data_ptr(), DTYPES[t.dtype], t.stride(0))
+
+
+def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
+    return Stats(stats.data_ptr(), eps)
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """The four ops; `sm_count` decides the grid, `seed` the order of blocks and threads; `misaligned` are names in OPS."""
+
+    compiled: ctypes.CDLL
+    sm_count: int = 2
+    seed: int = 0
+    misaligned: tuple[str, ...] = ()
+
+    @staticmethod
+    def load(path: Path) -> Emulated:
+        library = ctypes.CDLL(str(path))
+        for name in (*OPS, "fault"):
+            getattr(library, f"emulate_{name}").restype = ctypes.c_char_p
+        return Emulated(library)
+
+    def varied(self, op: str, case: object) -> Emulated:
+        """For each op and case another order, 1, 2 or 7 multiprocessors (one block per channel, some, and more than there is work
+        for), and for one in 4 no tensor on the alignment."""
+        seed = zlib.crc32(repr((op, case)).encode())
+        return replace(self, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=OPS[op] if seed // 3 % 4 == 3 else ())
+
+    def _run(self, op: str, guarded: Guarded, like: Tensor, **arguments) -> None:
+        args = ARGS[op](dtype=DTYPES[like.dtype], layout=Layout(*outer_c_inner(like)), **arguments)
+        error = getattr(self.compiled, f"emulate_{op}")(ctypes.byref(args), self.sm_count, ctypes.c_uint64(self.seed))
+        if error:
+            raise RuntimeError(error.decode())
+        guarded.check()
+
+    def _copies(self, guarded: Guarded, **tensors: Tensor | None) -> list[Tensor | None]:
+        return [guarded.copy(t, name in self.misaligned) for name, t in tensors.items()]
+
+    def _new(self, guarded: Guarded, like: Tensor, name: str) -> Tensor:
+        return guarded.new(like, name in self.misaligned)
+
+    def fault(self, number: int) -> None:
+        """The kernel with the faults of faulty.cu."""
+        g = Guarded()
+        error = self.compiled.emulate_fault(number, ctypes.c_void_p(g.new(torch.empty(4)).data_ptr()))
+        if error:
+            raise RuntimeError(error.decode())
+        g.check()
+
+    def stats(self, x: Tensor, rank_weighted: bool, shifted: bool = False) -> Tensor:
+        g = Guarded()
+        (x,) = self._copies(g, x=x)
+        out = g.new(torch.empty(3 * x.shape[1] + 2, dtype=torch.float64))
+        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, shifted=shifted, stats=pointer(out))
+        return out
+
+    def normalize(
+        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope
+    ):
+        g = Guarded()
+        x, residual = self._copies(g, x=x, residual=residual)
+        stats, weight, bias = g.copy(stats), g.copy(weight), g.copy(bias)
+        updated = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
+        inside = {name: g.copy(t) for name, t in updated.items()}
+        keep_mask = residual is not None and activation in ("relu", "leaky_relu")
+        y = self._new(g, x, "y")
+        mask = g.new(torch.empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8))
+        self._run(
+            "normalize", g, x, x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
+            residual=pointer(residual), running_mean=vector(inside["running_mean"]), running_var=vector(inside["running_var"]),
+            num_batches_tracked=pointer(inside["num_batches_tracked"]), cumulative=momentum is None, momentum=momentum or 0.0,
+            unbiased=unbiased, activation=ACTIVATIONS[activation], negative_slope=slope, y=pointer(y),
+            mask=pointer(mask) if keep_mask else None,
+        )  # fmt: skip
+        for name, t in updated.items():
+            if t is not None:
+                t.copy_(inside[name])
+        return y, mask
+
+    def backward_reduce(self, dy, x, stats, weight, bias, residual, mask, eps, activation, slope):
+        g = Guarded()
+        dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
+        stats, weight, bias, mask = (g.copy(t) for t in (stats, weight, bias, mask))
+        sums = g.new(torch.empty(2 * x.shape[1], dtype=torch.float64))
+        dweight, dbias = (None if t is None else g.new(t) for t in (weight, bias))
+        self._run(
+            "backward_reduce", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
+            residual=pointer(residual), mask=pointer(mask), activation=ACTIVATIONS[activation], negative_slope=slope,
+            sums=pointer(sums), dweight=vector(dweight), dbias=vector(dbias),
+        )  # fmt: skip
+        return sums, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
+
+    def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False):
+        g = Guarded()
+        dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
+        stats, sums, weight, bias, mask = (g.copy(t) for t in (stats, sums, weight, bias, mask))
+        writes_dz = reference.writes_dz(activation, residual, mask)
+        dx, dz = self._new(g, x, "dx"), self._new(g, x, "dz") if writes_dz else x.new_empty(0)
+        self._run(
+            "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
+            weight=vector(weight), bias=vector(bias), residual=pointer(residual), mask=pointer(mask),
+            activation=ACTIVATIONS[activation], negative_slope=slope, rank_weighted=rank_weighted,
+            dx=pointer(dx), dz=pointer(dz) if writes_dz else None,
+        )  # fmt: skip
+        return dx, dz

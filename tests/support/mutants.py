@@ -1,0 +1,42 @@
+"""The comparisons that a mutant of a kernel must not survive."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from support import emulated
+from support.op_cases import CHECKS, EXTREMES, Case
+
+# On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
+MANY_BLOCKS = (40, Case((4500, 64), dtype=torch.bfloat16, activation="relu", residual=True))
+
+# Few, but with each edge that a mutant above is about.
+CASES = [
+    Case((3, 2, 2), activation="relu", residual=True),
+    Case((3, 5, 7), activation="relu", residual=True),
+    Case((70, 8, 3, 3), dtype=torch.bfloat16, activation="silu"),
+    Case((37, 8, 7, 7), activation="relu", residual=True),
+    Case((37, 8, 7, 7), dtype=torch.bfloat16, activation="leaky_relu", residual=True),
+    Case((6, 44), activation="relu", residual=True),
+    Case((6, 44)),
+    Case((1, 2, 40, 61), activation="leaky_relu", residual=True, momentum=None),
+    Case((1, 2, 40, 61), activation="leaky_relu", unbiased=False),
+    Case((1, 3, 606)),
+    Case((3, 70, 4), channels_last=True, activation="relu", residual=True, momentum=None),
+    Case((33, 24, 2, 2), channels_last=True, activation="leaky_relu", residual=True, rank_weighted=True),
+    Case((500, 16), activation="relu", dtype=torch.bfloat16, rank_weighted=True),
+    Case((500, 128), activation="silu", residual=True),
+    Case((40, 256), dtype=torch.bfloat16),
+    *EXTREMES,
+]  # fmt: skip
+
+
+def survives(path: str, op: str) -> None:
+    """Raises if a comparison fails."""
+    kernels = emulated.Emulated.load(path)
+    for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):
+        for case in CASES:
+            CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
+    CHECKS[op](replace(kernels, sm_count=MANY_BLOCKS[0]), MANY_BLOCKS[1])

@@ -1,0 +1,279 @@
+"""A model that torch.fx cannot trace is fused and folded submodule by submodule, unless code outside a submodule sees its layers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from support.oracle import assert_close
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, fold_batchnorm, revert_sync_batchnorm
+from syncbn.surgery.fold import FoldedBatchNorm
+
+pytestmark = pytest.mark.world_size(1)
+
+
+def block():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())
+
+
+def run(module, x):
+    return module(x)
+
+
+class Untraceable(nn.Module):
+    """Two blocks, by name and in a list, and a branch that depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = block(), block()
+        self.blocks = nn.ModuleList([block(), block()])
+        self.absent = None
+
+    def branch(self, x):
+        return x if x.sum() > 0 else -x
+
+
+# ---- The code only calls its submodules -----------------------------------------------------------------------------------------------
+
+
+class Calls(Untraceable):
+    def forward(self, x):
+        return self.b(self.branch(self.a(x)))
+
+
+class CallsTwice(Untraceable):
+    def forward(self, x):
+        return self.a(self.branch(self.a(x))) + self.b(x)
+
+
+class ComparesWithNone(Untraceable):
+    def forward(self, x):
+        if self.absent is not None and isinstance(self, nn.Module):
+            x = self.absent(x)
+        x = self.b(x) if self.a else x
+        return self.branch(self.a(x) if hasattr(self, "a") else x)
+
+
+class Loops(Untraceable):
+    def forward(self, x):
+        for layer in self.blocks:
+            x = layer(x)
+        return self.branch(x)
+
+
+class Enumerates(Untraceable):
+    def forward(self, x):
+        return self.branch(sum(layer(x) * i for i, layer in enumerate(self.blocks)))
+
+
+class Indexes(Untraceable):
+    def forward(self, x):
+        return self.branch(self.blocks[0](x) + self.blocks[1](x))
+
+
+class CallsByName(Untraceable):
+    def forward(self, x):
+        return getattr(self, "b")(self.branch(getattr(self, "a")(x))) * getattr(self, "scale", 1)  # noqa: B009
+
+
+class Nested(Untraceable):
+    def __init__(self):
+        super().__init__()
+        self.inner = Calls()
+
+    def forward(self, x):
+        return self.branch(self.inner(x))
+
+
+class Chain(nn.Sequential):
+    """A subclass of a container: torch's forward calls its children."""
+
+    def __init__(self):
+        super().__init__(block(), block())
+
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+# ---- The code looks inside ------------------------------------------------------------------------------------------------------------
+
+
+class ReachesByIndex(Untraceable):
+    def forward(self, x):
+        return self.branch(self.a(x) + self.a[0](x))
+
+
+class ReachesByName(Untraceable):
+    def forward(self, x):
+        return self.branch(self.a(x) + self.a.get_submodule("0")(x))
+
+
+class ReachesAWeight(Untraceable):
+    def forward(self, x):
+        return self.branch(self.a(x) * self.a[0].weight.mean())
+
+
+class Aliases(Untraceable):
+    def forward(self, x):
+        a = self.a
+        return self.branch(a(x) + a[0](x))
+
+
+class PassesOn(Untraceable):
+    def forward(self, x):
+        return self.branch(run(self.a, x) + run(self.a[:2], x))
+
+
+class Lists(Untraceable):
+    def forward(self, x):
+        convolutions = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        return self.branch(self.a(x) + convolutions[0](x))
+
+
+class ListsItself(Chain):
+    def forward(self, x):
+        first = next(iter(self))
+        return super().forward(x if x.sum() > 0 else -x) + first[0](x)
+
+
+class GetsByName(Untraceable):
+    def forward(self, x):
+        return self.branch(self.a(x) + getattr(self, "a")[0](x))  # noqa: B009
+
+
+class GetsByAnotherName(Untraceable):
+    def forward(self, x):
+        name = "a"
+        return self.branch(self.a(x) + getattr(self, name)[0](x))
+
+
+class LoopReachesInside(Untraceable):
+    def forward(self, x):
+        for layer in self.blocks:
+            x = layer(x) + layer[0](x)
+        return self.branch(x)
+
+
+class SlicesAList(Untraceable):
+    def forward(self, x):
+        for layer in self.blocks[:1]:
+            x = layer(x) + layer[0](x)
+        return self.branch(x)
+
+
+class HelperReachesInside(Untraceable):
+    def helper(this, x):
+        return this.a[0](x)
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.helper(x))
+
+
+class BaseReachesInside(ReachesByIndex):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class PropertyReachesInside(Untraceable):
+    @property
+    def first(self):
+        return self.a[0]
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.first(x))
+
+
+class CachedPropertyReachesInside(Untraceable):
+    @functools.cached_property
+    def first(self):
+        return self.a[0]
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.first(x))
+
+
+class Shares(Untraceable):
+    """A layer that two submodules hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Sequential(self.a[1], nn.Tanh())
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.b(x))
+
+
+class SharesABlock(Untraceable):
+    """Two submodules, neither of which can be traced, hold the same block, and one more each."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = Calls(), Calls()
+        self.right.a = self.left.a
+
+    def forward(self, x):
+        return self.branch(self.left(x) + self.right(x))
+
+
+class PatchedForward(Calls):
+    def __init__(self):
+        super().__init__()
+        self.forward = lambda x: self.branch(self.a(x) + self.a[0](x))
+
+
+MODELS = {  # model: how many of its pairs of layers become one
+    Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, CallsByName: 2, Nested: 2, Chain: 2,
+    SharesABlock: 2,
+    **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, GetsByName), 0),
+    **dict.fromkeys((GetsByAnotherName, LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
+    **dict.fromkeys((CachedPropertyReachesInside, Shares, PatchedForward), 0),
+}  # fmt: skip
+
+
+REASON = r"(test_encapsulation.py:\d+ |which this instance has replaced)"
+
+
+def used(model):
+    """The model without the submodules that its forward never calls: whether those are joined does not matter."""
+    called = set()
+    handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in model.modules()]
+    model(torch.randn(2, 4, 6, 6))
+    for handle in handles:
+        handle.remove()
+    return called
+
+
+@pytest.mark.parametrize("cls", MODELS, ids=lambda cls: cls.__name__)
+def test_submodules_are_fused_and_folded_unless_code_outside_sees_their_layers(cls):
+    plain = cls()
+    for m in plain.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.running_mean), nn.init.uniform_(m.weight), nn.init.normal_(m.bias)
+    plain.eval()
+    classes = [type(m) for m in plain.modules()]
+    with pytest.warns(UserWarning, match=rf"fuse_activation: .*{REASON}"):
+        fused = convert_sync_batchnorm(copy.deepcopy(plain), fuse_activation=True)
+    with pytest.warns(UserWarning, match=rf"fold_batchnorm: .*{REASON}") as caught:
+        folded = fold_batchnorm(plain)
+    assert caught[0].filename == __file__
+    assert sum(isinstance(m, SyncBatchNorm) and m.activation == "relu" for m in used(fused)) == MODELS[cls]
+    assert sum(isinstance(m, FoldedBatchNorm) for m in used(folded)) == MODELS[cls]
+    for _ in range(3):  # of both signs
+        x = torch.randn(2, 4, 6, 6)
+        want = plain(x)
+        for model in (fused, folded):
+            assert_close(model(x), want.double().detach(), 2e-5, "y")
+    assert [type(m) for m in revert_sync_batchnorm(fused).modules()] == classes
+
+
+def test_a_class_without_source_is_left_alone():
+    code = "class Typed(Base):\n    def forward(self, x):\n        return self.branch(self.a(x))\n"
+    names = {"Base": Untraceable}
+    exec(code, names)
+    with pytest.warns(UserWarning, match="cannot trace the whole model"):
+        model = convert_sync_batchnorm(names["Typed"](), fuse_activation=True)
+    assert model.a[1].activation is None and isinstance(model.a[1], SyncBatchNorm)

@@ -1,0 +1,275 @@
+"""A folded model is the same function with fewer layers, and only what is known to be the same is folded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import syncbn
+from support.models import ResNet
+from support.oracle import assert_close
+from syncbn import SyncBatchNorm, SyncBatchNormalization, fold_batchnorm
+from syncbn.surgery.fold import FoldedBatchNorm
+
+pytestmark = pytest.mark.world_size(1)
+# Of the greatest output: one rounding of each weight, and sums of up to 256 products in another order.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+LAYERS = {  # (layer with 12 output channels, shape of its input)
+    "Linear": (lambda: nn.Linear(5, 12), (7, 5)),
+    "Linear without bias": (lambda: nn.Linear(5, 12, bias=False), (7, 5)),
+    "Conv1d": (lambda: nn.Conv1d(4, 12, 3), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 12, 3, stride=2, dilation=2, bias=False), (2, 4, 9, 8)),
+    "Conv2d, padded by reflection": (lambda: nn.Conv2d(4, 12, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 8)),
+    "Conv2d, groups": (lambda: nn.Conv2d(4, 12, 3, groups=2), (2, 4, 9, 8)),
+    "Conv2d, depthwise": (lambda: nn.Conv2d(12, 12, 3, groups=12, bias=False), (2, 12, 5, 6)),
+    "Conv2d, channels-last": (lambda: nn.Conv2d(4, 12, 3).to(memory_format=torch.channels_last), (2, 4, 9, 8)),
+    "Conv3d": (lambda: nn.Conv3d(2, 12, 2), (2, 2, 3, 4, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 12, 3), (2, 4, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 12, 3, stride=2, output_padding=1, bias=False), (2, 4, 5, 4)),
+    "ConvTranspose2d, groups": (lambda: nn.ConvTranspose2d(4, 12, 3, groups=2), (2, 4, 5, 4)),
+    "ConvTranspose2d, depthwise": (lambda: nn.ConvTranspose2d(12, 12, 3, groups=12), (2, 12, 5, 4)),
+    "ConvTranspose3d, groups": (lambda: nn.ConvTranspose3d(6, 12, 2, groups=3), (2, 6, 3, 2, 3)),
+}
+NORMS = {
+    "BatchNorm": lambda dim: getattr(nn, f"BatchNorm{max(dim - 2, 1)}d")(12),
+    "not affine": lambda dim: getattr(nn, f"BatchNorm{max(dim - 2, 1)}d")(12, affine=False, eps=0.1),
+    "torch's SyncBatchNorm": lambda dim: nn.SyncBatchNorm(12),
+    "SyncBatchNorm": lambda dim: SyncBatchNorm(12),
+    "SyncBatchNorm with leaky_relu": lambda dim: SyncBatchNorm(12, activation="leaky_relu", negative_slope=0.3),
+    "converted": lambda dim: syncbn.convert_sync_batchnorm(getattr(nn, f"BatchNorm{max(dim - 2, 1)}d")(12)),
+    "Keras": lambda dim: SyncBatchNormalization(axis=1, num_features=12, activation="silu"),
+    "Keras, no scale": lambda dim: SyncBatchNormalization(axis=1 - dim, scale=False, num_features=12),
+}
+
+
+def randomized(model, dtype=torch.float32):
+    """Statistics and parameters far from 0 and 1, so that each of them counts."""
+    with torch.no_grad():
+        for m in model.modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.2, 3)
+                for p in (m.weight, m.bias):
+                    if p is not None:
+                        p.normal_(1)
+    return model.to(dtype)
+
+
+def batch_norms(model):
+    return [name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+def check(model, *inputs, left=(), tolerance=1e-5):
+    before = copy.deepcopy(model.state_dict())
+    flags = [m.training for m in model.modules()]
+    folded = fold_batchnorm(model)
+    assert batch_norms(folded) == list(left) and not any(m.training for m in folded.modules())
+    assert [m.training for m in model.modules()] == flags
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    want = copy.deepcopy(model).eval()(*inputs)
+    assert_close(folded(*inputs), want.double().detach(), tolerance, "y")
+    return folded
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_every_kind_of_layer_and_batch_norm(layer, norm, dtype):
+    make, shape = LAYERS[layer]
+    model = randomized(nn.Sequential(make(), NORMS[norm](len(shape))), dtype)
+    folded = check(model, torch.randn(shape, dtype=dtype), tolerance=TOLERANCE[dtype])
+    assert folded[0].weight.stride() == model[0].weight.stride() and folded[0].bias.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("convert", [False, True, "fused"])
+def test_residual_network(convert, dtype):
+    model = randomized(ResNet(), dtype)
+    if convert:
+        syncbn.convert_sync_batchnorm(model, fuse_activation=convert == "fused")
+    folded = check(model, torch.randn(4, 3, 8, 8, dtype=dtype), tolerance=TOLERANCE[dtype])
+    assert len(folded.state_dict()) < len(model.state_dict()) and type(folded) is ResNet
+    torch.export.export(folded, (torch.randn(4, 3, 8, 8, dtype=dtype),))
+
+
+class AddingBlock(nn.Module):
+    """The residual goes into the batch norm, between its shift and its activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), SyncBatchNorm(4, activation="relu")
+
+    def forward(self, x):
+        return self.bn(self.conv(x), residual=x)
+
+
+def test_residual_of_the_batch_norm():
+    check(randomized(AddingBlock()), torch.randn(2, 4, 5, 5))
+
+
+def test_linear_on_sequences_with_features_last():
+    """Of [N, L, C] the Keras layer normalizes what the linear layer has as its outputs."""
+    check(randomized(nn.Sequential(nn.Linear(3, 6), SyncBatchNormalization(num_features=6))), torch.randn(2, 5, 3))
+
+
+def test_a_name_that_the_trace_does_not_use():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Conv1d(2, 3, 1), nn.BatchNorm1d(3))
+            self.conv, self.norm, self.again = self.layers[0], self.layers[1], self.layers[1]
+
+        def forward(self, x):
+            return self.again(self.conv(x))
+
+    check(randomized(Model()), torch.randn(2, 2, 4))
+
+
+def test_tied_weights_stay_those_of_the_other():
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1))
+    model[2].weight = model[0].weight
+    check(randomized(model), torch.randn(2, 3, 4))
+
+
+def test_16_bit_layer_with_float32_batch_norm():
+    model = nn.Sequential(nn.Linear(4, 3), SyncBatchNorm(3))
+    randomized(model)[0].to(torch.bfloat16)
+    assert fold_batchnorm(model)[0].weight.dtype == torch.bfloat16
+
+
+# ---- What stays -------------------------------------------------------------------------------------------------------------------
+
+
+class OwnForward(nn.BatchNorm1d):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class Tapped(nn.Module):
+    """Something else sees the convolution's output."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv, self.bn, self.how = nn.Conv1d(3, 3, 1), SyncBatchNorm(3), how
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.how == "used again":
+            return self.bn(y) + y
+        if self.how == "twice the same input":
+            return self.bn(y, y)
+        if self.how == "layer called twice":
+            return self.bn(y) + self.conv(x * 2)
+        if self.how == "batch norm called twice":
+            return self.bn(self.bn(y))
+        return self.bn(torch.relu(y))
+
+
+class TrainingArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(3, 3), SyncBatchNormalization(num_features=3)
+
+    def forward(self, x):
+        return self.bn(self.linear(x), training=True)
+
+
+def hooked(i, *between):
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), *between, nn.BatchNorm1d(3))
+    model[i].register_forward_hook(lambda module, args, y: y + 1)
+    return model
+
+
+STAYS = {  # (model, names of the batch norms that stay)
+    "batch norm before": (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1)), ["0"]),
+    "activation between": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU(), nn.BatchNorm1d(3)), ["2"]),
+    "the second of two": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.BatchNorm1d(3)), ["2"]),
+    "no running statistics": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3, track_running_stats=False)), ["1"]),
+    "forward of its own": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), OwnForward(3)), ["1"]),
+    "hook on the layer": (lambda: hooked(0), ["1"]),
+    "hook on the batch norm": (lambda: hooked(1), ["1"]),
+    "hook on an identity between": (lambda: hooked(1, nn.Identity()), ["2"]),
+    "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 5, 1), SyncBatchNormalization(num_features=5)), ["1"]),
+    "weights computed from others": (
+        lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(3, 3, 1)), nn.BatchNorm1d(3)),
+        ["1"],
+    ),
+    "training=True": (TrainingArgument, ["bn"]),
+    "alone": (lambda: nn.BatchNorm1d(3), [""]),
+    **{how: (lambda how=how: Tapped(how), ["bn"]) for how in ("used again", "twice the same input", "layer called twice")},
+    "batch norm called twice": (lambda: Tapped("batch norm called twice"), ["bn"]),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_stays(name):
+    make, left = STAYS[name]
+    x = torch.randn(4, 3) if name == "training=True" else torch.randn(4, 3, 5)
+    check(randomized(make()), x, left=left)
+
+
+def test_a_model_that_cannot_be_traced_stays_with_a_warning():
+    class Branch(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else x
+
+    with pytest.warns(UserWarning, match=r"fold_batchnorm: torch.fx cannot trace the whole model.*test_fold.py:\d+ \"return super"):
+        check(randomized(Branch(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))), torch.ones(2, 3, 4), left=["1"])
+
+
+def test_input_for_which_the_two_are_not_one_layer_is_an_error():
+    """A linear layer's features are last in [N, L, C], a batch norm's are not: where L == C, no shape would tell."""
+    model = randomized(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+    folded = check(model, torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"2 dimensions for a batch norm that has been folded, got \[2, 3, 3\]"):
+        folded(torch.randn(2, 3, 3))
+    assert isinstance(folded[1], FoldedBatchNorm)
+
+
+def test_a_folded_model_traces_with_its_layers_as_nodes():
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), SyncBatchNorm(4, activation="relu"), nn.Flatten()))
+    folded = check(model, x := torch.randn(2, 3, 5, 5))
+    traced = torch.fx.symbolic_trace(folded)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    assert torch.equal(traced(x), folded(x))
+
+
+def test_identities_between_a_layer_and_its_batch_norm_are_passed_over():
+    check(randomized(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Identity(), nn.Identity(), nn.BatchNorm1d(4))), torch.randn(2, 3, 5))
+
+
+class OptionalTap(nn.Module):
+    """What it returns depends on an optional argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)
+
+    def forward(self, x, y=None):
+        z = self.conv(x)
+        return self.bn(z) if y is None else z
+
+
+class Tied(nn.Module):
+    """A weight that is used outside its layer, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        return nn.functional.linear(self.bn(self.encode(x)).relu(), self.encode.weight.t())
+
+
+@pytest.mark.parametrize("make", [OptionalTap, Tied])
+def test_what_something_else_sees_is_not_folded(make):
+    model = make().eval()
+    model.bn.running_mean.normal_()
+    folded = fold_batchnorm(model)
+    x = torch.randn(5, 3, 4) if make is OptionalTap else torch.randn(5, 3)
+    assert torch.equal(folded(x), model(x)) and type(folded.bn) is nn.BatchNorm1d

@@ -1,0 +1,47 @@
+"""The examples run, small."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from support import ROOT
+from support.processes import run, torchrun
+
+pytestmark = pytest.mark.world_size(1)
+EXAMPLES = ROOT / "examples"
+
+
+def output(command, env, cwd):
+    done = run([str(part) for part in command], env=env | {"PYTHONPATH": str(ROOT)}, cwd=cwd, timeout=110)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_horovod_script_is_python():
+    """Horovod cannot be installed beside a current torch: the script is documentation."""
+    path = EXAMPLES / "horovod_migration" / "train_horovod.py"
+    compile(path.read_text(), str(path), "exec")
+
+
+def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
+    pytest.importorskip("sklearn")
+    script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
+    out = output([*torchrun(), script], subprocess_env, tmp_path)
+    losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
+    assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
+
+
+def test_moving_statistics(subprocess_env, tmp_path):
+    for module in ("sklearn", "matplotlib", "tqdm"):
+        pytest.importorskip(module)
+    output([*torchrun(), EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fold(subprocess_env, tmp_path):
+    for module in ("rich", "tqdm"):
+        pytest.importorskip(module)
+    out = output([sys.executable, EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
+    assert "before" in out and "after" in out and "largest difference" in out

@@ -1,0 +1,72 @@
+"""Each launcher runs the same example, and the synchronized run follows the one-process run."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import ROOT
+from support.processes import run
+
+pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
+pytestmark = pytest.mark.world_size(1)
+
+
+def output(command: list[str], env: dict[str, str]) -> str:
+    done = run(command, env=env, cwd=ROOT, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> Path:
+    """The result of a single process with the whole batch."""
+    out = tmp_path_factory.mktemp("segmentation")
+    command = [sys.executable, "examples/segmentation.py", "--norm", "local", "--batch-size", "8", "--steps", "3", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=110)
+    return out
+
+
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "mpirun.sh"])
+@pytest.mark.parametrize("norm", ["sync", "local"])
+def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, subprocess_env):
+    env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
+    example = ["examples/segmentation.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)]
+    output([f"launch/{launcher}", *example], env)
+    (result,) = tmp_path.glob("*.pt")
+    compare = [
+        sys.executable,
+        "examples/compare.py",
+        str(result),
+        *map(str, one_process.glob("*.pt")),
+        "--plot",
+        str(tmp_path / "plot.png"),
+    ]
+    table = output(compare, env)
+    assert "2 x 4" in table and (tmp_path / "plot.png").stat().st_size > 10_000
+    if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow
+        torch.save({**torch.load(result), "norm": "sync"}, result)
+        done = run(compare, env=env, cwd=ROOT, timeout=110)
+        assert done.returncode == 1 and "does not follow" in done.stdout
+
+
+def test_mpi_env_serves_a_script_that_knows_only_torch(tmp_path, subprocess_env):
+    (tmp_path / "train.py").write_text(
+        "import torch.distributed as dist, torch, sys\n"
+        "dist.init_process_group('gloo')\n"
+        "x = torch.ones(1); dist.all_reduce(x)\n"
+        "print('sum', int(x), 'arguments', sys.argv[1:])\n"
+        "import time; time.sleep(0.2)\n"  # gloo's threads must let go of x before Python ends, or torch aborts; see environment.py
+    )
+    env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
+    out = output(["launch/mpirun.sh", str(tmp_path / "train.py"), "--lr", "0.1"], env)
+    assert "sum 2" in out and "['--lr', '0.1']" in out
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("launch/*.sh")) + [ROOT / "launch/slurm.sbatch"], ids=lambda path: path.name)
+def test_the_launchers_are_valid_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)

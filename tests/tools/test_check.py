@@ -1,0 +1,53 @@
+"""`python -m syncbn.check` says what it finds, and fails where a layer is wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from support.processes import run, torchrun
+
+pytestmark = pytest.mark.world_size(1)
+LAUNCHERS = {
+    "alone": [sys.executable],
+    "torchrun": torchrun(),
+    "mpirun": ["mpirun", "-n", "2", sys.executable],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_right_layer_passes(launcher, subprocess_env):
+    command = [*LAUNCHERS[launcher], "-m", "syncbn.check", "--json"]
+    done = run(command, env=subprocess_env, timeout=100)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "alone" else 2)
+    assert report["ranks"]["launcher"] == {"alone": None, "torchrun": "torchrun", "mpirun": "MPICH"}[launcher]
+    assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["paths"]) == {"cpu", "cuda"}
+    assert report["errors"]["float64"] < 1e-10
+    assert (report["ms_per_collective"] > 0) == (launcher != "alone")
+    assert report["exchange_path"] == ("none: this rank is alone" if launcher == "alone" else "in shared memory")
+
+
+def test_a_wrong_layer_fails(subprocess_env):
+    """A layer that forgets to synchronize is found by two ranks."""
+    spoil = (
+        "import sys, runpy, syncbn.modules as m; from syncbn.comm import LOCAL; m.resolve = lambda group: LOCAL;"
+        "from syncbn.check import main; sys.exit(main([]))"
+    )
+    command = [*torchrun(), "--no-python", sys.executable, "-c", spoil]
+    done = run(command, env=subprocess_env, timeout=100)
+    assert done.returncode == 1
+    assert "WRONG" in done.stdout
+
+
+def test_problems_are_told_with_what_to_do(subprocess_env):
+    env = {name: value for name, value in subprocess_env.items() if name != "OMP_NUM_THREADS"} | {"SYNCBN_NATIVE": "0"}
+    done = run([*LAUNCHERS["mpirun"], "-m", "syncbn.check"], env=env, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "problem: cpu runs the slower reference: turned off by SYNCBN_NATIVE=0." in done.stdout
+    assert "problem: OMP_NUM_THREADS is not set" in done.stdout
+    assert "exchange over the group: the compiled library is not loaded: turned off by SYNCBN_NATIVE=0; median" in done.stdout
+    assert "a layer on these ranks equals the one of a single process" in done.stdout

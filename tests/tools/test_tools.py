@@ -1,0 +1,203 @@
+"""The law: what torch's tools do with a batch norm, they do with this one."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+import syncbn
+from support.oracle import assert_close
+
+FLOAT = 2e-6  # float32: a few roundings
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2), nn.LeakyReLU())
+
+
+@pytest.fixture
+def model(world):
+    return syncbn.convert_sync_batchnorm(net(), world.group, fuse_activation=True)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 3, 8, 8)
+
+
+def test_deepcopy_is_independent_and_keeps_the_group(world, model, x):
+    other = copy.deepcopy(model)
+    assert other[1].process_group is model[1].process_group
+    other(x)
+    assert model[1].num_batches_tracked == 0 and other[1].num_batches_tracked == 1
+    assert torch.equal(other.eval()(x), copy.deepcopy(other)(x))
+
+
+def test_pickle_and_save(x):
+    """Without a group of its own, which only this process could have, a whole model is pickled."""
+    model = syncbn.convert_sync_batchnorm(net(), fuse_activation=True)
+    model(x)
+    model.eval()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert torch.equal(other(x), model(x)) and type(other[1]) is syncbn.SyncBatchNorm2d and other[1].activation == "relu"
+        assert type(syncbn.revert_sync_batchnorm(other)[1]) is nn.BatchNorm2d
+
+
+def test_state_dicts_are_weights_only(model, x):
+    model(x)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    plain = net()
+    plain.load_state_dict(state)
+    assert_close(plain.eval()(x), model.eval()(x).double().detach(), FLOAT, "y")
+
+
+@pytest.mark.process_group
+def test_distributed_checkpoint(world, model, x, tmp_path_factory):
+    """Saved with synchronized layers, loaded by the plain model."""
+    name = [str(tmp_path_factory.mktemp("checkpoint")) if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(name)
+    model(x)
+    dcp.save(model.state_dict(), checkpoint_id=name[0])
+    plain = net()
+    state = plain.state_dict()
+    dcp.load(state, checkpoint_id=name[0])
+    plain.load_state_dict(state)
+    for got, want in zip(plain.state_dict().values(), model.state_dict().values(), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_averaged_model_and_update_bn(world, x):
+    """Averaged weights, then the statistics of the averaged model over the loader: those of the whole batches."""
+    plain, model = net(), syncbn.convert_sync_batchnorm(net(), world.group)
+    averages = [AveragedModel(m) for m in (plain, model)]
+    for average, m in zip(averages, (plain, model), strict=True):
+        with torch.no_grad():
+            m[0].weight.mul_(1.5)
+        average.update_parameters(m)
+    batches = torch.randn(3, 2 * world.size, 3, 8, 8)
+    update_bn(batches, averages[0])
+    update_bn([world.mine(batch, (2,) * world.size) for batch in batches], averages[1])
+    for (name, want), got in zip(averages[0].named_buffers(), averages[1].buffers(), strict=True):
+        assert_close(got, want.double(), FLOAT, name)
+
+
+def test_averaged_buffers(model, x):
+    average = AveragedModel(model, use_buffers=True)
+    model(x)
+    average.update_parameters(model)
+    assert torch.equal(average.module[1].running_mean, model[1].running_mean)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_export_of_an_eval_model(world, x, residual):
+    """Into torch's own operators only: the program needs no syncbn where it runs."""
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group, activation="silu").eval()
+    inputs = (x, x.sin()) if residual else (x,)
+    program = torch.export.export(layer, inputs, dynamic_shapes=({0: torch.export.Dim("batch")},) * len(inputs) if not residual else None)
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert names and all(name.startswith("aten.") for name in names)
+    assert_close(program.module()(*inputs), layer(*inputs).double().detach(), FLOAT, "y")
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("layer", [syncbn.SyncBatchNorm(4), syncbn.SyncBatchNormalization(axis=1, num_features=4)], ids=["torch", "keras"])
+def test_a_layer_is_one_call_in_a_traced_graph(layer):
+    """As torch's own: feature extractors and other tools of torch.fx."""
+    plain = nn.Sequential(nn.Linear(3, 4), layer, nn.ReLU())
+    traced = torch.fx.symbolic_trace(plain)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
+    x = torch.randn(5, 3)
+    assert torch.equal(traced(x), plain(x))
+
+
+@pytest.mark.world_size(1)
+def test_onnx_export_of_a_reverted_model(model, x):
+    onnx = pytest.importorskip("onnx", reason="ONNX export needs onnx and onnxscript")
+    pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
+    model(x)
+    program = torch.onnx.export(syncbn.revert_sync_batchnorm(model).eval(), (x,), dynamo=True, verbose=False)
+    onnx.checker.check_model(program.model_proto)
+    domains = {node.domain for node in program.model_proto.graph.node}
+    assert domains <= {"", "ai.onnx"}
+
+
+def test_meta_device_and_to_empty(world, x):
+    """A model without memory is converted, gets its memory, and trains."""
+    with torch.device("meta"):
+        model = net()
+    model = syncbn.convert_sync_batchnorm(model, world.group)
+    model = model.to_empty(device="cpu")
+    model.load_state_dict(net().state_dict())
+    assert torch.equal(model(x), syncbn.convert_sync_batchnorm(net(), world.group)(x))
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    assert layer(x).isfinite().all()
+
+
+def test_lazy_layers(world, x):
+    """Conversion before the number of features is known."""
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    model = syncbn.convert_sync_batchnorm(model, world.group)
+    model(x)
+    assert type(model[1]) is syncbn.SyncBatchNorm2d and model[1].num_features == 4 and model[1].num_batches_tracked == 1
+    assert type(syncbn.revert_sync_batchnorm(model)[1]) is nn.BatchNorm2d
+
+
+class Positive(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+    def right_inverse(self, weight):
+        return weight.log()
+
+
+@pytest.mark.parametrize("when", ["before conversion", "after conversion"])
+def test_parametrized_weight(world, x, when):
+    """The weight is a function of another parameter, which gets the gradient. Conversion and parametrization undo in any order."""
+    layer = nn.BatchNorm2d(3)
+    if when.startswith("before"):
+        parametrize.register_parametrization(layer, "weight", Positive())
+    layer = syncbn.convert_sync_batchnorm(layer, world.group)
+    if when.startswith("after"):
+        parametrize.register_parametrization(layer, "weight", Positive())
+    assert isinstance(layer, syncbn.SyncBatchNorm) and torch.equal(layer.weight, torch.ones(3))
+    layer(x).square().sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().sum() > 0
+    copy.deepcopy(layer)(x)
+    reverted = syncbn.revert_sync_batchnorm(copy.deepcopy(layer))
+    assert isinstance(reverted, nn.BatchNorm2d) and torch.equal(reverted.weight, layer.weight)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is syncbn.SyncBatchNorm2d and layer(x).isfinite().all()
+    assert type(syncbn.revert_sync_batchnorm(layer)) is nn.BatchNorm2d
+
+
+def test_weight_norm_of_the_layer_before(world, x):
+    model = nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 3)), nn.BatchNorm2d(4))
+    model = syncbn.convert_sync_batchnorm(model, world.group)
+    model(x).square().sum().backward()
+    assert model[1].weight.grad is not None
+
+
+def test_functional_call(world, model, x):
+    """Parameters from outside, as in meta-learning."""
+    state = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in model.state_dict().items()}
+    state = {name: t.detach() if "running" in name else t for name, t in state.items()}
+    y = torch.func.functional_call(model, state, (x,))
+    y.square().sum().backward()
+    assert state["1.weight"].grad is not None and model[1].weight.grad is None
+    assert state["1.num_batches_tracked"] == 1 and model[1].num_batches_tracked == 0
