@@ -14,8 +14,10 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 
+from support import ROOT
+
 pytestmark = pytest.mark.world_size(1)
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
+
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 SIZE = (1280, 1800)  # pixels
 

@@ -20,8 +20,10 @@ from typing import NamedTuple
 
 import pytest
 
+from support import ROOT
+
 pytestmark = pytest.mark.world_size(1)
-ROOT = next(folder for folder in Path(__file__).parents if (folder / "setup.cfg").exists())
+
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 LAUNCHERS = {
     "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2"],
