@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 
 TOOLS=${TOOLS:-memcheck racecheck synccheck}
 # Of the table, planes in pieces that blocks share, channels in vectors that blocks share, and channels one by one.
-CASES=${CASES:-equals_the_reference and (97 and -first- or (256 or 9 and 70) and -last-) or alignment or repetition}
+CASES=${CASES:-equals_the_reference and (97 and -first- or (256 or 9 and 70) and -last-) or misaligned or repetition}
 SANITIZER=${SANITIZER:-compute-sanitizer}
 PYTHON=${PYTHON:-python}
 

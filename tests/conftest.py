@@ -1,12 +1,12 @@
 """One suite for any number of ranks: `pytest`, `torchrun --nproc-per-node N -m pytest`, `mpirun -n N python -m pytest`.
 
-Every rank runs the same tests in the same order, with the same random numbers. Markers say where a test belongs:
+Every rank runs the same tests in the same order, with the same random numbers. Markers say when a test applies:
 
     world_size(n, ...)   only with these numbers of ranks
     process_group        only with torch.distributed (that is, not under mpirun, where the group is MPI.COMM_WORLD)
     gpu                  needs a CUDA device
 
-What does not fit is deselected. Only rank 0 reports; the others print what failed.
+Tests that do not apply are deselected. Only rank 0 reports; the others print what failed.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _fits(item: pytest.Item, has_gpu: bool) -> bool:
 
 @pytest.fixture(autouse=True)
 def time_limit() -> Iterator[Callable[..., None]]:
-    """Ends this rank, with the stacks of its threads, if a test takes too long. The launcher then ends the others. A call starts anew."""
+    """Kills this rank and dumps its stacks if a test takes too long; the launcher then kills the others. A call restarts the clock."""
 
     def start(seconds: float = 2 * TIMEOUT) -> None:
         faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
@@ -89,13 +89,13 @@ def time_limit() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
-    """The same numbers on every rank, and whatever other tests ran before."""
+    """The same random numbers on every rank, whichever other tests run and wherever the file is."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.rpartition("/")[2].encode()))
 
 
 @pytest.fixture(autouse=True)
 def default_device() -> Iterator[None]:
-    """With SYNCBN_TEST_DEVICE=cuda, what a test puts nowhere is on the GPU."""
+    """With SYNCBN_TEST_DEVICE=cuda, tensors created without a device go to the GPU."""
     name = os.environ.get("SYNCBN_TEST_DEVICE")
     with torch.device(name) if name else nullcontext():
         yield
@@ -120,7 +120,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["alone", "NCCL"])
 def group_of_one(request: pytest.FixtureRequest) -> Iterator[ProcessGroupCommunicator | None]:
-    """A process_group with which a layer of one rank exchanges nothing, or what it would in a larger group."""
+    """None (no communication) and a one-rank NCCL group that really runs the collectives."""
     if request.param == "alone":
         yield None
     else:

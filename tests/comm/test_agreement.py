@@ -98,7 +98,7 @@ KINDS = {  # of call, as it is named; x has gone through a layer "a" and become 
 
 @several
 @pytest.mark.parametrize("one, other", list(itertools.combinations(KINDS, 2)))
-def test_another_kind_of_call_is_found(world, one, other):
+def test_mismatched_call_kind_is_detected(world, one, other):
     x = batch().requires_grad_()
     y = named("a", world)(x)
     with pytest.raises(RankMismatchError) as error:
@@ -107,7 +107,7 @@ def test_another_kind_of_call_is_found(world, one, other):
 
 
 @several
-def test_another_position_is_found(world, group_only):
+def test_rank_one_exchange_ahead_is_detected(world, group_only):
     """Rank 0 has verified once more than the others."""
     layer = named("a", world)
     layer.process_group = anew(world)
@@ -119,7 +119,7 @@ def test_another_position_is_found(world, group_only):
 
 
 @several
-def test_ranks_compare_again_in_a_group_made_anew(world, monkeypatch, group_only):
+def test_ranks_compare_again_in_a_recreated_group(world, monkeypatch, group_only):
     """Nothing is remembered of a group that has been destroyed, though the next one may lie at its address."""
     compared = []
     original = agreement.verify
@@ -152,7 +152,7 @@ def free(group: object) -> None:
 
 
 @several
-def test_a_rank_that_has_reverted_and_converted_its_model_is_in_step(world):
+def test_reverting_and_reconverting_keeps_ranks_in_step(world):
     """As one rank does to export what it trains."""
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
     for _ in range(2):
@@ -180,7 +180,7 @@ class Alone:
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("ranks", [2, 3, 64])
-def test_a_record_has_the_size_of_no_sum(ranks):
+def test_agreement_message_never_has_the_size_of_a_layers_sums(ranks):
     """Otherwise it could be silently added to the sums of a layer that happens to have the same size."""
     comm = Alone(ranks)
     with pytest.raises(RankMismatchError):

@@ -190,7 +190,7 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 
 
 @pytest.mark.world_size(1)
-def test_a_default_group_made_anew_starts_from_nothing(tmp_path, subprocess_env):
+def test_recreated_default_group_has_no_stale_state(tmp_path, subprocess_env):
     """Its subgroups and those of join, too."""
     (tmp_path / "job.py").write_text(AGAIN)
     command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]

@@ -117,7 +117,7 @@ def architectures(setup, monkeypatch):
     return ask
 
 
-def test_architectures_are_torchs_list(architectures):
+def test_arch_list_uses_torchs_syntax(architectures):
     assert architectures("9.0") == (["-gencode=arch=compute_90,code=sm_90"], "90")
     flags, names = architectures("8.0;9.0a+PTX")
     codes = [flag.rpartition("code=")[2] for flag in flags]
@@ -127,7 +127,7 @@ def test_architectures_are_torchs_list(architectures):
 
 
 @needs_nvcc
-def test_by_default_from_turing_to_the_newest_that_nvcc_knows(architectures):
+def test_default_architectures_span_turing_to_newest(architectures):
     flags, names = architectures(None)
     assert names.startswith("75 80 86 89 90") and names.endswith("+PTX") and names.count("PTX") == 1
     assert [flag for flag in flags if "code=compute_" in flag] == flags[-1:]

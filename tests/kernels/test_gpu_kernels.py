@@ -59,7 +59,7 @@ def test_moving_statistics_are_the_batchs_where_nothing_is_kept():
 
 @pytest.mark.parametrize("case", [*SOME, Case((33, 24, 2, 2), True, activation="silu", residual=True)], ids=str)
 @pytest.mark.parametrize("op", CHECKS)
-def test_views_off_the_alignment_give_the_same(op, case):
+def test_misaligned_views_match_aligned_tensors(op, case):
     def shifted(t):
         if not isinstance(t, torch.Tensor) or t.shape != case.shape:
             return t
@@ -125,7 +125,7 @@ def test_no_op_waits_for_the_device():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_an_output_that_finds_no_memory_says_what_batch_size_finders_look_for():
+def test_out_of_memory_error_matches_torchs():
     x = torch.zeros(8, 64, 256, 256, device="cuda")
     stats = ops.stats(x, False)
     torch.cuda.empty_cache()
@@ -189,7 +189,7 @@ def test_an_argument_on_another_device_is_named(op, activation):
     CHECKS[op](Elsewhere(), Case((4, 6, 5, 5), activation=activation, residual=True), "cuda")
 
 
-def test_an_argument_that_no_kernel_takes_is_named():
+def test_invalid_argument_is_named():
     x = torch.randn(4, 6, 5, 5, device="cuda")
     stats = ops.stats(x, False)
     good = dict(

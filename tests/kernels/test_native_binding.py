@@ -71,7 +71,7 @@ def test_the_binding_refuses(call, message):
         call()
 
 
-def test_an_output_that_finds_no_memory_says_so():
+def test_failed_allocation_is_reported():
     code = """
 import resource, torch
 from syncbn import ops

@@ -199,8 +199,8 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
 @every_dtype
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 @pytest.mark.parametrize("shape", [(37, 901, 7, 7), (75001, 21), (5, 4, 283, 283)], ids=str)
-def test_outputs_that_are_written_past_the_cache(shape, dtype, layout, isa, monkeypatch):
-    """More than twice the 2 MB from which on they are, whose planes and rows end within lines of memory; on several threads."""
+def test_non_temporal_stores_equal_the_reference(shape, dtype, layout, isa, monkeypatch):
+    """Outputs above the 2 MB threshold for non-temporal stores, with planes and rows that end inside a cache line; on several threads."""
     case = Case(shape, dtype, layout)
     assert case.x.nbytes > 3 << 20 > STREAM_BYTES
     widest = native.cpu_isa(CPU.path)
@@ -273,8 +273,8 @@ def test_variance_survives_mean_and_outliers(shape, layout):
     assert (y.double() - want).abs().max() < 2e-6
 
 
-def test_the_short_end_of_a_long_plane_keeps_its_digits_too():
-    """So long that the end, fewer values than a vector, is a chunk of its own, on any instruction set."""
+def test_variance_of_the_final_partial_chunk_is_accurate():
+    """Long enough that the last few values, fewer than a vector, form their own chunk, on any instruction set."""
     noise = torch.randn(1, 5, 257 * 16384 + 3, generator=torch.Generator().manual_seed(1))
     assert relative_variance_error(noise + 1e5) < 3e-6
 
@@ -295,7 +295,7 @@ def test_silu_of_very_negative_values_is_the_references():
     assert torch.allclose(dz, want, rtol=1e-6, atol=1e-30, equal_nan=True)
 
 
-def test_no_byte_behind_the_mask_is_read():
+def test_mask_is_never_read_out_of_bounds():
     """The masks end where a page does, before one that cannot be read."""
     code = """
 import ctypes, mmap, torch

@@ -190,12 +190,12 @@ def test_the_cuda_library_is_looked_at_only_where_a_gpu_is_visible(monkeypatch, 
 # ---- Symbols ------------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_library_exports_nothing_but_its_switch():
+def test_only_the_isa_switch_is_exported():
     assert ctypes.CDLL(str(CPU.path)).syncbn_cpu_isa
     assert not hasattr(ctypes.CDLL(str(CPU.path)), "_ZN6syncbn3cpu7kernelsEv")
 
 
-def test_no_code_for_wide_vectors_can_be_linked_where_narrow_code_is_meant(tmp_path):
+def test_instruction_sets_share_no_symbols(tmp_path):
     """A weak symbol of two instruction sets would be merged, and a CPU without AVX-512 could get the wrong one."""
     sources = ROOT / "csrc/cpu"
     if not (shutil.which("g++") and shutil.which("nm") and sources.exists() and CPU.reason == "uses avx512"):

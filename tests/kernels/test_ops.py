@@ -70,7 +70,7 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
 
 
 @pytest.mark.parametrize("rank_weighted", [False, True])
-def test_stats_says_what_it_sums(rank_weighted):
+def test_stats_holds_shift_sums_squares_weight_and_count(rank_weighted):
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     got = ops.stats(x, rank_weighted)
     sums, zeros = torch.cat([x.sum((0, 2)), x.square().sum((0, 2))]), torch.zeros(3)
@@ -189,7 +189,7 @@ def test_variance_and_output_stay_accurate_in_float32(name, layout):
 
 
 def test_raw_sums_would_fail_the_accuracy_tests():
-    """What the shift is for: the same law misses by far without it."""
+    """Shows that the shift is necessary: without it the accuracy test fails by orders of magnitude."""
     x = ADVERSARIAL["mean/std 1e4"][0].float()
     n = x.numel() / x.shape[1]
     var = x.square().sum((0, 2)) / n - (x.sum((0, 2)) / n).square()
@@ -197,7 +197,7 @@ def test_raw_sums_would_fail_the_accuracy_tests():
     assert ((var - want).abs() / want).max() > 1e-2
 
 
-def test_counts_beyond_what_float32_and_int32_hold():
+def test_counts_above_float32_and_int32_range_are_exact():
     """The count is a float64: exact beyond 2²⁴ and 2³¹ samples, and beyond fp16's 65504."""
     n = 2.0**31 + 3
     stats = torch.tensor([0, 2 * n, 5 * n, n, n], dtype=torch.float64)

@@ -171,7 +171,7 @@ def test_one_value_per_channel_over_all_ranks_raises_on_every_rank(world, rank_w
 
 @pytest.mark.world_size(2, 3, 4)
 def test_one_value_on_each_rank_is_enough(world):
-    """Together they are a batch: torch refused this once."""
+    """Together they form a valid batch. (torch used to reject this.)"""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     whole = torch.randn(world.size, 3)
     y = layer(whole[world.rank : world.rank + 1])

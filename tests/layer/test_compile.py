@@ -19,7 +19,7 @@ from support.oracle import assert_close
 from support.step import SPLITS
 from syncbn import ops
 
-few_ranks = pytest.mark.world_size(1, 2)  # compiling takes seconds, and a third rank is nothing new to the compiler
+few_ranks = pytest.mark.world_size(1, 2)  # compiling is slow, and more than two ranks would not exercise new code
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_inductor_equals_eager(world):
 
 
 @pytest.mark.world_size(1)
-def test_two_graphs_are_all(world):
+def test_one_graph_per_mode(world):
     """One for training and one for eval, however often a model changes between them and however many steps it does."""
     counter = CompileCounterWithBackend("aot_eager")
     model = torch.compile(Block(), backend=counter, fullgraph=True)
@@ -133,7 +133,7 @@ def test_one_collective_for_each_layer_and_direction_in_the_graph(world):
 
 
 @few_ranks
-def test_compiled_over_any_communicator(world):
+def test_compiled_equals_eager_over_any_communicator(world):
     """Over MPI, too, where the graph breaks at the exchange."""
     eager = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Conv1d(3, 4, 1, bias=False), nn.BatchNorm1d(4)), world.group).double()
     compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager")

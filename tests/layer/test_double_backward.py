@@ -149,7 +149,7 @@ def test_gradient_penalty_trains_as_on_the_whole_batch(world, counts, loss):
 
 @pytest.mark.world_size(1)
 def test_third_derivative(world):
-    """Nothing ends at the second."""
+    """Third derivatives work as well."""
 
     def gradient(x):
         y = syncbn.sync_batch_norm(x, None, None, activation="silu")
@@ -201,7 +201,7 @@ def test_collectives_of_a_double_backward(world):
     assert len(seen) == 3  # two of the derivative, and the first backward pass of y, through which dy depends on x
 
 
-def test_forward_mode_says_what_to_do_instead(world):
+def test_forward_mode_error_suggests_an_alternative(world):
     x = torch.randn(4, 3, 5)
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     with pytest.raises(NotImplementedError, match="torch.autograd.grad"):

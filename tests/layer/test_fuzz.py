@@ -48,7 +48,7 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limi
         samples = sum(counts)
         for size in shape[1:]:
             samples *= size
-        # Of two or three values xhat is ±1 or so whatever they are, and dx is the difference of equal numbers.
+        # With two or three values xhat is always near ±1 and dx cancels almost completely.
         assume(samples >= 4)
         error = None
         try:

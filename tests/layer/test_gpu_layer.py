@@ -78,7 +78,7 @@ WAYS = {
 
 
 LAYER = ["tests/layer/test_layer.py", "tests/layer/test_precision.py", "-m", "gpu"]
-# Their tests put tensors nowhere, so these can lie on the GPU; against other layers of torch's, which may take TF32, they are in float64.
+# Their tests never name a device, so they can run on the GPU; against other layers of torch's, which may take TF32, they are in float64.
 ALONE = [
     "tests/layer/test_double_backward.py",
     "tests/layer/test_checkpoint.py",
@@ -95,7 +95,7 @@ def run_tests(launcher: list[str], variables: str, arguments: list[str], env: di
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_one_rank_keeps_the_laws_on_a_gpu(time_limit, subprocess_env):
+def test_single_rank_suites_pass_on_a_gpu(time_limit, subprocess_env):
     time_limit(600)
     run_tests([], ON_GPU, ALONE, subprocess_env)
 
@@ -104,7 +104,7 @@ def test_one_rank_keeps_the_laws_on_a_gpu(time_limit, subprocess_env):
     ("tests", "ranks", "where"), [(LAYER, 2, ""), (LAYER, 4, ""), (DDP, 2, ON_GPU)], ids=["layer-2", "layer-4", "DDP-2"]
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_on_one_gpu_are_one_batch(way, tests, ranks, where, time_limit, subprocess_env):
+def test_ranks_sharing_a_gpu_equal_the_whole_batch(way, tests, ranks, where, time_limit, subprocess_env):
     """The table of test_layer.py, and autocast; DistributedDataParallel, also with batches that run out."""
     if way == "NCCL on a shared GPU" and (torch.cuda.nccl.version() < (2, 30) or ranks > 2):
         pytest.skip(f"NCCL {torch.cuda.nccl.version()} with {ranks} ranks: needs 2.30, which takes 2 on a GPU")

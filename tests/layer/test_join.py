@@ -1,4 +1,4 @@
-"""The law: ranks with different numbers of batches train as one process in whose batches the finished ranks' parts are missing."""
+"""The law: ranks with different numbers of batches train like one process whose batches shrink as ranks finish."""
 
 from __future__ import annotations
 

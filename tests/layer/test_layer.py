@@ -46,7 +46,7 @@ def test_channels_last_stays_channels_last(world, counts, device, shape, residua
     check(world, counts, device, shape, torch.float64, layout=channels_last, residual=residual, activation="relu")
 
 
-def test_any_strides(world, counts, device):
+def test_input_with_gaps_equals_the_whole_batch(world, counts, device):
     """A slice of a larger tensor, neither contiguous nor channels-last."""
     whole = torch.randn(sum(counts), 3, 4, 10, dtype=torch.float64)
     x = world.mine(whole, counts).to(device)[..., ::2]
@@ -84,7 +84,7 @@ def test_momentum_none_is_the_cumulative_average(world, counts, device):
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
-def test_ranks_weigh_the_same_when_told_so(world, counts, device, activation):
+def test_weighting_ranks_gives_each_rank_equal_weight(world, counts, device, activation):
     """weighting="ranks": mean of the ranks' means and mean squares, as Horovod's TensorFlow layer; float64 autograd of that formula."""
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
     dy = torch.randn_like(whole)
@@ -193,7 +193,7 @@ def test_eval_uses_the_running_statistics(world, dtype, parameter_dtype, activat
     assert_close(y, want, 4 * TOLERANCE[dtype], "y")  # three roundings in the input's type: norm, sum, activation
 
 
-def test_training_flag_and_buffers_missing(world):
+def test_eval_without_running_stats_uses_the_local_batch(world):
     """A layer that tracks nothing normalizes by this rank's batch in eval mode, as torch's."""
     layer = syncbn.SyncBatchNorm(3, track_running_stats=False, process_group=world.group).eval()
     x = torch.randn(4, 3, 5) + world.rank

@@ -125,8 +125,8 @@ def test_fsdp2_mixed_precision(world, output_dtype):
 @pytest.mark.process_group
 @pytest.mark.parametrize("wrapped", [True, False], ids=["auto-wrapped", "one unit"])
 def test_fsdp1_mixed_precision(world, wrapped):
-    """Where FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and knows this one for what it is: the base
-    class is theirs. In one unit the layer computes in 16 bits as the rest; both train."""
+    """Where FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and recognizes this layer by its base
+    class. In one unit the layer computes in 16 bits as the rest; both train."""
     model = FullyShardedDataParallel(
         syncbn.convert_sync_batchnorm(net()),
         mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.bfloat16),

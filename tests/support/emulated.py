@@ -1,7 +1,7 @@
 """The CUDA kernels as a shared library for the CPU, through tests/kernels/emulation: same names and arguments as in reference.py.
 
-Every tensor is copied between margins of NaN, so that what is read beyond its ends shows in a result, and what is written there
-is found. Outputs are NaN before the kernel runs.
+Every tensor is copied between margins of NaN, so that out-of-bounds reads corrupt the result and out-of-bounds writes are
+detected. Outputs are NaN before the kernel runs.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def build(folder: Path, *flags: str) -> Path:
 
 
 def build_from_ptx(folder: Path) -> Path:
-    """The same library of what nvcc makes of the kernels: its PTX is what runs, its host code launches them."""
+    """The same library built from nvcc's output: nvcc's host code launches the translated PTX."""
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda op: _compile_ptx(op, folder), OPS))
     _compile_emulation(folder, EMULATION / "library.cpp", EMULATION / "scheduler.cpp", PTX / "cudart.cpp")
@@ -89,7 +89,7 @@ def build_sweep(op: str, target: Path) -> None:
 def _compile_emulation(folder: Path, *sources: Path) -> None:
     compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
     for source in sources:
-        # Fibers jump between stacks, which fortified longjmp takes for an error.
+        # Fibers longjmp between stacks, which _FORTIFY_SOURCE rejects.
         folders = [flag for path in (EMULATION, EMULATION / "include", KERNELS) for flag in ("-I", str(path))]
         _compile(["-O2", "-U_FORTIFY_SOURCE", *folders, str(source)], folder / f"{source.stem}.o")
 
@@ -205,8 +205,8 @@ class Emulated:
         return Emulated(library)
 
     def varied(self, op: str, case: object) -> Emulated:
-        """For each op and case another order, 1, 2 or 7 multiprocessors (one block per channel, some, and more than there is work
-        for), and for one in 4 no tensor on the alignment."""
+        """Varies thread order and number of multiprocessors (1, 2 or 7: one block per channel, some, and more than there is work
+        for) with op and case; one case in 4 has only misaligned tensors."""
         seed = zlib.crc32(repr((op, case)).encode())
         return replace(self, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=OPS[op] if seed // 3 % 4 == 3 else ())
 

@@ -1,4 +1,4 @@
-"""What the right answer is: plain batch normalization of the whole batch, in float64, in one process."""
+"""The expected result: plain batch normalization of the whole batch, in float64, in one process."""
 
 from __future__ import annotations
 

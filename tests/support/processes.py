@@ -18,7 +18,7 @@ MARK = "SYNCBN_TEST_JOB"
 
 
 def torchrun(ranks: int = 2) -> list[str]:
-    """What starts a script in as many ranks. Standalone, for jobs run side by side, and torch 2.11 would let all meet at one port."""
+    """The torchrun command for this many ranks. Standalone, because torch 2.11 would give concurrent jobs the same port."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 

@@ -1,7 +1,7 @@
 """PTX, what nvcc makes of a kernel, as C++ for the emulation: line by line, so that every message names a line of the PTX.
 
 An instruction becomes a call of the function of its name in emulation/ptx.h, a register an element of an array, and a kernel a
-function of the addresses of its parameters. What is not known here does not compile there.
+function of the addresses of its parameters. Unknown instructions fail to compile.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 REGISTERS = {"pred": "bool", "b16": "u16", "b32": "u32", "b64": "u64", "f32": "u32", "f64": "u64"}
 SIZES = {"b8": 1, "u8": 1}
 TYPE = re.compile(r"[usfb]\d+|bf16|pred")
-# Their threads must meet at one place, or their addresses may be wrong: they are told where they stand.
+# These take a source location, because they can diverge or access a bad address.
 TELLS_WHERE = ("bar", "shfl", "vote", "ld", "st", "atom")
 
 

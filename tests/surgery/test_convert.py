@@ -164,7 +164,7 @@ class WithAnAttribute(nn.BatchNorm2d):
         self.activation = "relu"
 
 
-def test_a_subclass_that_uses_our_words_is_left_alone():
+def test_subclass_with_conflicting_attributes_is_left_alone():
     with pytest.warns(UserWarning, match="WithAnAttribute"):
         assert type(convert_sync_batchnorm(WithAnAttribute(4))) is WithAnAttribute
 
@@ -389,6 +389,6 @@ def test_a_fused_activation_stays_a_node_of_fx_graphs_and_is_in_both_reprs():
     assert torch.equal(traced.eval()(x), model.eval()(x))
 
 
-def test_names_reach_the_layers():
+def test_layer_names_are_dotted_paths():
     model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"stem": nn.Sequential(nn.BatchNorm2d(4))}))
     assert model["stem"][0].layer_name == "stem.0"

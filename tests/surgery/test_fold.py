@@ -48,7 +48,7 @@ NORMS = {
 
 
 def randomized(model, dtype=torch.float32):
-    """Statistics and parameters far from 0 and 1, so that each of them counts."""
+    """Statistics and parameters far from 0 and 1, so that a mistake in any of them shows."""
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
@@ -117,7 +117,7 @@ def test_linear_on_sequences_with_features_last():
     check(randomized(nn.Sequential(nn.Linear(3, 6), SyncBatchNormalization(num_features=6))), torch.randn(2, 5, 3))
 
 
-def test_a_name_that_the_trace_does_not_use():
+def test_module_registered_under_two_names_folds():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -207,7 +207,7 @@ STAYS = {  # (model, names of the batch norms that stay)
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_stays(name):
+def test_batch_norm_is_not_folded(name):
     make, left = STAYS[name]
     x = torch.randn(4, 3) if name == "training=True" else torch.randn(4, 3, 5)
     check(randomized(make()), x, left=left)
@@ -222,7 +222,7 @@ def test_a_model_that_cannot_be_traced_stays_with_a_warning():
         check(randomized(Branch(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3))), torch.ones(2, 3, 4), left=["1"])
 
 
-def test_input_for_which_the_two_are_not_one_layer_is_an_error():
+def test_folded_model_rejects_unsupported_input_rank():
     """A linear layer's features are last in [N, L, C], a batch norm's are not: where L == C, no shape would tell."""
     model = randomized(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     folded = check(model, torch.randn(2, 3))
@@ -267,7 +267,7 @@ class Tied(nn.Module):
 
 
 @pytest.mark.parametrize("make", [OptionalTap, Tied])
-def test_what_something_else_sees_is_not_folded(make):
+def test_not_folded_if_output_or_weight_is_used_elsewhere(make):
     model = make().eval()
     model.bn.running_mean.normal_()
     folded = fold_batchnorm(model)

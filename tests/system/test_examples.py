@@ -25,7 +25,7 @@ def test_horovod_script_is_python():
     compile(path.read_text(), str(path), "exec")
 
 
-def test_the_same_on_torchrun_learns(subprocess_env, tmp_path):
+def test_torchrun_port_learns(subprocess_env, tmp_path):
     pytest.importorskip("sklearn")
     script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
     out = output([*torchrun(), script], subprocess_env, tmp_path)

@@ -69,7 +69,7 @@ ALONE = ("none",)  # two processes with torchrun's variables: when rank 1 ends, 
 
 @dataclass(frozen=True)
 class Fault:
-    """What rank 1 does while rank 0 takes a further step, the words of rank 0's error, and when it comes: see docs/faults.md."""
+    """Rank 1's fault while rank 0 runs another step, and rank 0's expected error and timing: see docs/faults.md."""
 
     code: str
     words: tuple[str, ...]

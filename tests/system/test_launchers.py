@@ -54,7 +54,7 @@ def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, 
         assert done.returncode == 1 and "does not follow" in done.stdout
 
 
-def test_mpi_env_serves_a_script_that_knows_only_torch(tmp_path, subprocess_env):
+def test_mpi_env_runs_plain_torch_scripts(tmp_path, subprocess_env):
     (tmp_path / "train.py").write_text(
         "import torch.distributed as dist, torch, sys\n"
         "dist.init_process_group('gloo')\n"

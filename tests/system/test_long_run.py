@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc"),
 ]
 WARM_UP, STEPS = 2_000, 10_000
-# For each: far above what comes and goes, far below one small object a step.
+# For each: well above normal fluctuation, well below one small object per step.
 ALLOWED = {
     "resident bytes": 64 * STEPS,
     "bytes of malloc": 8 * STEPS,

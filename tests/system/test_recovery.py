@@ -73,7 +73,7 @@ def undisturbed(tmp_path_factory, subprocess_env) -> dict:
         ("rank 0 while it writes a checkpoint", ["torchrun", "--nproc-per-node=2", "--max-restarts=1"]),
     ],
 )
-def test_a_job_ends_like_an_undisturbed_one_after_the_death_of(kills, launcher, undisturbed, tmp_path, subprocess_env):
+def test_restarted_job_matches_an_uninterrupted_one(kills, launcher, undisturbed, tmp_path, subprocess_env):
     out, checkpoint = train(launcher, kills, tmp_path, subprocess_env)
     assert "goes on after epoch 1\n" in out, out
     assert checkpoint["epochs"] == 3

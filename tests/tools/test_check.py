@@ -18,7 +18,7 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_right_layer_passes(launcher, subprocess_env):
+def test_correct_layer_passes(launcher, subprocess_env):
     command = [*LAUNCHERS[launcher], "-m", "syncbn.check", "--json"]
     done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
@@ -43,7 +43,7 @@ def test_a_wrong_layer_fails(subprocess_env):
     assert "WRONG" in done.stdout
 
 
-def test_problems_are_told_with_what_to_do(subprocess_env):
+def test_problems_come_with_a_remedy(subprocess_env):
     env = {name: value for name, value in subprocess_env.items() if name != "OMP_NUM_THREADS"} | {"SYNCBN_NATIVE": "0"}
     done = run([*LAUNCHERS["mpirun"], "-m", "syncbn.check"], env=env, timeout=100)
     assert done.returncode == 0, done.stderr

@@ -341,7 +341,7 @@ def test_distributed_data_parallel(world):
 
 
 @pytest.mark.world_size(1)
-def test_tools_know_it():
+def test_torchs_tools_treat_it_as_a_batch_norm():
     """It is a batch norm to torch's tools, synchronized already to this package's, and nothing that torch has to revert to."""
     model = nn.Sequential(SyncBatchNormalization(num_features=3, name="bn"))
     assert isinstance(model[0], nn.modules.batchnorm._BatchNorm) and model[0].layer_name == "bn"

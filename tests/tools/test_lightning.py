@@ -84,7 +84,7 @@ def test_trainer(world, tmp_path, pl, fuse_activation):
 
 
 @pytest.mark.process_group
-def test_a_group_made_when_it_is_needed(world):
+def test_process_group_may_be_a_factory(world):
     """Trainer starts torch.distributed itself, so a group may come from a function."""
     model = LayerSync(lambda: syncbn.new_group(1)).apply(net())
     assert model[1].process_group.size() == 1

@@ -1,4 +1,4 @@
-"""The law: converted, a model that people train takes the same three steps on its ranks as the plain one on the whole batch.
+"""The law: three training steps of a converted real-world model match the plain model on the whole batch.
 
 Models come from their libraries' configurations, small and with random weights. docs/models.md lists them.
 """

@@ -109,7 +109,7 @@ def snapshot(model):
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["", "an error on the way"])
-def test_leaves_everything_else_as_found(world, fails):
+def test_changes_nothing_else(world, fails):
     model = ResNet(lambda c: SyncBatchNorm(c, process_group=world.group, activation="relu"), nn.BatchNorm1d)
     model.blocks[1].eval()
     model.stem[1].register_forward_hook(lambda *args: None)

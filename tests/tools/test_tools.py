@@ -43,7 +43,7 @@ def test_deepcopy_is_independent_and_keeps_the_group(world, model, x):
 
 
 def test_pickle_and_save(x):
-    """Without a group of its own, which only this process could have, a whole model is pickled."""
+    """A model without an explicit process group can be pickled as a whole."""
     model = syncbn.convert_sync_batchnorm(net(), fuse_activation=True)
     model(x)
     model.eval()

@@ -86,7 +86,7 @@ using std::memcpy;
 using std::min;
 using std::sqrt;
 
-// Others run between what was written before and what comes after.
+// Lets other fibers run between the preceding writes and the following reads.
 inline void __threadfence() { emulation::yield(); }
 inline unsigned atomicInc(unsigned* counter, unsigned limit) {
   emulation::yield();

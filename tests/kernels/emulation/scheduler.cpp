@@ -1,4 +1,4 @@
-// Runs a grid: blocks in random order, a few at a time, and of their fibers a random one that can run. After most barriers
+// Runs a grid: takes blocks in random order, a few at a time, and runs a random runnable fiber. After most barriers
 // one thread of the block is late: it goes on when no other thread of any block can.
 #include <algorithm>
 #include <csetjmp>

@@ -29,7 +29,7 @@ def test_kernel_equals_the_reference(kernels, op, case):
 
 @pytest.mark.parametrize("case", OFF_ALIGNMENT, ids=str)
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op, names in emulated.OPS.items() for name in names])
-def test_any_one_tensor_may_lie_off_the_alignment(kernels, op, name, case):
+def test_any_single_tensor_may_be_misaligned(kernels, op, name, case):
     CHECKS[op](replace(kernels, misaligned=(name,)), case)
 
 
@@ -70,7 +70,7 @@ def test_the_variance_keeps_its_digits_where_mean_is_far_above_std(kernels, shap
     assert float(((var - want_var) / want_var).abs().max()) < 1e-6
 
 
-def test_one_outlier_in_front_does_not_spoil_the_shift(kernels):
+def test_leading_outlier_does_not_ruin_the_shift(kernels):
     x = 1000 + torch.randn(4, 2, 50, 50)
     x[0, :, 0, 0] = 0
     got, want = kernels.stats(x, False), reference.stats(x.double())

@@ -43,7 +43,7 @@ struct bf16 {
   operator float() const { return __bfloat162float(value); }
 };
 
-// Registers are bool or unsigned; what is signed stands in the code as a number.
+// Registers are bool or unsigned; signed values are immediate operands.
 template <class T, class A>
 T get(A a) {
   if constexpr (std::is_signed_v<A> || std::is_same_v<A, bool>) {

@@ -36,7 +36,7 @@ def test_kernel_equals_the_reference(kernels, op, case):
 
 
 @pytest.mark.parametrize("op", emulated.OPS)
-def test_the_kernels_as_they_are_survive(library, op):
+def test_unmodified_kernels_pass(library, op):
     survives(library, op)
 
 
@@ -52,7 +52,7 @@ def test_the_kernels_as_they_are_survive(library, op):
     ],
     ids=["barriers", "first values", "factors", "lanes", "bounds", "alignment"],
 )
-def test_what_is_wrong_in_the_ptx_is_noticed(library, tmp_path, op, old, new, message):
+def test_ptx_mutant_is_killed(library, tmp_path, op, old, new, message):
     text = (library.parent / f"{op}.ptx").read_text()
     changed = re.sub(old, new, text)
     assert changed != text
@@ -89,7 +89,7 @@ INSTRUCTIONS = [
 ]
 
 
-def test_instructions_on_the_edge(library, tmp_path):
+def test_instructions_are_right_at_their_edge_cases(library, tmp_path):
     registers = [".reg .pred %p<1>;", ".reg .b16 %rs<1>;", ".reg .f32 %f<1>;", ".reg .b32 %r<1>;", ".reg .b64 %rd<2>;"]
     body = [f"{text}\nst.global.u64 [%rd1+{8 * n}], %rd0;" for n, (text, _, _) in enumerate(INSTRUCTIONS)]
     lines = [".entry edges(", ")", ".maxntid 32, 1, 1", "{", *registers, "ld.param.u64 %rd1, [edges_param_0];", *body, "ret;", "}"]
