@@ -72,11 +72,13 @@ class Exchange(NamedTuple):
         It may be the group's first exchange."""
         if self.comm.merges(x.device):
             return True
+        if torch.compiler.is_compiling():  # a graph holds the communicator's collective, and nothing that makes a group
+            return False
         group = None
         try:
             _check_possible(x)
             group = self.group
-            sharing = self._sharing(state_of(group)) if x.is_cpu and not torch.compiler.is_compiling() else None
+            sharing = self._sharing(state_of(group)) if x.is_cpu else None
         except _NO_FAILURES:
             raise
         except Exception as error:
