@@ -23,10 +23,8 @@ _duplicates: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDi
 _lock = threading.Lock()  # two threads of a rank may reach the first exchange together
 
 
-def duplicate_of_default() -> dist.ProcessGroup:
+def duplicate_of_default(default: dist.ProcessGroup) -> dist.ProcessGroup:
     """The duplicate of the default group. Every rank makes the first call, which makes it; it is destroyed with the default group."""
-    default = dist.group.WORLD
-    assert default is not None
     duplicate = _duplicates.get(default)
     if duplicate is None:
         with _lock:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,28 +28,29 @@ from .shared_memory import digest as digest_of
 from .sharing import Sharing, set_up_sharing
 
 
-class Exchange(NamedTuple):
-    """A communicator that adds tensors on behalf of one layer."""
+class Exchange:
+    """A communicator that adds tensors on behalf of one layer, in one call of it and in that call's backward passes.
 
-    comm: Communicator
-    layer: str  # in logs and profiles
-    dtype: torch.dtype  # of the layer's input; like weighting and eps the same on all ranks
-    weighting: str
-    eps: float
-    record: LayerRecord | None  # None for functional calls, which are never remembered
-    shape: tuple[int, ...] | None = None  # of the layer's input on this rank
+    It looks up once where the layer and its group stand: an exchange in shared memory takes less time than the look-ups.
+    """
 
-    @property
-    def group(self) -> object:
-        return self.comm.group
+    __slots__ = ("_state", "comm", "dtype", "eps", "layer", "membership", "record", "shape", "sharing", "weighting")
 
-    @property
-    def rank(self) -> int:
-        return self.comm.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.comm.world_size
+    def __init__(
+        self,
+        comm: Communicator,
+        layer: str,  # in logs and profiles
+        dtype: torch.dtype,  # of the layer's input; like weighting and eps the same on all ranks
+        weighting: str,
+        eps: float,
+        record: LayerRecord | None,  # None for functional calls, which are never remembered
+        shape: tuple[int, ...] | None = None,  # of the layer's input on this rank
+    ) -> None:
+        self.comm, self.layer, self.dtype, self.weighting, self.eps = comm, layer, dtype, weighting, eps
+        self.record, self.shape = record, shape
+        self._state: GroupState | None = None
+        self.membership: Membership | None = None  # of the layer in the group; None before its first exchange there
+        self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None if only the communicator's collective does
 
     @property
     def _channels(self) -> int | None:
@@ -72,18 +72,15 @@ class Exchange(NamedTuple):
         It may be the group's first exchange."""
         if self.comm.merges(x.device):
             return True
-        if torch.compiler.is_compiling():  # a graph holds the communicator's collective, and nothing that makes a group
+        if torch.compiler.is_compiling() or not x.is_cpu:  # a graph holds the communicator's collective, and nothing that makes a group
             return False
-        group = None
         try:
-            _check_possible(x)
-            group = self.group
-            sharing = self._sharing(state_of(group)) if x.is_cpu else None
+            self._enter(x)
         except _NO_FAILURES:
             raise
         except Exception as error:
-            raise self._failure(error, group, 0, "forward") from error
-        return sharing is not None and sharing.in_memory
+            raise self._failure(error, 0, "forward") from error
+        return self.sharing is not None and self.sharing.in_memory
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
@@ -95,61 +92,66 @@ class Exchange(NamedTuple):
 
     def signature(self, kind: str, values: int) -> str:
         """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
-        return _signature(self._identity(self.group), kind, values, *self[2:5], self._channels)
+        return _signature(self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels)
 
     def details(self) -> str:
         """What may differ between ranks, for errors."""
         description = "" if self.record is None else self.record.description()
         shape = "" if self.shape is None else f"input {list(self.shape)}"
-        return ", ".join(filter(None, (description, shape, _position(state_of(self.group).exchanges + 1))))
+        return ", ".join(filter(None, (description, shape, self._position())))
+
+    def _enter(self, tensor: Tensor) -> GroupState:
+        """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is
+        the group's first exchange."""
+        check_possible(tensor)
+        state = self._state
+        if state is None:
+            group = self.comm.group
+            state = self._state = state_of(group)
+            self.membership = None if self.record is None else self.record.memberships.get(group)
+        if tensor.is_cpu and self.comm.compares:
+            known = state.sharing
+            self.sharing = known if known is not None and known.ready else self._set_up_sharing()
+        return state
+
+    def _set_up_sharing(self) -> Sharing:
+        sharing = set_up_sharing(self.comm)
+        if environment.settings.debug:
+            _log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
+        return sharing
 
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
         """Of statistics, if `channels` is not 0."""
         if self.comm is LOCAL or torch.compiler.is_compiling():
             return self._over_the_group(tensor, channels)
         values = tensor.numel() - channels  # all shifts are known, or merged away
-        group = None
         try:
-            _check_possible(tensor)
-            group = self.group
-            state = state_of(group)
-            membership = None if self.record is None else self.record.memberships.get(group)
-            sharing = self._sharing(state) if tensor.is_cpu else None
-            if sharing is None or not sharing.in_memory:
-                self._verify(membership, tensor.device, values, kind)
-            identity = self._identity(group) if membership is None else membership.identity
-            with torch.profiler.record_function(f"syncbn.{kind} {self.layer}") if is_profiling() else nullcontext():
-                reduce = self._logged if environment.settings.debug else self._sum
-                total = reduce(sharing, tensor, channels, kind, identity)
+            state = self._enter(tensor)
+            if self.sharing is None or not self.sharing.in_memory:
+                self._verify(tensor.device, values, kind)
+            reduce = self._logged if environment.settings.debug else self._sum
+            if is_profiling():
+                with torch.profiler.record_function(f"syncbn.{kind} {self.layer}"):
+                    total = reduce(tensor, channels, kind, values)
+            else:
+                total = reduce(tensor, channels, kind, values)
         except _NO_FAILURES:
             raise
         except Exception as error:
-            raise self._failure(error, group, values, kind) from error
+            raise self._failure(error, values, kind) from error
         state.exchanges += 1
-        if membership is None and self.record is not None and self.comm.compares:
-            self.record.join(group)
+        if self.membership is None and self.record is not None and self.comm.compares:
+            self.membership = self.record.join(self.comm.group)
         return total
 
-    def _sharing(self, state: GroupState) -> Sharing | None:
-        """How the ranks exchange CPU tensors; None if the communicator's own collective is all there is. A group's first call is
-        collective."""
-        known = state.sharing
-        if not self.comm.compares or (known is not None and known.ready):
-            return known if self.comm.compares else None
-        made = set_up_sharing(self.comm)
-        if environment.settings.debug:
-            _log().info("rank %d exchanges %s", self.rank, made.path)
-        return made
-
-    def _sum(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str, identity: str) -> Tensor:
-        verifies = environment.settings.check != "off"
+    def _sum(self, tensor: Tensor, channels: int, kind: str, values: int) -> Tensor:
+        sharing, verifies = self.sharing, environment.settings.check != "off"
         if sharing is None or (sharing.reason and not verifies):
             return self._over_the_group(tensor, channels)
-        values = tensor.numel() - channels
-        digest = _digest(identity, kind, values, *self[2:5], self._channels) if verifies else _UNVERIFIED
+        digest = self._digest(kind, values) if verifies else _UNVERIFIED
         try:
             if sharing.in_memory:
-                return sharing.all_reduce_(self.comm, tensor, digest, channels)
+                return sharing.memory.all_reduce_(tensor, digest, sharing.timeout, channels)
             total = sharing.all_reduce_(self.comm, tensor[channels:], digest)
             return torch.cat([tensor[:channels], total]) if channels else total
         except Mismatch:  # on every rank, so that all of them can compare signatures over the group
@@ -161,36 +163,45 @@ class Exchange(NamedTuple):
     def _over_the_group(self, tensor: Tensor, channels: int) -> Tensor:
         return self.comm.all_reduce_stats_(tensor, channels) if channels else self.comm.all_reduce_(tensor)
 
-    def _verify(self, membership: Membership | None, device: torch.device, values: int, kind: str) -> None:
+    def _verify(self, device: torch.device, values: int, kind: str) -> None:
         mode = environment.settings.check
         if mode == "off" or not self.comm.compares or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
-        first = self.record is not None and (membership is None or kind not in membership.verified)
+        first = self.record is not None and (self.membership is None or kind not in self.membership.verified)
         if not (first or mode == "always"):
             return
         agreement.verify(self.comm, self.signature(kind, values), self.details(), device)
         if environment.settings.debug:
-            _log().info("rank %d  %s  %s  compared", self.rank, self.layer, kind)
+            _log().info("rank %d  %s  %s  compared", self.comm.rank, self.layer, kind)
         if self.record is not None:
-            self.record.join(self.group).verified.add(kind)
+            self.membership = self.record.join(self.comm.group)
+            self.membership.verified.add(kind)
 
-    def _failure(self, error: Exception, group: object, values: int, kind: str) -> RuntimeError:
-        """`group` is None if it could not be made: to ask for it would try again."""
+    def _failure(self, error: Exception, values: int, kind: str) -> RuntimeError:
         description = "" if self.record is None else self.record.description()
-        layer = self._identity(group) + (f" ({description})" if description else "")
-        number = 1 if group is None else state_of(group).exchanges + 1
-        exchange = f"{kind} exchange of {_size(values, self._channels)} ({_position(number)})"
-        return failures.explained(error, layer, self.rank, self.world_size, exchange)
+        layer = self._identity() + (f" ({description})" if description else "")
+        exchange = f"{kind} exchange of {_size(values, self._channels)} ({self._position()})"
+        return failures.explained(error, layer, self.comm.rank, self.comm.world_size, exchange)
 
-    def _identity(self, group: object) -> str:
-        return self.layer if self.record is None else self.record.identity_in(group)
+    def _identity(self) -> str:
+        """Of the layer in the group. The group may not have been made: to ask for it would try again."""
+        if self.membership is not None:
+            return self.membership.identity
+        return self.layer if self.record is None else self.record.identity_in(self._state)
 
-    def _logged(self, sharing: Sharing | None, tensor: Tensor, channels: int, kind: str, identity: str) -> Tensor:
+    def _position(self) -> str:
+        exchanges = 0 if self._state is None else self._state.exchanges
+        return f"the {failures.ordinal(exchanges + 1)} exchange since the group was made"
+
+    def _digest(self, kind: str, values: int) -> int:
+        return _digest(self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels)
+
+    def _logged(self, tensor: Tensor, channels: int, kind: str, values: int) -> Tensor:
         start = _now(tensor)
-        total = self._sum(sharing, tensor, channels, kind, identity)
+        total = self._sum(tensor, channels, kind, values)
         milliseconds = (_now(tensor) - start) * 1e3
-        values, dtype = tensor.numel() - channels, str(tensor.dtype).removeprefix("torch.")
-        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.rank, self.layer, kind, values, dtype, milliseconds)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.comm.rank, self.layer, kind, values, dtype, milliseconds)
         return total
 
 
@@ -206,10 +217,6 @@ def _size(values: int, channels: int | None) -> str:
     return f"{values} values" if channels is None else f"{channels} channels"
 
 
-def _position(number: int) -> str:
-    return f"the {failures.ordinal(number)} exchange since the group was made"
-
-
 @functools.lru_cache(4096)  # of what a model exchanges in every step: to compose it would cost more than the exchange
 def _digest(*arguments: Any) -> int:
     return digest_of(_signature(*arguments))
@@ -218,13 +225,11 @@ def _digest(*arguments: Any) -> int:
 _UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
-def _check_possible(tensor: Tensor) -> None:
+def check_possible(tensor: Tensor) -> None:
     """Raises before the group is made, since the other ranks would have to take part in that."""
-    if torch.compiler.is_compiling():
-        return
     if torch.jit.is_tracing():
         raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
-    if tensor.is_meta or is_fake(tensor):
+    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
         raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
     if is_batched(tensor):
         raise RuntimeError(

@@ -52,25 +52,27 @@ class LayerRecord:
         self.name = name
         self.memberships: WeakKeyDictionary[Any, Membership] = WeakKeyDictionary()
 
-    def identity_in(self, group: Any) -> str:
-        """Equal on all ranks; different for different layers. `group` is None if it has not been made yet."""
-        membership = None if group is None else self.memberships.get(group)
-        if membership is not None:
-            return membership.identity
+    def identity_in(self, state: GroupState | None) -> str:
+        """What the layer would be called in a group that it has not joined: equal on all ranks, different for different layers. `state`
+        is None if the group has not been made yet."""
         if self.name is not None:
             return self.name
-        name = getattr(self.layer(), "layer_name", None)
-        number = 1 if group is None else state_of(group).unnamed_layers + 1
+        name = self._layer_name()
+        number = 1 if state is None else state.unnamed_layers + 1
         return f'layer "{name}"' if name else f"unnamed layer {number}"
 
     def join(self, group: Any) -> Membership:
         """The membership. The first call takes a number if the layer has no name: after an exchange that all ranks have completed."""
         membership = self.memberships.get(group)
         if membership is None:
-            membership = self.memberships[group] = Membership(self.identity_in(group))
-            if self.name is None and not getattr(self.layer(), "layer_name", None):
-                state_of(group).unnamed_layers += 1
+            state = state_of(group)
+            membership = self.memberships[group] = Membership(self.identity_in(state))
+            if self.name is None and not self._layer_name():
+                state.unnamed_layers += 1
         return membership
+
+    def _layer_name(self) -> str | None:
+        return getattr(self.layer(), "layer_name", None)
 
     def description(self) -> str:
         """The layer's class, which may differ by rank, for messages; empty if there is no layer."""

@@ -79,7 +79,7 @@ class DefaultGroupCommunicator(OfTorch):
     @property
     def group(self) -> dist.ProcessGroup:
         """The duplicate. The first call is collective."""
-        return duplicate_of_default()
+        return duplicate_of_default(self.default)
 
     @property
     def rank(self) -> int:
@@ -92,14 +92,16 @@ class DefaultGroupCommunicator(OfTorch):
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return all_reduce_in_graph(tensor, _name_of_duplicate())
-        return all_reduce_(tensor, duplicate_of_default())
+        return all_reduce_(tensor, duplicate_of_default(self.default))
 
 
 @torch.compiler.assume_constant_result
 def _name_of_duplicate() -> str:
     """Tracing runs this: every rank traces its first exchange, or runs it. The guard on the default group, whose rank and size the
     layer reads, makes torch trace again if that group is made again."""
-    return duplicate_of_default().group_name
+    default = dist.group.WORLD
+    assert default is not None
+    return duplicate_of_default(default).group_name
 
 
 def all_reduce_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

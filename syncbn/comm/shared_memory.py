@@ -90,7 +90,7 @@ class SharedMemory:
         self._functions, self.file, self.rank, self.names = functions, file, rank, names
         self._all_reduce = functions.syncbn_shared_all_reduce
         self.memory = torch.frombuffer(mmap.mmap(file, bytes_for(len(names))), dtype=torch.uint8)
-        self._address = self.memory.data_ptr()
+        self._address = ctypes.c_void_p(self.memory.data_ptr())  # converted once, not at each call
         # A lock of this process on byte `rank`, not on the open file: flock's would live on in forked children, as data loaders have.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         self._turn = threading.Lock()
@@ -125,10 +125,11 @@ class SharedMemory:
         """
         if values.dtype is not torch.float64 or not values.is_contiguous() or not values.is_cpu:
             raise ValueError(f"values must be contiguous float64 on the CPU, got {values.dtype} with strides {values.stride()}")
-        call = self._address, self.rank, values.data_ptr(), values.numel(), channels, digest
-        if not self._turn.acquire(True, min(timeout, threading.TIMEOUT_MAX)):
+        turn = self._turn
+        if not (turn.acquire(False) or turn.acquire(True, min(timeout, threading.TIMEOUT_MAX))):
             raise SharedExchangeError(f"another thread of this process has been exchanging for {timeout:g} s")
         try:
+            call = self._address, self.rank, values.data_ptr(), values.numel(), channels, digest
             status = self._all_reduce(*call)
             if status == _WAITING:
                 status = self._wait(call, timeout)
@@ -140,7 +141,7 @@ class SharedMemory:
             self.abandon()
             raise
         finally:
-            self._turn.release()
+            turn.release()
         return values
 
     def abandon(self) -> None:

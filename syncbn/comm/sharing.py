@@ -39,6 +39,7 @@ class Sharing:
         self.timeout = 0.0
         self.memory: SharedMemory | None = None
         self.first_ranks: Communicator | None = None  # of several hosts; None on the other ranks
+        self.in_memory = False  # whether all ranks share one memory, in which statistics about different shifts can be added
         self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
         self.ready = False
 
@@ -48,11 +49,6 @@ class Sharing:
         if self.reason:
             return f"over the group: {self.reason}"
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
-
-    @property
-    def in_memory(self) -> bool:
-        """Whether all ranks share one memory, in which statistics about different shifts can be added."""
-        return self.memory is not None and self.hosts == 1
 
     def set_up(self, comm: Communicator) -> Sharing:
         """Every rank calls it. Raises RankMismatchError on every rank if their SYNCBN_CHECK differ: then they would not compare alike."""
@@ -67,6 +63,7 @@ class Sharing:
                         self.first_ranks = comm.among([host[0] for host in ranks])
                 except Unusable as why:
                     self.reason = str(why)
+                self.in_memory = self.memory is not None and self.hosts == 1
                 self.ready = True
         return self
 
