@@ -66,7 +66,7 @@ def is_batched(t: Tensor) -> bool:
     """Whether t stands for several tensors: in `torch.vmap`, or in a backward pass with `is_grads_batched=True`.
 
     Fallback: False. The exchange then fails in the backend, after the other ranks have begun theirs."""
-    for test in _is_batched:  # not any(): a generator costs more than the tests
+    for test in _is_batched:  # noqa: SIM110, a generator costs more than the tests
         if test(t):
             return True
     return False
