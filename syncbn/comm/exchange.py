@@ -110,11 +110,13 @@ class Exchange:
             state = self._state = state_of(group)
             self.membership = None if self.record is None else self.record.memberships.get(group)
         if tensor.is_cpu and self.comm.compares:
-            known = state.sharing
-            self.sharing = known if known is not None and known.ready else self._set_up_sharing()
+            self.sharing = self._sharing_in(state)
         return state
 
-    def _set_up_sharing(self) -> Sharing:
+    def _sharing_in(self, state: GroupState) -> Sharing:
+        sharing = state.sharing
+        if sharing is not None and sharing.ready:
+            return sharing
         sharing = set_up_sharing(self.comm)
         if environment.settings.debug:
             _log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
@@ -151,6 +153,7 @@ class Exchange:
         digest = self._digest(kind, values) if verifies else _UNVERIFIED
         try:
             if sharing.in_memory:
+                assert sharing.memory is not None
                 return sharing.memory.all_reduce_(tensor, digest, sharing.timeout, channels)
             total = sharing.all_reduce_(self.comm, tensor[channels:], digest)
             return torch.cat([tensor[:channels], total]) if channels else total

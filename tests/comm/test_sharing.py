@@ -46,11 +46,11 @@ def test_the_ranks_of_a_host_share_memory(world):
 
 @pytest.mark.process_group
 def test_no_collective_after_the_first_exchange(world):
-    default = exchange.Exchange._sharing
+    default = exchange.Exchange._sharing_in
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
     with collectives() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange.Exchange, "_sharing", default)  # counted as with default settings
+        patch.setattr(exchange.Exchange, "_sharing_in", default)  # counted as with default settings
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []

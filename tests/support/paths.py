@@ -12,4 +12,4 @@ def over_the_group(patch: pytest.MonkeyPatch) -> None:
     """From now on every group's collectives are used, as where no memory can be shared. Every rank calls it."""
     sharing = Sharing()
     sharing.reason, sharing.ready = "turned off for this test", True
-    patch.setattr(exchange.Exchange, "_sharing", lambda self, state: sharing if self.comm.compares else None)
+    patch.setattr(exchange.Exchange, "_sharing_in", lambda self, state: sharing)
