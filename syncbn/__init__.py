@@ -10,6 +10,7 @@ from .function import sync_batch_norm
 from .join import join
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from .recompute import recompute_outputs
 from .statistics import update_bn_stats
 from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .surgery.fold import fold_batchnorm
@@ -27,6 +28,7 @@ __all__ = [
     "init_process_group",
     "join",
     "new_group",
+    "recompute_outputs",
     "revert_sync_batchnorm",
     "sync_batch_norm",
     "update_bn_stats",

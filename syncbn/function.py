@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import checkpoint, ops
+from . import checkpoint, ops, recompute
 from .arguments import check, check_count, check_memory, check_transforms, plain
 from .comm import Communicator, resolve
 from .comm.exchange import Exchange
@@ -97,6 +99,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             options.eps, options.unbiased, activation, options.negative_slope,
         )  # fmt: skip
         _changed(running_mean, running_var, num_batches_tracked)
+        if recompute.is_active():
+            recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
 
         ctx.has_residual = residual is not None
         keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
@@ -134,6 +138,20 @@ class SyncBatchNormFunction(torch.autograd.Function):
             None if bias is None else dbias,
             *[None] * 6,
         )
+
+
+def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:
+    """normalize, as a function of x and the residual, that moves no running statistics. An optimizer, or FSDP, may change the parameters
+    before it is called."""
+    weight, bias = (None if t is None else t.detach().clone() for t in (weight, bias))
+
+    def normalize(x: Tensor, residual: Tensor | None) -> Tensor:
+        return ops.normalize(
+            x, stats, weight, bias, residual, None, None, None, None,
+            options.eps, options.unbiased, options.activation or "none", options.negative_slope,
+        )[0]  # fmt: skip
+
+    return normalize
 
 
 def _changed(*buffers: Tensor | None) -> None:
@@ -211,6 +229,16 @@ def eval_batch_norm(
         dtype = acc_type(input.dtype)
         running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
         weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = _evaluated(running_mean, running_var, weight, bias, options, input, residual)
+    if saves and recompute.is_active():
+        copies = (None if t is None else t.detach().clone() for t in (weight, bias))
+        recompute.remember(y, partial(_evaluated, running_mean, running_var, *copies, options), input, residual)
+    return y
+
+
+def _evaluated(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options, input: Tensor, residual: Tensor | None
+) -> Tensor:
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
     if residual is not None:
         y = y + residual

@@ -1,0 +1,136 @@
+"""`recompute_outputs`: the layers after a synchronized layer keep how its output is computed, not the output.
+
+A layer keeps its input x for its own backward pass. A convolution after it keeps the output y as well, which is as large. But y is one
+`normalize` of x by the statistics that the layer keeps, too: bitwise the same y, whatever the activation, without an exchange.
+
+    forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
+    backward   unpack    recipe ──► the output, computed once while someone holds it
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+_active: ContextVar[bool] = ContextVar("syncbn.recompute_outputs", default=False)
+
+# A recipe may need an output that has a recipe. Along the residual connections of a network each would need the one before.
+_LONGEST_CHAIN = 2
+
+
+@contextmanager
+def recompute_outputs() -> Iterator[None]:
+    """A forward pass in this context keeps less memory: outputs of synchronized layers are computed again in the backward pass.
+
+    Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
+    input and statistics, which the layer keeps anyway. Gradients are bitwise those without the context. Nothing is exchanged, and no
+    running statistics move. It takes one elementwise kernel for each output in the backward pass.
+
+    Worth it where the activation is the layer's own (`convert_sync_batchnorm(model, fuse_activation=True)`): a separate one keeps its own
+    output. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do not, until they
+    are converted. An output that is changed in place before another layer keeps it is kept as usual.
+
+    With DistributedDataParallel, FSDP, autocast, `retain_graph` and double backward it needs no care. Of nested saved-tensor hooks torch
+    applies the innermost: a `torch.utils.checkpoint` in the context works as without it, `save_on_cpu` in the context takes its place.
+    Compiled models ignore it: torch's partitioner decides by itself what to recompute.
+
+    Raises, in the backward pass:
+        RuntimeError: a layer's input or residual was changed in place after the forward pass, as torch does for what a layer keeps.
+
+    >>> model = nn.Sequential(syncbn.SyncBatchNorm(4, activation="relu"), nn.Conv2d(4, 8, 3))
+    >>> with recompute_outputs():
+    ...     loss = model(torch.randn(2, 4, 8, 8)).square().mean()
+    >>> loss.backward()
+    """
+    token = _active.set(True)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _active.reset(token)
+
+
+def is_active() -> bool:
+    """Whether `remember` is of use here."""
+    return _active.get() and not torch.compiler.is_compiling()
+
+
+def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
+    """In the context: `output`, just computed, is `compute(*inputs)`, bitwise, as long as no input is changed in place.
+
+    What `compute` holds besides must not change, nor be large."""
+    kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)
+    chain = 1 + max((t.recipe.chain for t in kept if isinstance(t, _View)), default=0)
+    if chain <= _LONGEST_CHAIN:
+        _recipes[output.untyped_storage()] = _Recipe(compute, kept, output, chain)
+
+
+class _Recipe:
+    """How to compute an output. Holds neither the output nor its memory."""
+
+    def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | _View | None, ...], output: Tensor, chain: int) -> None:
+        self.compute, self.inputs, self.chain = compute, inputs, chain
+        self.versions = [t._version if isinstance(t, Tensor) else None for t in inputs]
+        self.version, self.dtype = output._version, output.dtype
+        self.lock = threading.Lock()  # the backward passes of several devices run in threads
+        self.last: Callable[[], Tensor | None] = lambda: None
+
+    def output(self) -> Tensor:
+        """The output, shared by all who hold it at the same time."""
+        with self.lock:
+            output = self.last()
+            if output is None:
+                output = self._compute()
+                self.last = weakref.ref(output)
+            return output
+
+    def _compute(self) -> Tensor:
+        for t, version in zip(self.inputs, self.versions, strict=True):
+            if isinstance(t, Tensor) and t._version != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: an input"
+                    f" {list(t.shape)} of a synchronized batch norm is at version {t._version}; expected version {version} instead."
+                    " syncbn.recompute_outputs has to compute the layer's output from it"
+                )
+        with torch.no_grad():
+            return self.compute(*map(_unpack, self.inputs))
+
+
+class _View(NamedTuple):
+    """A tensor that views an output."""
+
+    recipe: _Recipe
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+# Keyed by memory, which ends with the last tensor that views it; an address may be used again.
+_recipes: WeakKeyDictionary[torch.UntypedStorage, _Recipe] = WeakKeyDictionary()
+
+
+def _pack(tensor: Tensor) -> Tensor | _View:
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
+        return tensor
+    recipe = _recipes.get(tensor.untyped_storage())
+    if recipe is None or tensor._version != recipe.version or tensor.dtype is not recipe.dtype:
+        return tensor
+    return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+
+def _unpack(packed: Any) -> Any:
+    if not isinstance(packed, _View):
+        return packed
+    with torch.no_grad():
+        return packed.recipe.output().as_strided(packed.size, packed.stride, packed.offset)
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)

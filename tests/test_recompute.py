@@ -1,0 +1,282 @@
+"""`syncbn.recompute_outputs`: the same gradients, without the outputs."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import syncbn
+from syncbn import ops
+from syncbn.recompute import recompute_outputs
+
+
+class Residual(nn.Module):
+    """Blocks with a residual connection through the layer, as in a ResNet."""
+
+    def __init__(self, activation: str | None, blocks: int = 5) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(syncbn.SyncBatchNorm(4, activation=activation) for _ in range(blocks))
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, layer in zip(self.convs, self.layers, strict=True):
+            x = layer(conv(x), x)
+        return x.square()
+
+
+def chain(*layers: nn.Module) -> Callable[[], nn.Module]:
+    """Convolutions before, between and after the layers."""
+    return lambda: nn.Sequential(*(m for layer in layers for m in (nn.Conv2d(4, 4, 3), layer)), nn.Conv2d(4, 2, 3))
+
+
+def keras() -> nn.Module:
+    layer = syncbn.SyncBatchNormalization()
+    return nn.Sequential(nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 2, 3, padding=1))
+
+
+def frozen(layer: nn.Module) -> nn.Module:
+    return layer.eval()
+
+
+MODELS = {
+    "no activation": chain(syncbn.SyncBatchNorm(4), syncbn.SyncBatchNorm(4)),
+    "relu": chain(syncbn.SyncBatchNorm(4, activation="relu")),
+    "leaky relu": chain(syncbn.SyncBatchNorm(4, activation="leaky_relu")),
+    "silu": chain(syncbn.SyncBatchNorm(4, activation="silu")),
+    "not affine": chain(syncbn.SyncBatchNorm(4, affine=False)),
+    "no running statistics": chain(syncbn.SyncBatchNorm(4, track_running_stats=False)),
+    "eval mode": chain(frozen(syncbn.SyncBatchNorm(4))),
+    "eval mode, relu": chain(frozen(syncbn.SyncBatchNorm(4, activation="relu"))),
+    "one layer after the other": lambda: nn.Sequential(*(syncbn.SyncBatchNorm(4) for _ in range(5)), nn.Conv2d(4, 4, 3)),
+    "residual": lambda: Residual(None),
+    "residual, relu": lambda: Residual("relu"),
+    "residual, silu": lambda: Residual("silu"),
+    "Keras": keras,
+    "a separate activation": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU())),
+    "an activation in place": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU(inplace=True))),
+    "plain": chain(nn.BatchNorm2d(4)),
+}
+
+
+def step(model: nn.Module, x: Tensor, recompute: bool, loss: Callable[[nn.Module, Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """Gradients and buffers after one step."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    with recompute_outputs() if recompute else nullcontext():
+        value = model(x).float().square().mean() if loss is None else loss(model, x)
+    value.backward()
+    assert x.grad is not None
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"x": x.grad, "loss": value.detach(), **grads, **{name: b.clone() for name, b in model.named_buffers()}}
+
+
+def twice(build: Callable[[], nn.Module], x: Tensor, **kwargs: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A step with and one without the context."""
+    results = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        results.append(step(build().to(x.dtype), x, recompute, **kwargs))
+    return results[0], results[1]
+
+
+def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(actual[name], value), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("model", MODELS)
+def test_gradients_and_buffers_are_bitwise_those_without(model: str, channels_last: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 4, 12, 12).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    assert_bitwise(*twice(lambda: _again(MODELS[model]), x))
+
+
+def _again(build: Callable[[], nn.Module]) -> nn.Module:
+    """A model with new parameters; the layers of the table are made once."""
+    model = build()
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+def is_kept(layer: nn.Module, after: nn.Module, recompute: bool, between: Callable[[Tensor], Tensor] = lambda y: y) -> bool:
+    """Whether the layer's output outlives the forward pass."""
+    outputs = []
+    layer.register_forward_hook(lambda module, args, y: outputs.append(weakref.ref(y.untyped_storage())))
+    with recompute_outputs() if recompute else nullcontext():
+        y = after(between(layer(torch.randn(2, 4, 8, 8, requires_grad=True))))
+    gc.collect()
+    assert y.grad_fn is not None
+    return outputs[0]() is not None
+
+
+@pytest.mark.parametrize(
+    ("between", "kept"),
+    [(lambda y: y, False), (lambda y: y[:, :, 1:], False), (lambda y: y.transpose(2, 3), False), (lambda y: y.mul_(2), True)],
+    ids=["as it is", "a slice", "transposed", "changed in place"],
+)
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
+def test_an_output_is_not_kept(activation: str | None, between: Callable[[Tensor], Tensor], kept: bool) -> None:
+    conv = nn.Conv2d(4, 4, 3)
+    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation), conv, True, between) is kept
+    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation), conv, False, between)
+
+
+def test_every_second_output_along_residual_connections_is_kept() -> None:
+    model, outputs = Residual("relu", 6), []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, y: outputs.append(weakref.ref(y.untyped_storage())))
+    with recompute_outputs():
+        loss = model(torch.randn(2, 4, 8, 8)).sum()
+    assert [output() is not None for output in outputs] == [False, False, True] * 2
+    loss.backward()
+
+
+@pytest.fixture
+def normalized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one with each call of the op."""
+    calls: list[Any] = []
+    op = ops.normalize
+
+    def counted(*args: Any) -> Any:
+        calls.append(args[0].shape)
+        return op(*args)
+
+    monkeypatch.setattr(ops, "normalize", counted)
+    return calls
+
+
+def test_layers_that_hold_an_output_at_the_same_time_share_it(normalized: list[Any]) -> None:
+    layer = syncbn.SyncBatchNorm(4)
+    with recompute_outputs():
+        y = layer(torch.randn(2, 4, 3, 3, requires_grad=True))
+        z = y.exp() * y.sin()  # sin keeps y, and so does the product of the two, in part
+        loss = (z * y * y).sum()
+    del y, z
+    node = loss.grad_fn.next_functions[0][0]
+    saved = node._saved_self, node.next_functions[0][0]._saved_other
+    assert len(normalized) == 2
+    assert saved[0].shape == saved[1].shape
+
+
+def test_an_output_that_nothing_keeps_is_not_computed_again(normalized: list[Any]) -> None:
+    with recompute_outputs():
+        loss = syncbn.SyncBatchNorm(4)(torch.randn(2, 4, 3, 3, requires_grad=True)).sum()
+    loss.backward()
+    assert len(normalized) == 1
+
+
+def test_an_input_changed_in_place_is_an_error() -> None:
+    x = torch.randn(2, 4, 3, 3)
+    with recompute_outputs():
+        y = F.conv2d(syncbn.SyncBatchNorm(4, affine=False)(x), torch.randn(4, 4, 3, 3, requires_grad=True))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_parameter_changed_after_the_forward_pass_is_the_forward_passs() -> None:
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        value = F.conv2d(model[0](x).detach(), model[1].weight).square().sum()
+        with torch.no_grad():
+            model[0].weight.mul_(3)
+        return value + 0 * x.sum()
+
+    assert_bitwise(*twice(lambda: nn.Sequential(syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3)), torch.randn(2, 4, 5, 5), loss=loss))
+
+
+def with_gradient_penalty(model: nn.Module, x: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return gradient.square().sum()
+
+
+def retaining(model: nn.Module, x: Tensor) -> Tensor:
+    loss = model(x).square().sum()
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
+    half = len(model) // 2
+    y = checkpoint(model[:half], x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+    return model[half:](y).square().sum()
+
+
+def inside_a_checkpoint(model: nn.Module, x: Tensor) -> Tensor:
+    def run(x: Tensor) -> Tensor:
+        with recompute_outputs():
+            return model(x)
+
+    return checkpoint(run, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts).square().sum()
+
+
+def on_cpu(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return model(x).square().sum()
+
+
+def autocast(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(x).float().square().sum()
+
+
+def nested(model: nn.Module, x: Tensor) -> Tensor:
+    with recompute_outputs():
+        y = model(x)
+    return y.square().sum()
+
+
+@pytest.mark.parametrize("loss", [with_gradient_penalty, retaining, checkpointed, inside_a_checkpoint, on_cpu, autocast, nested])
+def test_with_other_tools_gradients_are_bitwise_those_without(loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    def build() -> nn.Module:
+        layers = [nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4, activation="silu")]
+        return nn.Sequential(*layers, nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3))
+
+    assert_bitwise(*twice(build, torch.randn(2, 4, 12, 12), loss=loss))
+
+
+def test_addresses_that_are_used_again_are_told_apart() -> None:
+    """The memory of a freed output soon holds something else, at the same version."""
+    layer, conv = syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3, bias=False)
+    for _ in range(50):
+        with recompute_outputs():
+            layer(torch.randn(2, 4, 6, 6))
+            other = torch.randn(2, 4, 6, 6)
+            y = conv(other)
+        (gradient,) = torch.autograd.grad(y.sum(), conv.weight)
+        expected = torch.autograd.grad(conv(other).sum(), conv.weight)[0]
+        assert torch.equal(gradient, expected)
+
+
+def test_nothing_is_exchanged_again(counts: Any = None) -> None:
+    layer = syncbn.SyncBatchNorm(4, activation="relu")
+    model = nn.Sequential(nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 2, 3))
+    with recompute_outputs():
+        loss = model(torch.randn(2, 4, 8, 8)).square().mean()
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    loss.backward()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name])
+
+
+def test_the_context_ends_with_an_error() -> None:
+    from syncbn import recompute
+
+    with pytest.raises(ZeroDivisionError), recompute_outputs():
+        assert recompute.is_active()
+        raise ZeroDivisionError
+    assert not recompute.is_active()
