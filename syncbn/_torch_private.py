@@ -109,6 +109,12 @@ def is_compiler_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
+def version_of(t: Tensor) -> int:
+    """How often t's memory has been changed in place. Fallback: 0. The change of an output, or of an input, after a layer's call is then
+    not noticed by `recompute_outputs`."""
+    return getattr(t, "_version", 0)
+
+
 # ---- Modules -----------------------------------------------------------------------------------------------------------------
 
 _HAS_REGISTRIES = {"_parameters", "_buffers", "_modules"} <= vars(nn.Module()).keys()

@@ -237,7 +237,13 @@ def eval_batch_norm(
 
 
 def _evaluated(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options, input: Tensor, residual: Tensor | None
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    input: Tensor,
+    residual: Tensor | None,
 ) -> Tensor:
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
     if residual is not None:

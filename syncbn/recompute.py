@@ -20,6 +20,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from ._torch_private import version_of
+
 _active: ContextVar[bool] = ContextVar("syncbn.recompute_outputs", default=False)
 
 # A recipe may need an output that has a recipe. Along the residual connections of a network each would need the one before.
@@ -60,7 +62,7 @@ def recompute_outputs() -> Iterator[None]:
 
 def is_active() -> bool:
     """Whether `remember` is of use here."""
-    return _active.get() and not torch.compiler.is_compiling()
+    return not torch.compiler.is_compiling() and _active.get()
 
 
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
@@ -78,8 +80,8 @@ class _Recipe:
 
     def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | _View | None, ...], output: Tensor, chain: int) -> None:
         self.compute, self.inputs, self.chain = compute, inputs, chain
-        self.versions = [t._version if isinstance(t, Tensor) else None for t in inputs]
-        self.version, self.dtype = output._version, output.dtype
+        self.versions = [version_of(t) if isinstance(t, Tensor) else None for t in inputs]
+        self.version, self.dtype = version_of(output), output.dtype
         self.lock = threading.Lock()  # the backward passes of several devices run in threads
         self.last: Callable[[], Tensor | None] = lambda: None
 
@@ -94,10 +96,10 @@ class _Recipe:
 
     def _compute(self) -> Tensor:
         for t, version in zip(self.inputs, self.versions, strict=True):
-            if isinstance(t, Tensor) and t._version != version:
+            if isinstance(t, Tensor) and version_of(t) != version:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an inplace operation: an input"
-                    f" {list(t.shape)} of a synchronized batch norm is at version {t._version}; expected version {version} instead."
+                    f" {list(t.shape)} of a synchronized batch norm is at version {version_of(t)}; expected version {version} instead."
                     " syncbn.recompute_outputs has to compute the layer's output from it"
                 )
         with torch.no_grad():
@@ -121,7 +123,7 @@ def _pack(tensor: Tensor) -> Tensor | _View:
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
         return tensor
     recipe = _recipes.get(tensor.untyped_storage())
-    if recipe is None or tensor._version != recipe.version or tensor.dtype is not recipe.dtype:
+    if recipe is None or version_of(tensor) != recipe.version or tensor.dtype is not recipe.dtype:
         return tensor
     return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

@@ -24,7 +24,7 @@ FLOORS = {
     "torch, the machine and memory": "_torch_private environment layout moments build_info gpus native",
     "communication": "comm",
     "the four ops": "reference ops",
-    "the layer's arithmetic": "checkpoint double_backward arguments function",
+    "the layer's arithmetic": "checkpoint recompute double_backward arguments function",
     "what a layer needs": "keras_weights guards surgery.__init__ surgery.record surgery.tails surgery.encapsulation surgery.trace",
     "the layers": "modules keras",
     "model surgery, and statistics of a whole pass": "surgery statistics",

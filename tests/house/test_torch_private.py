@@ -249,6 +249,13 @@ def test_a_parametrized_module_changes_its_class_below_the_parametrization():
 # ---- torch.distributed -------------------------------------------------------------------------------------------------------
 
 
+def test_the_version_counts_changes_in_place():
+    t = torch.ones(3)
+    before = private.version_of(t)
+    t[1:].add_(1)
+    assert private.version_of(t) == private.version_of(t.detach()) == before + 1
+
+
 @pytest.fixture
 def group():
     """The default group, of one rank."""

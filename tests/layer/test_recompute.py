@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from support.collectives import collectives
+from support.step import SPLITS
+from support.world import World
 from syncbn import ops
 from syncbn.recompute import recompute_outputs
+
+single = pytest.mark.world_size(1)
 
 
 class Residual(nn.Module):
@@ -94,6 +99,7 @@ def assert_bitwise(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> No
         assert torch.equal(actual[name], value), name
 
 
+@single
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("model", MODELS)
@@ -124,6 +130,7 @@ def is_kept(layer: nn.Module, after: nn.Module, recompute: bool, between: Callab
     return outputs[0]() is not None
 
 
+@single
 @pytest.mark.parametrize(
     ("between", "kept"),
     [(lambda y: y, False), (lambda y: y[:, :, 1:], False), (lambda y: y.transpose(2, 3), False), (lambda y: y.mul_(2), True)],
@@ -136,6 +143,7 @@ def test_an_output_is_not_kept(activation: str | None, between: Callable[[Tensor
     assert is_kept(syncbn.SyncBatchNorm(4, activation=activation), conv, False, between)
 
 
+@single
 def test_every_second_output_along_residual_connections_is_kept() -> None:
     model, outputs = Residual("relu", 6), []
     for layer in model.layers:
@@ -160,6 +168,7 @@ def normalized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
+@single
 def test_layers_that_hold_an_output_at_the_same_time_share_it(normalized: list[Any]) -> None:
     layer = syncbn.SyncBatchNorm(4)
     with recompute_outputs():
@@ -173,6 +182,7 @@ def test_layers_that_hold_an_output_at_the_same_time_share_it(normalized: list[A
     assert saved[0].shape == saved[1].shape
 
 
+@single
 def test_an_output_that_nothing_keeps_is_not_computed_again(normalized: list[Any]) -> None:
     with recompute_outputs():
         loss = syncbn.SyncBatchNorm(4)(torch.randn(2, 4, 3, 3, requires_grad=True)).sum()
@@ -180,6 +190,7 @@ def test_an_output_that_nothing_keeps_is_not_computed_again(normalized: list[Any
     assert len(normalized) == 1
 
 
+@single
 def test_an_input_changed_in_place_is_an_error() -> None:
     x = torch.randn(2, 4, 3, 3)
     with recompute_outputs():
@@ -189,6 +200,7 @@ def test_an_input_changed_in_place_is_an_error() -> None:
         y.sum().backward()
 
 
+@single
 def test_a_parameter_changed_after_the_forward_pass_is_the_forward_passs() -> None:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         value = F.conv2d(model[0](x).detach(), model[1].weight).square().sum()
@@ -240,6 +252,7 @@ def nested(model: nn.Module, x: Tensor) -> Tensor:
     return y.square().sum()
 
 
+@single
 @pytest.mark.parametrize("loss", [with_gradient_penalty, retaining, checkpointed, inside_a_checkpoint, on_cpu, autocast, nested])
 def test_with_other_tools_gradients_are_bitwise_those_without(loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
     def build() -> nn.Module:
@@ -249,6 +262,7 @@ def test_with_other_tools_gradients_are_bitwise_those_without(loss: Callable[[nn
     assert_bitwise(*twice(build, torch.randn(2, 4, 12, 12), loss=loss))
 
 
+@single
 def test_addresses_that_are_used_again_are_told_apart() -> None:
     """The memory of a freed output soon holds something else, at the same version."""
     layer, conv = syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3, bias=False)
@@ -262,17 +276,25 @@ def test_addresses_that_are_used_again_are_told_apart() -> None:
         assert torch.equal(gradient, expected)
 
 
-def test_nothing_is_exchanged_again(counts: Any = None) -> None:
-    layer = syncbn.SyncBatchNorm(4, activation="relu")
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 2, 3))
-    with recompute_outputs():
-        loss = model(torch.randn(2, 4, 8, 8)).square().mean()
-    before = {name: b.clone() for name, b in model.named_buffers()}
-    loss.backward()
-    for name, buffer in model.named_buffers():
-        assert torch.equal(buffer, before[name])
+@pytest.mark.process_group
+@pytest.mark.world_size(2, 3)
+def test_ranks_exchange_no_more_than_without(world: World) -> None:
+    """Also a rank whose batch is empty."""
+    counts = SPLITS[world.size][-1]
+    x = torch.randn(sum(counts), 4, 12, 12)
+    results, exchanged = [], []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        model = chain(syncbn.SyncBatchNorm(4, activation="relu"))()
+        with collectives() as seen:
+            results.append(step(model, world.mine(x, counts), recompute, loss=lambda model, x: model(x).square().sum()))
+        exchanged.append(list(seen))
+    assert_bitwise(*results)
+    assert exchanged[0] == exchanged[1]
+    assert len(exchanged[0]) == 2
 
 
+@single
 def test_the_context_ends_with_an_error() -> None:
     from syncbn import recompute
 
