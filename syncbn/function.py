@@ -141,9 +141,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:
-    """normalize, as a function of x and the residual, that moves no running statistics. An optimizer, or FSDP, may change the parameters
-    before it is called."""
-    weight, bias = (None if t is None else t.detach().clone() for t in (weight, bias))
+    """normalize, as a function of x and the residual, that moves no running statistics."""
+    weight, bias = _copy(weight), _copy(bias)
 
     def normalize(x: Tensor, residual: Tensor | None) -> Tensor:
         return ops.normalize(
@@ -152,6 +151,11 @@ def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, op
         )[0]  # fmt: skip
 
     return normalize
+
+
+def _copy(parameter: Tensor | None) -> Tensor | None:
+    """An optimizer, or FSDP, may change the parameter before an output is computed again."""
+    return None if parameter is None else parameter.detach().clone()
 
 
 def _changed(*buffers: Tensor | None) -> None:
@@ -231,8 +235,8 @@ def eval_batch_norm(
         weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
     y = _evaluated(running_mean, running_var, weight, bias, options, input, residual)
     if saves and recompute.is_active():
-        copies = (None if t is None else t.detach().clone() for t in (weight, bias))
-        recompute.remember(y, partial(_evaluated, running_mean, running_var, *copies, options), input, residual)
+        parameters = _copy(weight), _copy(bias)
+        recompute.remember(y, partial(_evaluated, running_mean, running_var, *parameters, options), input, residual)
     return y
 
 
