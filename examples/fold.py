@@ -27,7 +27,7 @@ def network(width: int, depth: int) -> nn.Sequential:
 
 @torch.inference_mode()
 def milliseconds(models: dict[str, nn.Module], x: Tensor, repeats: int) -> dict[str, float]:
-    """Medians; the models take turns, so that what else the machine does meets them alike."""
+    """Median for each model. The models are interleaved, so that other load on the machine affects all of them."""
     times: dict[str, list[float]] = {name: [] for name in models}
     synchronize = torch.cuda.synchronize if x.is_cuda else lambda: None
     for i in tqdm(range(repeats + 3), desc="timing", leave=False):

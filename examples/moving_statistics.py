@@ -1,10 +1,11 @@
-"""What a batch norm believes about its input while it learns, beside what is true; drawn into a PNG.
+"""Plots a batch norm's moving statistics during training against the exact ones.
 
     torchrun --nproc-per-node 4 examples/moving_statistics.py --out docs/moving_statistics.png
 
-Two small networks learn to read digits, 2 images a rank: one with local batch norm, one with synchronized. Of one channel of one
-layer in the middle, the plot shows at each step the statistics of the ranks' batches, of the group's batch, the moving statistics that
-inference would use, and now and then the exact ones over all training images, by `syncbn.update_bn_stats` on a copy of the model.
+Two small networks learn to read digits with 2 images per rank: one with local batch norm, one with synchronized. For one channel of a
+layer in the middle, the plot shows at each step the statistics of the ranks' batches and of the group's batch, and the moving statistics
+that inference would use; every few steps also the exact statistics over all training images, which `syncbn.update_bn_stats` computes on a
+copy of the model.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def of_channel(stats: Tensor) -> tuple[float, float]:
 
 
 def train(synchronized: bool, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> dict[str, list[list[float]]]:
-    """For each kind of statistic rows of [step, mean, variance, ...], one pair for each rank."""
+    """Rows of [step, mean, variance, ...] for each kind of statistic, with one pair for each rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = images.device
     model = network(synchronized).to(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 has another name for the option, older ones do not know it
-        # Local batch norms keep what they have seen themselves: no broadcast of rank 0's buffers.
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the option; older versions lack the new name
+        # Local batch norms keep this rank's statistics: no broadcast of rank 0's buffers.
         parallel = DistributedDataParallel(model, broadcast_buffers=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     layer = model[LAYER]
@@ -68,8 +69,7 @@ def train(synchronized: bool, images: Tensor, labels: Tensor, steps: int, batch_
     for step in tqdm(range(steps), disable=rank > 0, desc="synchronized" if synchronized else "local"):
         if step % (steps // 12) == 0:
             exact = copy.deepcopy(model)
-            mine = images[rank::world_size].split(150)
-            syncbn.update_bn_stats(exact, mine, progress=False)
+            syncbn.update_bn_stats(exact, images[rank::world_size].split(150), progress=False)
             curves["exact"].append([step, exact[LAYER].running_mean[CHANNEL].item(), exact[LAYER].running_var[CHANNEL].item()])
         rows = torch.randperm(len(images), generator=order)[: batch_size * world_size].view(world_size, -1)[rank].to(device)
         optimizer.zero_grad()
@@ -77,11 +77,11 @@ def train(synchronized: bool, images: Tensor, labels: Tensor, steps: int, batch_
         optimizer.step()
         batch = seen.pop()
         moving = torch.stack([layer.running_mean[CHANNEL], layer.running_var[CHANNEL]]).double()
-        everyones = [torch.empty_like(torch.cat([batch, moving])) for _ in range(world_size)]
-        dist.all_gather(everyones, torch.cat([batch, moving]))
-        curves["batch"].append([step, *(value for one in everyones for value in of_channel(one[:-2]))])
-        curves["group"].append([step, *of_channel(torch.stack(everyones).sum(0)[:-2])])
-        curves["moving"].append([step, *(value for one in everyones for value in one[-2:].tolist())])
+        all_ranks = [torch.empty_like(torch.cat([batch, moving])) for _ in range(world_size)]
+        dist.all_gather(all_ranks, torch.cat([batch, moving]))
+        curves["batch"].append([step, *(value for row in all_ranks for value in of_channel(row[:-2]))])
+        curves["group"].append([step, *of_channel(torch.stack(all_ranks).sum(0)[:-2])])
+        curves["moving"].append([step, *(value for row in all_ranks for value in row[-2:].tolist())])
     return curves
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/moving_statistics.png"))
     parser.add_argument("--steps", type=int, default=240)
-    parser.add_argument("--batch-size", type=int, default=2, help="images a rank (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=2, help="images per rank (default: 2)")
     args = parser.parse_args()
     device = syncbn.init_process_group()
     x, y = load_digits(return_X_y=True)

@@ -1,9 +1,9 @@
-"""Training that survives the death of a rank: torchrun starts all ranks anew, and they go on from the last checkpoint.
+"""Training that survives the death of a rank: torchrun restarts all ranks, which resume from the last checkpoint.
 
     RANKS=2 RESTARTS=3 launch/torchrun.sh examples/recovery.py
 
-Ends with the same weights and moving statistics as a run that was not disturbed: a checkpoint has everything that a step depends on, and
-the random numbers of an epoch depend on the epoch alone.
+The run ends with the same weights and moving statistics as an undisturbed one, because a checkpoint contains everything on which a step
+depends, and the random numbers of an epoch depend only on the epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import syncbn
 
 
 def save(path: Path, **state: object) -> None:
-    """Replaces the file at once: whoever dies while writing leaves the last checkpoint as it was."""
+    """Replaces the file atomically: a crash while writing leaves the previous checkpoint intact."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     torch.save(state, unfinished)
@@ -49,8 +49,8 @@ def network() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--batch-size", type=int, default=8, help="images a rank (default: 8)")
-    parser.add_argument("--checkpoint", type=Path, default=Path("out/recovery.pt"), help="a file that all hosts see")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per rank (default: 8)")
+    parser.add_argument("--checkpoint", type=Path, default=Path("out/recovery.pt"), help="a file on storage that all hosts share")
     args = parser.parse_args()
 
     device = syncbn.init_process_group()
@@ -66,7 +66,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         finished = state["epochs"]
         if rank == 0:
-            print(f"goes on after epoch {finished}", flush=True)
+            print(f"resumes after epoch {finished}", flush=True)
 
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels))

@@ -1,4 +1,4 @@
-"""Trains a small U-Net that finds a handwritten digit in images of any brightness and contrast, with two images a rank.
+"""Trains a small U-Net that finds a handwritten digit in images of any brightness and contrast, with two images per rank.
 
     torchrun --nproc-per-node 4 examples/segmentation.py --norm local     # each rank normalizes its two images
     torchrun --nproc-per-node 4 examples/segmentation.py --norm sync      # all ranks normalize the eight images together
@@ -93,7 +93,7 @@ def evaluate(model: nn.Module, x: Tensor, mask: Tensor) -> tuple[float, float, T
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--norm", choices=("sync", "local", "group"), default="sync")
-    parser.add_argument("--batch-size", type=int, default=2, help="images a rank (default: 2)")
+    parser.add_argument("--batch-size", type=int, default=2, help="images per rank (default: 2)")
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0, help="of the weights and of the data (default: 0)")
@@ -112,7 +112,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
 
-    random = Generator().manual_seed(args.seed + 3)  # every rank draws the batch of all ranks, and takes its part
+    random = Generator().manual_seed(args.seed + 3)  # every rank draws the batch of all ranks and uses its share
     name = f"{args.norm}, {world_size} x {args.batch_size} images"
     train_losses, curve = [], []
     for step in tqdm(range(args.steps), desc=name, disable=rank > 0, unit="step"):
@@ -128,7 +128,7 @@ def main() -> None:
         train_losses.append(loss.detach())
     late = torch.stack(train_losses[-50:]).mean()
     dist.all_reduce(late)
-    # On every rank: gloo's thread lets go of `late` meanwhile. It may need the GIL for that, which a group that is being destroyed holds.
+    # On every rank, to give gloo's thread time to release `late`: it may need the GIL, which is held while a group is destroyed.
     loss, iou, predicted = evaluate(model.module, test_x, test_mask)
     if rank == 0:
         result = {"norm": args.norm, "ranks": world_size, "batch_size": args.batch_size, "curve": [*curve, loss]}

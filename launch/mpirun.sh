@@ -7,6 +7,6 @@ set -euo pipefail
 RANKS=${RANKS:-2}
 options=(-n "$RANKS")
 [ -n "${HOSTFILE:-}" ] && options+=(--hostfile "$HOSTFILE")
-# mpi_env.py sets what torch.distributed reads, for scripts that do not call syncbn.init_process_group().
-# -m mpi4py ends all ranks when one of them raises: MPI alone would let the others wait for ever.
-exec mpirun "${options[@]}" "${PYTHON:-python}" -m mpi4py "$(dirname "$0")/mpi_env.py" "$@"
+# syncbn.environment sets torchrun's variables, for scripts that do not call syncbn.init_process_group().
+# mpi4py ends all ranks when one of them raises: MPI alone would let the others wait forever.
+exec mpirun "${options[@]}" "${PYTHON:-python}" -m mpi4py -m syncbn.environment "$@"

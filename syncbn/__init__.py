@@ -2,6 +2,7 @@
 
 from . import lightning as lightning
 from . import native
+from .bn_stats import update_bn_stats
 from .checkpoint import checkpoint_contexts
 from .comm.agreement import RankMismatchError
 from .comm.groups import new_group
@@ -11,7 +12,6 @@ from .join import join
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 from .recompute import recompute_outputs
-from .statistics import update_bn_stats
 from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .surgery.fold import fold_batchnorm
 

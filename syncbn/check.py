@@ -1,7 +1,7 @@
-"""What is installed, what will run where, and whether a layer on all ranks equals the single-process one.
+"""Reports versions and implementations, and whether the distributed layer matches a single process.
 
-    python -m syncbn.check                                  alone
-    torchrun --nproc-per-node 4 -m syncbn.check             with the ranks of a job; mpirun and srun as well
+    python -m syncbn.check                                  in a single process
+    torchrun --nproc-per-node 4 -m syncbn.check             with the ranks of a job; under mpirun and srun as well
     python -m syncbn.check --json
 
 Exit status 0 if every error is within its bound on every rank, else 1. Rank 0 prints.
@@ -26,10 +26,10 @@ from .comm import resolve
 from .comm.exchange import Exchange
 from .comm.identity import state_of
 from .comm.rendezvous import init_process_group
-from .environment import place
+from .environment import rank_info
 from .modules import SyncBatchNorm
 
-# Of the greatest magnitude: sums of a hundred values in float64; a few roundings of 6e-8; one rounding of the result in 16 bits.
+# Relative to the largest magnitude: rounding of float64 sums; a few float32 roundings; one 16-bit rounding.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CHANNELS = 16
 
@@ -37,34 +37,33 @@ CHANNELS = 16
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m syncbn.check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--backend", help="of torch.distributed (default: nccl where each rank has a GPU, else gloo)")
+    parser.add_argument("--backend", help="of torch.distributed (default: nccl if each rank has a GPU, else gloo)")
     args = parser.parse_args(arguments)
 
-    launcher = place().launcher  # before it looks like torchrun to all
+    launcher = rank_info().launcher  # read first: init_process_group sets torchrun's variables
     started = not dist.is_initialized()
     device = init_process_group(args.backend, timeout=60) if started else torch.device("cpu")
     try:
-        milliseconds, path = exchanges(device)
+        milliseconds, path = time_exchanges(device)
         report: dict[str, Any] = {
-            "found": found(),
-            "paths": paths(),
+            "versions": collect_versions(),
+            "implementations": describe_implementations(),
             "ranks": {"launcher": launcher, "world_size": dist.get_world_size(), "backend": dist.get_backend()},
-            "errors": {str(dtype).removeprefix("torch."): error(dtype, device) for dtype in BOUNDS},
+            "errors": {str(dtype).removeprefix("torch."): relative_error(dtype, device) for dtype in BOUNDS},
             "ms_per_collective": milliseconds,
             "exchange_path": path,
-            "problems": problems(),
+            "problems": describe_problems(),
         }
-        bad = [name for name, figure in report["errors"].items() if not figure <= BOUNDS[getattr(torch, name)]]
-        report["ok"] = not bad
+        report["ok"] = all(error <= BOUNDS[getattr(torch, name)] for name, error in report["errors"].items())
         if dist.get_rank() == 0:
-            print(json.dumps(report, indent=1) if args.json else text(report), flush=True)
-        return 1 if bad else 0
+            print(json.dumps(report, indent=1) if args.json else format_report(report), flush=True)
+        return 0 if report["ok"] else 1
     finally:
         if started:
             dist.destroy_process_group()
 
 
-def found() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Versions, devices, and the threads of a rank."""
     try:
         mpi = f"mpi4py {importlib.metadata.version('mpi4py')}"
@@ -83,15 +82,12 @@ def found() -> dict[str, str]:
     }
 
 
-def paths() -> dict[str, str]:
-    """For each device what runs there. It is the same for all four dtypes."""
-    said = {}
-    for library in native.status():
-        said[library.device] = f"compiled kernels: {library.reason}" if library.loaded else f"reference: {library.reason}"
-    return said
+def describe_implementations() -> dict[str, str]:
+    """The implementation used on each device, for all four dtypes."""
+    return {library.device: f"{'compiled kernels' if library.loaded else 'reference'}: {library.reason}" for library in native.status()}
 
 
-def error(dtype: torch.dtype, device: torch.device) -> float:
+def relative_error(dtype: torch.dtype, device: torch.device) -> float:
     """The greatest relative error on any rank of one training step, against float64 batch normalization of the whole batch in one
     process. Rank r has r + 1 samples."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -111,67 +107,67 @@ def error(dtype: torch.dtype, device: torch.device) -> float:
     want.backward(dy.double())
     assert x.grad is not None and exact.grad is not None
     assert layer.running_mean is not None and layer.running_var is not None
-    mine = lambda all_: all_.split(counts)[rank]  # noqa: E731
-    triples = (  # what came, what it should be, and what its size is measured by
-        (y.detach(), mine(want.detach()), want.detach()),
-        (x.grad, mine(exact.grad), exact.grad),
+    y_want, dx_want = want.detach(), exact.grad
+    triples = (  # (actual, expected, reference for the error's scale)
+        (y.detach(), y_want.split(counts)[rank], y_want),
+        (x.grad, dx_want.split(counts)[rank], dx_want),
         (layer.running_mean, running_mean, running_mean),
         (layer.running_var, running_var, running_var),
     )
-    errors = torch.stack([(got.cpu().double() - right).abs().max() / whole.abs().max() for got, right, whole in triples])
-    figure = errors.nan_to_num(nan=torch.inf).max().to(device)  # a maximum may overlook NaN
-    dist.all_reduce(figure, dist.ReduceOp.MAX)
-    return figure.item()
+    errors = torch.stack([(got.cpu().double() - right).abs().max() / scale.abs().max() for got, right, scale in triples])
+    greatest = errors.nan_to_num(nan=torch.inf).max().to(device)  # max can miss NaN
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return greatest.item()
 
 
-def exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]:
-    """(median milliseconds of a layer's forward exchange of 256 channels, how it travels and why). 0 for a single rank, which has none."""
+def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]:
+    """(median milliseconds of a layer's forward exchange of 256 channels, how the ranks exchange and why). A single rank has none: 0."""
     comm = resolve()
     if comm.world_size == 1:
-        return 0.0, "none: this rank is alone"
+        return 0.0, "none: a single rank"
     exchange = Exchange(comm, "check", torch.float32, "samples", 0.0, None)
     times = []
     for _ in range(repeats):
         tensor = torch.zeros(2 * 256 + 2, dtype=torch.float64, device=device)
         _wait(device)
-        began = time.perf_counter()
+        start = time.perf_counter()
         exchange.all_reduce_(tensor, "forward")
         _wait(device)
-        times.append(time.perf_counter() - began)
+        times.append(time.perf_counter() - start)
     sharing = state_of(comm.group).sharing
     path = f"over {dist.get_backend()}" if sharing is None or device.type != "cpu" else sharing.path
     return sorted(times)[repeats // 2] * 1e3, path
 
 
-def problems() -> list[str]:
-    """One sentence for each, with what to do."""
-    said = []
-    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, place().local_world_size or 1
+def describe_problems() -> list[str]:
+    """One sentence per problem, including the remedy."""
+    problems = []
+    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, rank_info().local_world_size or 1
     for library in native.status():
         if not library.loaded and (library.device == "cpu" or gpus):
-            said.append(f"{library.device} runs the slower reference: {library.reason}.")
+            problems.append(f"{library.device} runs the slower reference: {library.reason}.")
     if gpus and ranks > gpus:
         shared = "a GPU" if gpus == 1 else f"{gpus} GPUs"
-        said.append(f"{ranks} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
+        problems.append(f"{ranks} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
     if not gpus and dist.get_backend() == "nccl":
-        said.append("the backend is NCCL, but there is no GPU: pass backend='gloo'.")
+        problems.append("the backend is NCCL, but there is no GPU: pass backend='gloo'.")
     if ranks > 1 and environment.get("OMP_NUM_THREADS") is None:
-        said.append("OMP_NUM_THREADS is not set: each rank may use all cores; set it to the cores of a rank.")
+        problems.append("OMP_NUM_THREADS is not set: each rank may use all cores; set it to the cores of a rank.")
     if gpus and "mpi4py" in sys.modules and not environment.settings.mpi_cuda_aware:
-        said.append("MPI exchanges go through host memory: with a CUDA-aware MPI set SYNCBN_MPI_CUDA_AWARE=1.")
-    return said
+        problems.append("MPI exchanges go through host memory: with a CUDA-aware MPI set SYNCBN_MPI_CUDA_AWARE=1.")
+    return problems
 
 
-def text(report: dict[str, Any]) -> str:
-    lines = [f"{name:<8} {value}" for name, value in (report["found"] | report["paths"]).items()]
+def format_report(report: dict[str, Any]) -> str:
+    lines = [f"{name:<8} {value}" for name, value in (report["versions"] | report["implementations"]).items()]
     ranks = report["ranks"]
-    lines.append(f"ranks    {ranks['world_size']}, started by {ranks['launcher'] or 'nobody: alone'}, over {ranks['backend']}")
+    lines.append(f"ranks    {ranks['world_size']}, launcher {ranks['launcher'] or 'none'}, over {ranks['backend']}")
     lines.append(f"exchange {report['exchange_path']}; median {report['ms_per_collective']:.3f} ms")
-    for name, figure in report["errors"].items():
+    for name, error in report["errors"].items():
         bound = BOUNDS[getattr(torch, name)]
-        lines.append(f"{name:<8} differs from one process by {figure:.1e}, allowed {bound:.0e}: {'ok' if figure <= bound else 'WRONG'}")
+        lines.append(f"{name:<8} differs from one process by {error:.1e}, allowed {bound:.0e}: {'ok' if error <= bound else 'WRONG'}")
     lines += [f"problem: {problem}" for problem in report["problems"]]
-    lines.append("a layer on these ranks equals the one of a single process" if report["ok"] else "THE LAYER IS WRONG ON THESE RANKS")
+    lines.append("a layer on these ranks matches a single process" if report["ok"] else "THE LAYER IS WRONG ON THESE RANKS")
     return "\n".join(lines)
 
 

@@ -1,10 +1,10 @@
-"""Uneven numbers of batches: a rank that has run out of data goes on answering the others' exchanges with nothing.
+"""Uneven numbers of batches: a rank that runs out of data keeps joining the other ranks' collectives with zeros.
 
-    active rank     notifies ──► forward exchanges ──► backward exchanges                       (each time the model is called)
-    rank that left  hears it ──► enqueues as many exchanges of zeros, as its own last call had ──► the other joinables' hooks
+    active rank     notifies ──► forward exchanges ──► backward exchanges                         (each time the model is called)
+    finished rank   is notified ──► joins the collectives that its last call had, with zeros ──► the other joinables' hooks
 
-Zeros are a rank without samples, for which every formula holds. The exchanges have process groups of their own: those of DDP,
-which a rank that has left answers at the same time, cannot wait for them, or be taken for them.
+Zeros represent a rank without samples, which every formula already handles. The exchanges use process groups that no other code uses:
+DDP's collectives, which a finished rank joins at the same time, can neither block them nor be mistaken for them.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ _NO_BATCH = (
 def join(
     model: nn.Module, *joinables: Joinable, enable: bool = True, throw_on_early_termination: bool = False, **kwargs: Any
 ) -> Iterator[None]:
-    """Around a training loop whose ranks have different numbers of batches: those that finish first answer the others.
+    """Wraps a training loop whose ranks have different numbers of batches: ranks that finish early keep answering the others.
 
-    Every rank enters and leaves it. With a DistributedDataParallel model it takes the place of `model.join()`. A rank that has
-    left counts as one without samples; in the end all have the moving statistics of the rank that was last.
+    Every rank enters and leaves it. With a DistributedDataParallel model it replaces `model.join()`. A finished rank counts as a rank
+    without samples; finally every rank receives the moving statistics of the last active rank.
 
     Args:
-        model: with synchronized layers, DistributedDataParallel or not; called once for each backward pass, always in the same
-            way. For eval mode inside, call `model.module`.
-        joinables: others, such as a ZeroRedundancyOptimizer. DistributedDataParallel is one by itself.
-        enable, throw_on_early_termination, kwargs: of `torch.distributed.algorithms.Join`.
+        model: a model with synchronized layers, wrapped in DistributedDataParallel or not. The loop calls it once for each backward
+            pass, always in the same way. For eval mode inside the loop, call `model.module`.
+        joinables: other joinables, such as a ZeroRedundancyOptimizer. A DistributedDataParallel `model` joins without being listed.
+        enable, throw_on_early_termination, kwargs: as in `torch.distributed.algorithms.Join`.
 
     Raises:
-        ValueError: a layer's process group is not one of torch.distributed.
-        RuntimeError: on every rank, if some rank has no batch at all, or if join is active for the model; if another rank does not
-            answer within the group's timeout.
+        ValueError: a layer's process group does not belong to torch.distributed.
+        RuntimeError: on every rank, if some rank has no batch at all, or if join is already active for the model; if another rank does
+            not answer within the group's timeout.
 
     >>> device = syncbn.init_process_group()
     >>> model = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3))
@@ -60,14 +60,14 @@ def join(
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
     if any(isinstance(layer.process_group, RecordedCommunicator) for layer in layers):
         raise RuntimeError("syncbn.join is active for this model: it cannot be entered a second time before it has been left")
-    others = [*_own(model), *joinables]
+    others = [model, *joinables] if isinstance(model, Joinable) else [*joinables]  # as DistributedDataParallel is
     if not layers or not enable:
         with Join(others, enable, throw_on_early_termination, **kwargs) if others else nullcontext():
             yield
         return
-    mine = _SyncBatchNorms(model, layers)
-    # First in the list, so that it is this one that notifies: before anything that the model or the other joinables exchange.
-    with mine.recorded(), Join([mine, *others], enable, throw_on_early_termination, **kwargs):
+    joinable = _SyncBatchNorms(model, layers)
+    # First in the list, so that its notification precedes every collective of the model or the other joinables.
+    with joinable.recorded(), Join([joinable, *others], enable, throw_on_early_termination, **kwargs):
         yield
 
 
@@ -82,7 +82,7 @@ class _SyncBatchNorms(Joinable):
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """The layers exchange in groups of their own, and what they exchange is noted."""
+        """Inside, the layers exchange in duplicated groups, and `exchanges` lists the collectives of the model's last call."""
         before = [layer.process_group for layer in self.layers]
         handle = self.model.register_forward_pre_hook(_CallHook(self), prepend=True)
         for layer in self.layers:
@@ -96,7 +96,7 @@ class _SyncBatchNorms(Joinable):
                 layer.process_group = group
 
     def call(self) -> None:
-        """Before each call of the model."""
+        """Runs before each call of the model: notifies the finished ranks and starts a new list of exchanges."""
         if not any(layer.training for layer in self.layers):
             return
         with self.waiting(f"before call {self.calls + 1} of the model"):
@@ -110,18 +110,18 @@ class _SyncBatchNorms(Joinable):
 
     @contextmanager
     def waiting(self, when: str) -> Iterator[None]:
-        """Names this rank, and what it waited for, in an error of the backend."""
+        """Adds to a backend's error which rank waited, and for what."""
         try:
             yield
         except RuntimeError as error:
             rank, size = dist.get_rank(self.join_process_group), dist.get_world_size(self.join_process_group)
             raise RuntimeError(
                 f"syncbn.join: {error}\nrank {rank} of {size} could not reach the other ranks {when}."
-                " Another rank has failed inside syncbn.join, or has left it before its time"
+                " Another rank has failed inside syncbn.join, or has left it too early"
             ) from error
 
     def check_all_have_a_batch(self) -> None:
-        """In each rank's first round, active or not: raises on all if one has left without having called the model."""
+        """Runs in each rank's first round, active or finished. Raises on every rank if one has finished without calling the model."""
         missing = torch.zeros(dist.get_world_size(self.join_process_group), device=self.join_device)
         if not self.calls:
             missing[dist.get_rank(self.join_process_group)] = 1
@@ -131,57 +131,64 @@ class _SyncBatchNorms(Joinable):
             raise RuntimeError(_NO_BATCH.format(rank))
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        return _Answer(self)
+        return _FinishedRank(self)
 
     @property
     def join_device(self) -> torch.device:
-        own = _own(self.model)
-        if own:
-            return own[0].join_device
+        if isinstance(self.model, Joinable):
+            return self.model.join_device
         return next((t.device for layer in self.layers for t in (*layer.parameters(), *layer.buffers())), torch.device("cpu"))
 
     @property
     def join_process_group(self) -> dist.ProcessGroup:
-        own = _own(self.model)
-        group = own[0].join_process_group if own else dist.group.WORLD
+        if isinstance(self.model, Joinable):
+            return self.model.join_process_group
+        group = dist.group.WORLD
         assert group is not None
         return group
 
 
-class _Answer(JoinHook):
-    def __init__(self, mine: _SyncBatchNorms) -> None:
-        self.mine = mine
-        self.running: list[dist.Work] = []
+class _FinishedRank(JoinHook):
+    """What a rank without further batches does for the layers of the active ranks."""
+
+    def __init__(self, joinable: _SyncBatchNorms) -> None:
+        self.joinable = joinable
+        self.pending: list[dist.Work] = []
 
     def main_hook(self) -> None:
-        """Enqueues a round of zeros. The next hooks, of DDP, must run meanwhile; the round before this one is over."""
-        if not self.mine.calls:
-            self.mine.check_all_have_a_batch()
+        """Starts one round of zero contributions without blocking, because DDP's hooks must run concurrently."""
+        if not self.joinable.calls:
+            self.joinable.check_all_have_a_batch()
         self._wait()
-        self.running = [exchange.answer() for exchange in self.mine.exchanges]
+        self.pending = [exchange.answer() for exchange in self.joinable.exchanges]
 
     def post_hook(self, is_last_joiner: bool) -> None:
         """Gives every rank of a group the moving statistics of its rank with the most calls."""
         self._wait()
-        with self.mine.waiting("at the end, to share the moving statistics"):
-            for group in dict.fromkeys(layer.process_group.group for layer in self.mine.layers):
-                size, device = group.size(), self.mine.join_device
-                best = torch.tensor(self.mine.calls * size + group.rank(), device=device)
-                dist.all_reduce(best, dist.ReduceOp.MAX, group)
-                for layer in self.mine.layers:
+        with self.joinable.waiting("at the end, to share the moving statistics"):
+            for group in dict.fromkeys(layer.process_group.group for layer in self.joinable.layers):
+                source = self._rank_with_most_calls(group)
+                for layer in self.joinable.layers:
                     if layer.process_group.group is group:
                         for buffer in layer.buffers():
-                            dist.broadcast(buffer, group=group, group_src=int(best) % size)
+                            dist.broadcast(buffer, group=group, group_src=source)
+
+    def _rank_with_most_calls(self, group: dist.ProcessGroup) -> int:
+        """One all-reduce finds it: the greatest of calls * size + rank has the most calls, and its remainder by size is the rank."""
+        size = group.size()
+        greatest = torch.tensor(self.joinable.calls * size + group.rank(), device=self.joinable.join_device)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group)
+        return int(greatest) % size
 
     def _wait(self) -> None:
-        with self.mine.waiting("after its last batch, to answer their exchanges"):
-            for work in self.running:
+        with self.joinable.waiting("after its last batch, to answer their exchanges"):
+            for work in self.pending:
                 work.wait()
-        self.running = []
+        self.pending = []
 
 
 class _CallHook:
-    """The model's forward pre-hook. In a copy of the model it does nothing: a copy is not part of join."""
+    """The model's forward pre-hook. In a copy of the model it does nothing, because a copy does not take part in join."""
 
     def __init__(self, layers: _SyncBatchNorms | None) -> None:
         self.layers = layers
@@ -194,12 +201,8 @@ class _CallHook:
         return _CallHook(None)
 
 
-def _own(model: nn.Module) -> list[Joinable]:
-    return [model] if isinstance(model, Joinable) else []
-
-
 def _group_inside(comm: Any) -> dist.ProcessGroup:
-    """The group in which a layer exchanges inside join: one that it shares with no other user."""
+    """The group in which a layer exchanges inside join: one that no other code uses."""
     if isinstance(comm, DefaultGroupCommunicator):
         return comm.group
     if not isinstance(comm, ProcessGroupCommunicator):

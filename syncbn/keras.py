@@ -1,9 +1,9 @@
-"""`SyncBatchNormalization`: the same layer in Keras' and Horovod's words."""
+"""`SyncBatchNormalization`: the same layer with the names and conventions of Keras and Horovod."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,12 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from ._torch_private import remove_lazy_hooks
 from .comm.identity import description_of
 from .function import Options
-from .keras_weights import TORCH_NAMES, copy_tensors, named_tensors
+from .keras_weights import TORCH_NAMES
 from .modules import SyncBatchNorm
 from .surgery.trace import record_in_fx_graph
+
+if TYPE_CHECKING:
+    from typing import Self
 
 Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras' are
 
@@ -29,7 +32,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         moving_mean      = momentum * moving_mean + (1 - momentum) * mean
         moving_variance  = momentum * moving_variance + (1 - momentum) * variance          biased
 
-    Every rank weighs the same, whatever its batch: mean and variance come from the average of the ranks' means and mean squares.
+    Every rank has equal weight, whatever its batch: mean and variance come from the average of the ranks' means and mean squares.
 
     Args:
         axis: the dimension of the features, negative from the end.
@@ -43,10 +46,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         trainable: False freezes the layer, as in Keras, and may be set later: it runs in inference mode whatever `training` says, without
             an exchange, and beta and gamma require no gradient. Set it on every rank.
         num_features: builds the layer at once; else its first call does.
-        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
-            DeviceMesh, or an mpi4py communicator.
         weighting: "ranks", or "samples" for the statistic of the whole batch. With equal batches they are the same.
-        activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
+        process_group, activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
 
     Shape:
         inputs, outputs: 2 or more dimensions, the features on `axis`. `training` in a call overrides `train()` and `eval()`, unless the
@@ -63,6 +64,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     torch.Size([2, 4, 4, 8])
     >>> [name for name, _ in layer.named_parameters()], [name for name, _ in layer.named_buffers()]
     (['gamma', 'beta'], ['moving_mean', 'moving_variance'])
+    >>> SyncBatchNormalization.from_keras([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 4.0]], axis=1).moving_variance
+    tensor([1., 4.])
     """
 
     gamma: Tensor | None
@@ -214,35 +217,11 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @classmethod
-    def from_keras(
-        cls,
-        weights: Mapping[str, Any] | Sequence[Any],
-        decay: float = 0.99,
-        epsilon: float = 1e-3,
-        *,
-        center: bool = True,
-        scale: bool = True,
-        **options: Any,
-    ) -> SyncBatchNormalization:
-        """As `SyncBatchNorm.from_keras`, with this class's options.
-
-        >>> layer = SyncBatchNormalization.from_keras([[1.0, 2.0], [0.0, 0.0], [5.0, 5.0], [1.0, 4.0]], axis=1)
-        >>> layer.moving_variance
-        tensor([1., 4.])
-        """
-        tensors = named_tensors(weights, center, scale)
-        mean = tensors["moving_mean"]
-        options.setdefault("dtype", mean.dtype)
-        layer = cls(
-            momentum=decay,
-            epsilon=epsilon,
-            center="beta" in tensors,
-            scale="gamma" in tensors,
-            num_features=mean.numel(),
-            **options,
+    def _with_tensors(cls, tensors: Mapping[str, Tensor], decay: float, epsilon: float, options: dict[str, Any]) -> Self:
+        num_features = len(tensors["moving_mean"])
+        return cls(
+            momentum=decay, epsilon=epsilon, center="beta" in tensors, scale="gamma" in tensors, num_features=num_features, **options
         )
-        copy_tensors(layer, tensors)
-        return layer
 
 
 def _initializer(argument: str, value: str | Initializer) -> Initializer:

@@ -1,4 +1,4 @@
-"""Weights of a Keras batch normalization as tensors, and back: what `from_keras` and `to_keras` of both layers do."""
+"""Weights of a Keras batch normalization as tensors, and back, for `from_keras` and `to_keras` of both layers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ TORCH_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
 
 
 def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scale: bool) -> dict[str, Tensor]:
-    """moving_mean, moving_variance, and gamma and beta where there are any, each [C], of what a Keras layer exports."""
-    names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
+    """moving_mean, moving_variance, and gamma and beta if there are any, each [C], from the weights that a Keras layer exports."""
+    present = {"gamma": scale, "beta": center, "moving_mean": True, "moving_variance": True}
+    names = [name for name, is_present in present.items() if is_present]
     if isinstance(weights, Mapping):
         named = {key.split("/")[-1].split(":")[0]: value for key, value in weights.items()}  # "bn/gamma:0" -> "gamma"
         if not {"moving_mean", "moving_variance"} <= set(named) <= set(TORCH_NAMES):
@@ -45,7 +46,7 @@ def copy_tensors(layer: _BatchNorm, tensors: Mapping[str, Tensor]) -> None:
 
 
 def to_keras(layer: _BatchNorm) -> dict[str, Any]:
-    """What `SyncBatchNorm.to_keras` returns."""
+    """See `SyncBatchNorm.to_keras`."""
     if layer.running_mean is None or is_lazy(layer.running_mean):
         raise ValueError("Keras weights need running statistics: track_running_stats=True, and a layer that has been built")
     tensors = {name: getattr(layer, torch_name) for name, torch_name in TORCH_NAMES.items()}

@@ -2,7 +2,8 @@
 
     trainer = Trainer(strategy="ddp", plugins=[syncbn.lightning.LayerSync()])
 
-Lightning converts when `fit` starts and reverts when it ends. Its own `sync_batchnorm=True` must then be left out.
+Lightning converts when `fit` starts and reverts when it ends. Leave out its flag `sync_batchnorm=True`, which Trainer refuses together
+with this plugin.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import nn
 
 from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 
-# One project under two names, each with classes of its own. Importing them here would take seconds, and only one is used.
+# Lightning ships as two packages with distinct classes. Importing them here would take seconds, and a program uses only one.
 PACKAGES = ("lightning.pytorch.plugins", "pytorch_lightning.plugins")
 
 
 class LayerSync:
-    """Trainer's conversion to synchronized batch normalization.
+    """The Trainer plugin that converts a model to synchronized batch normalization, and back.
 
     Args:
-        process_group: of the layers, as in `SyncBatchNorm`; or a function that makes it, if torch.distributed does not run yet.
+        process_group: of the layers, as in `SyncBatchNorm`; or a function that creates it once torch.distributed is initialized.
         fuse_activation: as in `convert_sync_batchnorm`.
     """
 
@@ -32,8 +33,8 @@ class LayerSync:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """`isinstance(plugin, lightning.pytorch.plugins.LayerSync)` asks for this first: by then the package that asks has been imported,
-        and the plugin can become one of its own, whichever of the two it is and whenever it was imported."""
+        """`isinstance(plugin, lightning.pytorch.plugins.LayerSync)` reads this attribute. By then the package that asks has been
+        imported, so this class can register with it, whichever of the two it is and in whatever order the imports ran."""
         for package in PACKAGES:
             abstract = getattr(sys.modules.get(package), "LayerSync", None)
             if abstract is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from .guards import check_activation, check_group_can_be_pickled, check_no_other
 from .keras_weights import copy_tensors, named_tensors, to_keras
 from .surgery.record import Conversion, groups_of
 from .surgery.trace import record_in_fx_graph
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -163,15 +166,15 @@ class SyncBatchNorm(_BatchNorm):
         center: bool = True,
         scale: bool = True,
         **options: Any,
-    ) -> SyncBatchNorm:
-        """The layer that continues where a Keras batch normalization stands: same outputs, same moving statistics from here on.
+    ) -> Self:
+        """The layer that continues from a Keras batch normalization: same outputs, and same moving statistics from here on.
 
         Args:
-            weights: gamma, beta, moving_mean, moving_variance as a dict of arrays, or the list that Keras' `layer.get_weights()` gives.
+            weights: gamma, beta, moving_mean, moving_variance as a dict of arrays, or the list that Keras' `layer.get_weights()` returns.
             decay: Keras' momentum: running += (1 - decay) * (new - running).
             epsilon: Keras' epsilon.
-            center, scale: those of the Keras layer; without them beta, gamma are not in the list. A dict says so itself.
-            options: further ones of this class; `unbiased` is False unless given, as in Keras.
+            center, scale: those of the Keras layer. If one is False, the list has no beta or no gamma. A dict shows this by its names.
+            options: further ones of this class; in a `SyncBatchNorm`, `unbiased` is False unless given, as in Keras.
 
         Raises:
             ValueError: an array is missing or has another length than the others.
@@ -181,16 +184,15 @@ class SyncBatchNorm(_BatchNorm):
         (0.25, 0.001, tensor([1., 4.]))
         """
         tensors = named_tensors(weights, center, scale)
-        mean = tensors["moving_mean"]
-        layer = cls(
-            mean.numel(),
-            epsilon,
-            1 - decay,
-            "gamma" in tensors or "beta" in tensors,
-            **{"unbiased": False, "dtype": mean.dtype, **options},
-        )
+        layer = cls._with_tensors(tensors, decay, epsilon, {"dtype": tensors["moving_mean"].dtype, **options})
         copy_tensors(layer, tensors)
         return layer
+
+    @classmethod
+    def _with_tensors(cls, tensors: Mapping[str, Tensor], decay: float, epsilon: float, options: dict[str, Any]) -> Self:
+        """A layer of the size of Keras' `tensors`, whose values are yet to be copied."""
+        affine = "gamma" in tensors or "beta" in tensors
+        return cls(len(tensors["moving_mean"]), epsilon, 1 - decay, affine, **{"unbiased": False, **options})
 
     def to_keras(self) -> dict[str, Any]:
         """gamma, beta, moving_mean, moving_variance as numpy arrays, those that the layer has, in the order of Keras'

@@ -117,7 +117,7 @@ def resolve(process_group: Any = None) -> Communicator:
 
 @functools.cache  # once a process
 def _warn_if_started_with_others() -> None:
-    here = environment.place()
+    here = environment.rank_info()
     if here.world_size > 1:
         warnings.warn(
             f"{here.launcher} started {here.world_size} ranks, but torch.distributed is not initialized: each normalizes alone."

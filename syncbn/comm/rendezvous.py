@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from .. import environment
-from ..environment import Place, place
+from ..environment import RankInfo, rank_info
 
 
 def init_process_group(backend: str | None = None, timeout: datetime.timedelta | float | None = None) -> torch.device:
@@ -65,19 +65,19 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
     return device
 
 
-def export() -> Place:
-    """Sets the variables that torchrun would have set, as far as the launcher names them, and returns this process's place."""
-    here = place()
+def export() -> RankInfo:
+    """Sets the variables that torchrun would have set, as far as the launcher names them. Returns this process's ranks."""
+    here = rank_info()
     if here.launcher in (None, "torchrun"):
         return here
     if environment.get("MASTER_ADDR") is None or environment.get("MASTER_PORT") is None:
         host, port = _meeting_point(here)
         environment.export({"MASTER_ADDR": environment.get("MASTER_ADDR") or host, "MASTER_PORT": environment.get("MASTER_PORT") or port})
-    _export_place(here)
+    _export_rank_info(here)
     return here
 
 
-def _export_place(here: Place) -> None:
+def _export_rank_info(here: RankInfo) -> None:
     values = {"RANK": here.rank, "WORLD_SIZE": here.world_size, "LOCAL_RANK": here.local_rank, "LOCAL_WORLD_SIZE": here.local_world_size}
     environment.export({name: value for name, value in values.items() if value is not None})
 
@@ -96,7 +96,7 @@ def _gpus() -> int:
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
-def _device(here: Place) -> torch.device:
+def _device(here: RankInfo) -> torch.device:
     """This rank's device, which becomes the current one."""
     gpus = _gpus()
     if not gpus:
@@ -106,7 +106,7 @@ def _device(here: Place) -> torch.device:
     return device
 
 
-def _default_backend(here: Place) -> str:
+def _default_backend(here: RankInfo) -> str:
     """NCCL if each rank of this host has a GPU of its own."""
     gpus, ranks = _gpus(), here.local_world_size or 1
     # A single visible GPU may be private to this rank or shared; fewer GPUs than ranks are always shared.
@@ -129,7 +129,7 @@ def _sees_a_gpu_of_its_own() -> bool:
 # ---- The store through which the ranks find each other -----------------------------------------------------------------------
 
 
-def _store_of_this_group(here: Place, timeout: datetime.timedelta) -> dist.Store:
+def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.Store:
     """A store in which no earlier process group has left its addresses.
 
     A store outlives its process group, and torchrun's store outlives restarted ranks: ranks would read the addresses of their
@@ -165,7 +165,7 @@ def _check_address() -> None:
         raise ValueError(f"environment variable MASTER_PORT is {port!r}: it must be a port, 0 to 65535")
 
 
-def _with_local_rank(here: Place, store: dist.Store) -> Place:
+def _with_local_rank(here: RankInfo, store: dist.Store) -> RankInfo:
     """`here` with its local values, by the names of the ranks' hosts if some launcher has not set them.
 
     Every rank calls it: whether another rank knows its local values, this one cannot tell.
@@ -177,7 +177,7 @@ def _with_local_rank(here: Place, store: dist.Store) -> Place:
     earlier, host = hosts[: here.rank], hosts[here.rank]
     local_rank = earlier.count(host) if here.local_rank is None else here.local_rank
     here = replace(here, local_rank=local_rank, local_world_size=here.local_world_size or hosts.count(host))
-    _export_place(here)
+    _export_rank_info(here)
     return here
 
 
@@ -197,7 +197,7 @@ def _pause_at_exit() -> None:
 # ---- Where the ranks meet ----------------------------------------------------------------------------------------------------
 
 
-def _meeting_point(here: Place) -> tuple[str, int]:
+def _meeting_point(here: RankInfo) -> tuple[str, int]:
     """The host of rank 0 and a free port there."""
     hosts = environment.get("SLURM_STEP_NODELIST")
     if here.launcher == "srun" and hosts:

@@ -1,1 +1,1 @@
-"""Changing the layers of a model: conversion and its reversal, fused activations, folding for inference."""
+"""Changes to the layers of a model: conversion and its reversal, freezing, fused activations, folding for inference."""

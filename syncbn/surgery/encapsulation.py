@@ -1,8 +1,8 @@
-"""Which submodules does a module use in no other way than by calling them?
+"""Finds the submodules that a module only calls, by reading the source of its class.
 
-torch.fx answers this for a module that it can trace. For a module that it cannot trace, the source of the class answers it: a submodule
-that the code only calls, or whose elements it only calls in a loop, is a unit. Only the forward of a unit sees the layers in it, so two
-layers that are neighbours there may become one. A use that this reading does not understand counts as a look inside.
+It serves modules that torch.fx cannot trace. A submodule that the code only calls, or whose elements it only calls in a loop, is a unit.
+Only the forward of a unit uses the layers inside, so two layers that are adjacent there may be fused. A use that this reading does not
+understand counts as access to the layers inside.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 from torch import nn
 
-# Methods of nn.Module, and functions, that give a module's code its submodules in other ways than by their names.
+# Methods of nn.Module, and functions, through which code reaches submodules without naming them.
 _OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "getattr", "vars", "__dict__"}
-_HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # functions of `self` that reach no submodule, or one by its name
+_HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # functions of `self` that reach no submodule, or one by name
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may look inside
+_KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may use the layers inside its submodules
 
 
 def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -30,7 +30,7 @@ def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
         return []
     try:
         code = _Code(type(module))
-    except (OSError, TypeError, SyntaxError):  # a class without source, as typed into an interpreter
+    except (OSError, TypeError, SyntaxError):  # a class without a source file, such as one typed into an interpreter
         return []
     result: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
@@ -42,7 +42,7 @@ def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class _Code:
-    """The methods of a class that its forward reaches, those of its bases outside torch included."""
+    """The syntax trees of the methods that a class's forward reaches, including those of its bases outside torch."""
 
     def __init__(self, cls: type) -> None:
         self.parents: dict[ast.AST, ast.AST] = {}
@@ -50,7 +50,7 @@ class _Code:
         bases = [base for base in cls.__mro__ if base not in _KNOWN_BASES]
         self.opened = any(base.__module__.startswith("torch.") for base in bases)
         pending = ["forward"]
-        for name in pending:  # grows while it is walked over
+        for name in pending:  # grows during the loop
             for base in bases:
                 for node in self._read(vars(base).get(name)):
                     if isinstance(node, ast.Attribute) and node.attr not in pending and any(node.attr in vars(b) for b in bases):
@@ -58,7 +58,7 @@ class _Code:
         self.opened = self.opened or any(self._opens(node) for node in self.nodes)
 
     def _read(self, method: Any) -> list[ast.AST]:
-        """The nodes of a method's source, which are kept; of anything else none."""
+        """Adds the nodes of a method's source to `nodes` and returns them; [] for anything else."""
         method = method.fget if isinstance(method, property) else getattr(method, "func", method)  # a cached_property
         if not inspect.isfunction(method):
             return []
@@ -78,7 +78,7 @@ class _Code:
         return not self.opened and all(self._is_called_by_index(use) or self._is_looped_over(use) for use in self._uses(name))
 
     def _opens(self, node: ast.AST) -> bool:
-        """Whether `node` may reach any submodule: a method that lists them, or `self` used other than for an attribute."""
+        """Whether `node` may reach any submodule: through a method that lists them, or because `self` is used as a whole."""
         if isinstance(node, ast.Name) and node.id == "self":
             parent = self.parents[node]
             return not isinstance(parent, ast.Attribute) and not (isinstance(parent, ast.Call) and ast.unparse(parent.func) in _HARMLESS)

@@ -1,4 +1,4 @@
-"""`fold_batchnorm`: for inference, a batch norm becomes part of the convolution or linear layer before it.
+"""`fold_batchnorm`: folds a batch norm into the preceding convolution or linear layer for inference.
 
 activation(gamma * (W x + b - mean) / sqrt(var + eps) + beta)
     = activation(W' x + b')        W' = W * gamma / sqrt(var + eps),  b' = (b - mean) * gamma / sqrt(var + eps) + beta
@@ -30,11 +30,11 @@ _ACTIVATIONS: dict[str | None, Any] = {None: nn.Identity, "relu": nn.ReLU, "leak
 class Foldable(NamedTuple):
     layer: Any  # nn.Linear or a convolution
     batch_norm: _BatchNorm
-    dim: int | None  # of the layer's output, where the two are the same as one layer; None for any
+    dim: int | None  # number of output dimensions for which folding is valid; None means any
 
 
 class FoldedBatchNorm(nn.Module):
-    """What is left of a batch norm whose scale and shift the layer before it has taken: y = activation(x + residual)."""
+    """What remains of a batch norm after its scale and shift were folded into the preceding layer: y = activation(x + residual)."""
 
     def __init__(self, activation: nn.Module, dim: int | None) -> None:
         super().__init__()
@@ -44,21 +44,21 @@ class FoldedBatchNorm(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
             return record_in_fx_graph(self, input, residual)
-        if self.dim is not None and input.dim() != self.dim:  # dimension 1 is not what the layer before has as its channels
+        if self.dim is not None and input.dim() != self.dim:  # else dimension 1 would not be the preceding layer's channels
             raise ValueError(f"input must have {self.dim} dimensions for a batch norm that has been folded, got {list(input.shape)}")
         return self.activation(input if residual is None else input + residual)
 
 
 def fold_batchnorm(module: nn.Module) -> nn.Module:
-    """A copy of `module` for inference, in eval mode, where each convolution or linear layer has taken over the batch norm behind it.
+    """A copy of `module` for inference, in eval mode, where each convolution or linear layer has absorbed the batch norm that follows it.
 
-    Joined are convolutions (1-D, 2-D, 3-D, transposed, grouped) and linear layers with a batch norm, plain or synchronized, that
-    `torch.fx` shows to be the only one to use their output. The outputs are the same up to rounding; weights are computed in float64.
-    The activation of a `SyncBatchNorm` stays, as a module. A batch norm stays as it is where it has no running statistics, hooks, a
-    forward of its own, or anything but such a layer before it. If `torch.fx` cannot trace `module`, the submodules that it can trace
-    are folded, with a warning that names the line.
+    A convolution (1-D, 2-D, 3-D, transposed, grouped) or linear layer absorbs a batch norm, plain or synchronized, if `torch.fx` shows
+    that nothing else uses the layer's output. The outputs are equal up to rounding; weights are computed in float64. The activation of a
+    `SyncBatchNorm` stays, as a module. A batch norm is not folded if it has hooks, no running statistics, or a class that overrides
+    forward, or if it follows anything but such a layer. If `torch.fx` cannot trace `module`, the submodules that it can trace are folded,
+    with a warning that names the line.
 
-    `module` itself is left as found: it may go on training. DistributedDataParallel is looked through.
+    `module` itself is unchanged and may continue training. DistributedDataParallel is unwrapped.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), SyncBatchNorm(8, activation="relu"))
     >>> folded = fold_batchnorm(model)
@@ -73,7 +73,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
     groups = [group for m in module.modules() for group in groups_of(m)]
     module = copy.deepcopy(module, {id(group): group for group in groups}).eval()  # groups cannot be copied
     if isinstance(module, _BatchNorm):
-        return module  # alone
+        return module  # there is no layer to fold it into
     traced, failures = regions(module, modes=(False,))
     warn_of(failures, "fold_batchnorm", "folded", stacklevel=3)
     for region in traced:
@@ -87,8 +87,7 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
 def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
     modules = dict(root.named_modules())
-    read = [node.target for node in graph.nodes if node.op == "get_attr"]  # weights that are used outside their layer, too
-    calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
+    calls = [modules[str(node.target)] for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:
         source = producer(node, modules) if node.op == "call_module" else None
@@ -96,29 +95,35 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
             continue
         inputs = [*node.args, *node.kwargs.values()]
         layer, batch_norm = modules[str(source.target)], modules[str(node.target)]
-        shared = any(str(target).startswith((f"{source.target}.", f"{node.target}.")) for target in read)
-        alone = inputs.count(node.args[0]) == 1 and not shared
-        if alone and all(calls.count(m) == 1 and not is_observed(m) for m in (layer, batch_norm)) and _known(batch_norm, len(inputs)):
+        called_once = all(calls.count(m) == 1 and not is_observed(m) for m in (layer, batch_norm))
+        used_once = inputs.count(node.args[0]) == 1 and not _reads_tensors_of(graph, source, node)
+        if called_once and used_once and _is_scale_and_shift(batch_norm, len(inputs)):
             fits, dim = _channels(layer, batch_norm)
             if fits:
                 pairs.append(Foldable(layer, batch_norm, dim))
     return pairs
 
 
-def _known(batch_norm: nn.Module, inputs: int) -> bool:
-    """Whether what it computes in eval mode is known here: scale and shift by its running statistics."""
+def _reads_tensors_of(graph: fx.Graph, *calls: fx.Node) -> bool:
+    """Whether the graph uses a weight of the called modules outside the calls."""
+    prefixes = tuple(f"{call.target}." for call in calls)
+    return any(node.op == "get_attr" and str(node.target).startswith(prefixes) for node in graph.nodes)
+
+
+def _is_scale_and_shift(batch_norm: nn.Module, inputs: int) -> bool:
+    """Whether its eval-mode computation is one that we can fold: scale and shift by its running statistics."""
     return (
         isinstance(batch_norm, _BatchNorm)
         and (type(batch_norm).forward in _FORWARDS or tail_of(batch_norm) != ())
         and "forward" not in vars(batch_norm)
         and batch_norm.running_mean is not None
         and batch_norm.running_var is not None
-        and (inputs == 1 or not isinstance(batch_norm, SyncBatchNormalization))  # the second would be `training`
+        and (inputs == 1 or not isinstance(batch_norm, SyncBatchNormalization))  # a second input would be `training`
     )
 
 
 def _channels(layer: Any, batch_norm: _BatchNorm) -> tuple[bool, int | None]:
-    """(whether the batch norm's channels are the layer's, number of dimensions for which they are or None for any)."""
+    """(whether the batch norm's channels are the layer's, for how many dimensions or None for any)."""
     axis = getattr(batch_norm, "axis", 1)
     if type(layer) is nn.Linear:
         out, dim = layer.out_features, 2
@@ -133,7 +138,7 @@ def _channels(layer: Any, batch_norm: _BatchNorm) -> tuple[bool, int | None]:
 
 @torch.no_grad()
 def _fold(pair: Foldable) -> None:
-    """W, b of the layer become W', b'."""
+    """Replaces the layer's W and b by W' and b'."""
     layer, bn, _ = pair
     old: Tensor = layer.weight
     weight: Tensor
@@ -152,7 +157,7 @@ def _fold(pair: Foldable) -> None:
 
 
 def _outputs_first(weight: Tensor, layer: Any) -> Tensor:
-    """[in, out / groups, *] -> [out, in / groups, *] of a transposed convolution, and back; torch's fusion knows one group only."""
+    """[in, out / groups, *] -> [out, in / groups, *] for a transposed convolution, and back; torch's fusion supports one group only."""
     if type(layer) not in _TRANSPOSED:
         return weight
     return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
@@ -170,17 +175,18 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
 
 
 def _activation(batch_norm: _BatchNorm) -> nn.Module:
-    """What the batch norm applies after its shift."""
+    """The module that applies what the batch norm applies after its shift."""
     if tail := tail_of(batch_norm):
         return nn.Sequential(*(getattr(batch_norm, name) for name in tail))
     if not isinstance(batch_norm, SyncBatchNorm):
         return nn.Identity()
-    slope = [batch_norm.negative_slope] * (batch_norm.activation == "leaky_relu")
-    return _ACTIVATIONS[batch_norm.activation](*slope)
+    if batch_norm.activation == "leaky_relu":
+        return nn.LeakyReLU(batch_norm.negative_slope)
+    return _ACTIVATIONS[batch_norm.activation]()
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Under every name: the model may call a module by another one than the trace does."""
+    """Replaces `old` under every name, because a module can be registered more than once."""
     for name, module in list(root.named_modules(remove_duplicate=False)):
         if module is old:
             root.set_submodule(name, new)

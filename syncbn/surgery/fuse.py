@@ -1,7 +1,7 @@
-"""Which batch norms and activations of a model are neighbours in its data flow, and making one layer of the two.
+"""Finds batch norms that are directly followed by an activation, and fuses the two.
 
-Nothing but a trace can show that no one else sees the value in between: not a residual connection, not a feature tap, not a
-hook, not a second call of a shared activation.
+Only a trace can show that nothing else uses the intermediate value: no residual connection, feature tap, hook, or second call of a
+shared activation.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..modules import SyncBatchNorm
 from .record import Conversion
 from .trace import Region, is_observed, producer, record_in_fx_graph, regions, warn_of
 
-_FORWARDS = (SyncBatchNorm.forward, SyncBatchNormalization.forward)  # any other may go on after the normalization
+_FORWARDS = (SyncBatchNorm.forward, SyncBatchNormalization.forward)  # any other may compute more after the normalization
 _ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
 
@@ -26,7 +26,7 @@ class Fusible(NamedTuple):
 
 
 class FusedActivation(nn.Identity):
-    """An activation that the batch norm before it now applies. A torch.fx graph still has it as a node, under its name."""
+    """An activation that the preceding batch norm now applies. torch.fx graphs still contain it as a node, under its name."""
 
     original_class: type[nn.Module]
 
@@ -38,8 +38,8 @@ class FusedActivation(nn.Identity):
 
 
 def find_fusible(module: nn.Module) -> list[Fusible]:
-    """The pairs of batch norm and activation that are the same as one layer, in training and in eval; with a warning if torch.fx cannot
-    trace all of `module`."""
+    """The pairs of batch norm and activation that one layer can replace, in training and in eval mode. Warns if torch.fx cannot trace all
+    of `module`."""
     traced, failures = regions(module, modes=(True, False))
     warn_of(failures, "fuse_activation", "fused", stacklevel=4)
     return [pair for region in traced for pair in _in_every_graph(region)]
@@ -51,7 +51,7 @@ def _in_every_graph(region: Region) -> list[Fusible]:
 
 
 def fuse(pair: Fusible) -> None:
-    """Moves the activation into the batch norm, if that was converted. The activation module stays where it is and does nothing."""
+    """Moves the activation into the batch norm, if it was converted. The activation module stays in place as an identity."""
     batch_norm, activation = pair
     if not isinstance(batch_norm, SyncBatchNorm) or type(batch_norm).forward not in _FORWARDS or "forward" in vars(batch_norm):
         return

@@ -1,4 +1,4 @@
-"""What a conversion has changed in a layer, kept by the layer itself."""
+"""The record of a conversion, which the layer keeps until it is reverted."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .._torch_private import _BatchNorm
 
 @dataclass
 class Conversion:
-    """`revert_sync_batchnorm` needs no more than this to undo what `convert_sync_batchnorm` did to a layer."""
+    """All that `revert_sync_batchnorm` needs to undo `convert_sync_batchnorm` for a layer."""
 
     original_class: type[_BatchNorm] | None  # None if the layer was built as a SyncBatchNorm
-    original_attributes: dict[str, Any]  # those that the conversion has replaced
+    original_attributes: dict[str, Any]  # values that the conversion replaced
     fused_activation: nn.Module | None = None
 
 
 def groups_of(module: nn.Module) -> list[Any]:
-    """The process group of a layer, and the one that its conversion has replaced."""
+    """The process group of a layer, and the one that its conversion replaced."""
     conversion = vars(module).get("_conversion")
     replaced = conversion.original_attributes if conversion else {}
     return [getattr(module, "process_group", None), *replaced.values()]

@@ -1,4 +1,4 @@
-"""What torch.fx sees of a model: the whole if it can trace it, else each submodule that it can trace."""
+"""Traces a model with torch.fx: the whole model if possible, else each submodule that torch.fx can trace."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ class Region(NamedTuple):
 
 
 def record_in_fx_graph(module: nn.Module, *inputs: Any) -> Any:
-    """What torch.fx records for a layer of torch's own: one call of the module, whatever it does inside. None is left out."""
-    tracer, given = inputs[0].tracer, tuple(value for value in inputs if value is not None)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), given, {})
+    """Records one call of the module, as torch.fx does for torch's own layers, without looking inside. Inputs that are None are dropped."""
+    tracer, arguments = inputs[0].tracer, tuple(value for value in inputs if value is not None)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
 
 
 def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
-    """The parts of `root` with a batch norm that torch.fx can trace, and a line for each module that it cannot.
+    """The parts of `root` with a batch norm that torch.fx can trace, and a message for each module that it cannot trace.
 
-    `modes` are the training flags to trace with. The flags of the modules are left as they were.
+    `modes` are the training flags to trace with. Afterwards each module has its own training flag again.
     """
     flags = {m: m.training for m in root.modules()}
     try:
@@ -46,27 +46,27 @@ def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], lis
 
 
 def _regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
-    places = _places(root)
+    uses = _count_uses(root)
     traced: list[Region] = []
-    failures: dict[str, str] = {}  # by line: a module fails at the line at which one in it does
+    failures: dict[str, str] = {}  # by line, because a module fails at the same line as the submodule that cannot be traced
     pending = [root]
-    for module in pending:  # grows while it is walked over
+    for module in pending:  # grows during the loop
         if not any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module):
             continue
         try:
             graphs = [graph for mode in modes for graph in _traces(module.train(mode))]
-        except Exception as error:  # whatever the model's code raises at a traced value
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which have no forward
+        except Exception as error:  # the model's code may raise anything when it gets a traced value
+            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # these have no forward
                 line = _line(error)
                 failures[line] = f"{type(module).__name__}{line}: {str(error).partition(chr(10))[0]}"
             pending += [unit for _, unit in units(module)]
         else:
-            traced.append(Region(module, graphs, {m for m, count in _places(module).items() if count == places[m]}))
+            traced.append(Region(module, graphs, {m for m, count in _count_uses(module).items() if count == uses[m]}))
     return traced, list(failures.values())
 
 
 def warn_of(failures: list[str], function: str, done: str, stacklevel: int) -> None:
-    """Warns that torch.fx could not trace the whole model; `stacklevel` is that of the public function's caller, seen from here."""
+    """Warns that torch.fx could not trace the whole model. `stacklevel` leads from here to the caller of the public function."""
     if failures:
         reasons = "; ".join(failures)
         warnings.warn(
@@ -74,22 +74,22 @@ def warn_of(failures: list[str], function: str, done: str, stacklevel: int) -> N
         )
 
 
-def _places(root: nn.Module) -> Counter[nn.Module]:
-    """How often `root` holds each module."""
+def _count_uses(root: nn.Module) -> Counter[nn.Module]:
+    """How often each module is registered in `root`."""
     return Counter(m for _, m in root.named_modules(remove_duplicate=False))
 
 
 def _traces(module: nn.Module) -> list[fx.Graph]:
-    """The data flow of `module` if all arguments are given, and if the optional ones are not: code may ask `if y is None`."""
+    """Graphs of `module`, traced with all arguments and again with only the required ones, because code may test `if y is None`."""
     if "forward" in vars(module):
-        raise ValueError("torch.fx would trace the forward of its class, which this instance has replaced")
+        raise ValueError("torch.fx would trace the forward of its class, but this instance replaces it")
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     return [Tracer().trace(module), *([Tracer().trace(module, concrete_args=defaults)] if defaults else [])]
 
 
 def _line(error: Exception) -> str:
-    """`, model.py:12 "if x.sum() > 0:"`: the last line of the model's own code."""
+    """`, model.py:12 "if x.sum() > 0:"`: the last line that belongs to the model's code."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_LIBRARIES)]
     return f', {Path(frames[-1].filename).name}:{frames[-1].lineno} "{frames[-1].line}"' if frames else ""
 
@@ -100,7 +100,7 @@ class Tracer(fx.Tracer):
 
 
 def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The module call whose output is the first input of `node`, identities passed over; None if anything else uses a value between."""
+    """The module call whose output is the first input of `node`, skipping identities; None if anything else uses a value in between."""
     source = node.args[0] if node.args else None
     while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
         module = modules[str(source.target)]
@@ -111,5 +111,5 @@ def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, or code that torch.jit has compiled, see the module's input and output, which joining two layers would change."""
+    """Whether hooks, or code compiled by torch.jit, see the module's input or output, which fusing two layers would change."""
     return has_hooks(module) or isinstance(module, torch.jit.ScriptModule)

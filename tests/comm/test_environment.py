@@ -1,4 +1,4 @@
-"""The environment variables that are read: their values, a process's place among the others, and the documented tables."""
+"""The environment variables that are read: their values, a process's rank, and the documented tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import syncbn
 from support import ROOT
 from syncbn import environment
-from syncbn.environment import Place, place
+from syncbn.environment import RankInfo, rank_info
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 OPEN_MPI = {
@@ -34,47 +34,47 @@ SRUN = {
 }
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
 
-PLACES = {
-    "single process": ({}, Place()),
-    "torchrun": (TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
-    "Open MPI": (OPEN_MPI, Place("Open MPI", 5, 8, 1, 4)),
-    "MPICH": (MPICH, Place("MPICH", 5, 8, 1, 4)),
-    "srun": (SRUN, Place("srun", 5, 8, 1, 4)),
-    "srun, unequal nodes": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, Place("srun", 5, 8, 1, 3)),
-    "torchrun started by srun on each node": (SRUN | TORCHRUN, Place("torchrun", 5, 8, 1, 4)),
-    "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, Place("srun", 5, 8, 1, 4)),
-    "srun --mpi=pmix": (SRUN | {"PMIX_RANK": "5"}, Place("srun", 5, 8, 1, 4)),
-    "a batch script before srun": (BATCH_SCRIPT, Place()),
-    "PyTorchJob": ({"RANK": "1", "WORLD_SIZE": "2"}, Place("torchrun", 1, 2, None, None)),
-    "DeepSpeed": ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, Place("torchrun", 1, 2, 1, None)),
-    "mp.spawn in a task of srun": (SRUN | {"RANK": "3", "WORLD_SIZE": "4"}, Place("torchrun", 3, 4, None, None)),
+RANKS = {
+    "single process": ({}, RankInfo()),
+    "torchrun": (TORCHRUN, RankInfo("torchrun", 5, 8, 1, 4)),
+    "Open MPI": (OPEN_MPI, RankInfo("Open MPI", 5, 8, 1, 4)),
+    "MPICH": (MPICH, RankInfo("MPICH", 5, 8, 1, 4)),
+    "srun": (SRUN, RankInfo("srun", 5, 8, 1, 4)),
+    "srun, unequal nodes": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, RankInfo("srun", 5, 8, 1, 3)),
+    "torchrun started by srun on each node": (SRUN | TORCHRUN, RankInfo("torchrun", 5, 8, 1, 4)),
+    "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, RankInfo("srun", 5, 8, 1, 4)),
+    "srun --mpi=pmix": (SRUN | {"PMIX_RANK": "5"}, RankInfo("srun", 5, 8, 1, 4)),
+    "a batch script before srun": (BATCH_SCRIPT, RankInfo()),
+    "PyTorchJob": ({"RANK": "1", "WORLD_SIZE": "2"}, RankInfo("torchrun", 1, 2, None, None)),
+    "DeepSpeed": ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, RankInfo("torchrun", 1, 2, 1, None)),
+    "mp.spawn in a task of srun": (SRUN | {"RANK": "3", "WORLD_SIZE": "4"}, RankInfo("torchrun", 3, 4, None, None)),
     "MVAPICH2": (
         {"MV2_COMM_WORLD_RANK": "5", "MV2_COMM_WORLD_SIZE": "8", "MV2_COMM_WORLD_LOCAL_RANK": "1", "MV2_COMM_WORLD_LOCAL_SIZE": "4"},
-        Place("MVAPICH2", 5, 8, 1, 4),
+        RankInfo("MVAPICH2", 5, 8, 1, 4),
     ),
     "jsrun": (
         {"JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_LOCAL_SIZE": "4"},
-        Place("jsrun", 5, 8, 1, 4),
+        RankInfo("jsrun", 5, 8, 1, 4),
     ),
     "PALS": (
         {"PALS_RANKID": "5", "PMI_RANK": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"},
-        Place("PALS", 5, 8, 1, 4),
+        RankInfo("PALS", 5, 8, 1, 4),
     ),
-    "PMI of a Cray": ({"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}, Place("MPICH", 5, 8, 1, 4)),
-    "Flux": ({"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1"}, Place("Flux", 5, 8, 1, None)),
-    "PMIx with a world size": ({"PMIX_RANK": "5", "WORLD_SIZE": "8"}, Place("PMIx", 5, 8, None, None)),
-    "a world size that the user has exported": (OPEN_MPI | {"WORLD_SIZE": "8"}, Place("Open MPI", 5, 8, 1, 4)),
-    "an empty text is not set": (OPEN_MPI | {"RANK": "", "WORLD_SIZE": ""}, Place("Open MPI", 5, 8, 1, 4)),
+    "PMI of a Cray": ({"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}, RankInfo("MPICH", 5, 8, 1, 4)),
+    "Flux": ({"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1"}, RankInfo("Flux", 5, 8, 1, None)),
+    "PMIx with a world size": ({"PMIX_RANK": "5", "WORLD_SIZE": "8"}, RankInfo("PMIx", 5, 8, None, None)),
+    "a world size that the user has exported": (OPEN_MPI | {"WORLD_SIZE": "8"}, RankInfo("Open MPI", 5, 8, 1, 4)),
+    "an empty text is not set": (OPEN_MPI | {"RANK": "", "WORLD_SIZE": ""}, RankInfo("Open MPI", 5, 8, 1, 4)),
 }
 
 
-@pytest.mark.parametrize("launcher", PLACES)
-def test_the_place_is_found_under_every_launcher(launcher):
-    env, want = PLACES[launcher]
-    assert place(env) == want
+@pytest.mark.parametrize("launcher", RANKS)
+def test_the_rank_is_read_under_every_launcher(launcher):
+    env, want = RANKS[launcher]
+    assert rank_info(env) == want
 
 
-WRONG_PLACES = {
+WRONG_RANKS = {
     "WORLD_SIZE is set, but RANK is not": {"WORLD_SIZE": "2"},
     "RANK is set, but WORLD_SIZE is not": {"RANK": "0"},
     "PMI_RANK is set, but PMI_SIZE is not": {"PMI_RANK": "0"},
@@ -88,10 +88,10 @@ WRONG_PLACES = {
 }
 
 
-@pytest.mark.parametrize("words", WRONG_PLACES)
-def test_a_missing_or_wrong_place_is_an_error_that_names_the_variable(words):
+@pytest.mark.parametrize("words", WRONG_RANKS)
+def test_a_missing_or_wrong_rank_is_an_error_that_names_the_variable(words):
     with pytest.raises(ValueError, match=f"environment variable {re.escape(words)}"):
-        place(WRONG_PLACES[words])
+        rank_info(WRONG_RANKS[words])
 
 
 WRONG_SETTINGS = {

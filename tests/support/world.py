@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.environment import place
+from syncbn.environment import rank_info
 
-HERE = place()
+HERE = rank_info()
 UNDER_MPI = HERE.launcher not in (None, "torchrun")
 TIMEOUT = int(os.environ.get("SYNCBN_TEST_TIMEOUT", 60))  # seconds: a rank that fails leaves the others waiting no longer than this
 

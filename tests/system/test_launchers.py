@@ -54,17 +54,26 @@ def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, 
         assert done.returncode == 1 and "does not follow" in done.stdout
 
 
-def test_mpi_env_runs_plain_torch_scripts(tmp_path, subprocess_env):
+def test_mpirun_runs_plain_torch_scripts(tmp_path, subprocess_env):
     (tmp_path / "train.py").write_text(
         "import torch.distributed as dist, torch, sys\n"
         "dist.init_process_group('gloo')\n"
         "x = torch.ones(1); dist.all_reduce(x)\n"
         "print('sum', int(x), 'arguments', sys.argv[1:])\n"
-        "import time; time.sleep(0.2)\n"  # gloo's threads must let go of x before Python ends, or torch aborts; see environment.py
+        "import time; time.sleep(0.2)\n"  # gloo's threads must release x before Python ends, or torch aborts; see comm/rendezvous.py
     )
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
     out = output(["launch/mpirun.sh", str(tmp_path / "train.py"), "--lr", "0.1"], env)
     assert "sum 2" in out and "['--lr', '0.1']" in out
+    module = [sys.executable, "-W", "error", "-m", "syncbn.environment", "-m", "train", "--lr", "0.2"]
+    done = run(["mpirun", "-n", "2", *module], env=subprocess_env, cwd=tmp_path, timeout=110)
+    assert done.returncode == 0 and "sum 2" in done.stdout and "['--lr', '0.2']" in done.stdout, done.stderr
+
+
+def test_environment_without_a_script_prints_its_usage(subprocess_env):
+    for arguments in ([], ["-m"], ["--help"]):
+        done = run([sys.executable, "-m", "syncbn.environment", *arguments], env=subprocess_env, timeout=110)
+        assert done.returncode == 1 and "mpirun -n 4 python -m syncbn.environment train.py" in done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("launch/*.sh")) + [ROOT / "launch/slurm.sbatch"], ids=lambda path: path.name)

@@ -75,7 +75,7 @@ def undisturbed(tmp_path_factory, subprocess_env) -> dict:
 )
 def test_restarted_job_matches_an_uninterrupted_one(kills, launcher, undisturbed, tmp_path, subprocess_env):
     out, checkpoint = train(launcher, kills, tmp_path, subprocess_env)
-    assert "goes on after epoch 1\n" in out, out
+    assert "resumes after epoch 1\n" in out, out
     assert checkpoint["epochs"] == 3
     assert checkpoint["model"].keys() == undisturbed["model"].keys()
     for name, want in undisturbed["model"].items():

@@ -178,4 +178,4 @@ def test_the_self_check_runs_under_srun(slurm, subprocess_env):
     command = ["srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit", sys.executable, "-m", "syncbn.check"]
     done = run(command, env=env, timeout=LIMIT, cwd=ROOT)
     assert done.returncode == 0, done.stderr + done.stdout
-    assert "2, started by srun, over gloo" in done.stdout
+    assert "2, launcher srun, over gloo" in done.stdout

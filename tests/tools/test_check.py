@@ -1,4 +1,4 @@
-"""`python -m syncbn.check` says what it finds, and fails where a layer is wrong."""
+"""`python -m syncbn.check` reports the installation, and fails if a layer is wrong."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def test_correct_layer_passes(launcher, subprocess_env):
     report = json.loads(done.stdout)
     assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "alone" else 2)
     assert report["ranks"]["launcher"] == {"alone": None, "torchrun": "torchrun", "mpirun": "MPICH"}[launcher]
-    assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["paths"]) == {"cpu", "cuda"}
+    assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["implementations"]) == {"cpu", "cuda"}
     assert report["errors"]["float64"] < 1e-10
     assert (report["ms_per_collective"] > 0) == (launcher != "alone")
-    assert report["exchange_path"] == ("none: this rank is alone" if launcher == "alone" else "in shared memory")
+    assert report["exchange_path"] == ("none: a single rank" if launcher == "alone" else "in shared memory")
 
 
 def test_a_wrong_layer_fails(subprocess_env):
@@ -50,4 +50,4 @@ def test_problems_come_with_a_remedy(subprocess_env):
     assert "problem: cpu runs the slower reference: turned off by SYNCBN_NATIVE=0." in done.stdout
     assert "problem: OMP_NUM_THREADS is not set" in done.stdout
     assert "exchange over the group: the compiled library is not loaded: turned off by SYNCBN_NATIVE=0; median" in done.stdout
-    assert "a layer on these ranks equals the one of a single process" in done.stdout
+    assert "a layer on these ranks matches a single process" in done.stdout

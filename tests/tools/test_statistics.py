@@ -138,7 +138,7 @@ def test_an_error_inside_a_batch_norm_leaves_its_statistics():
 
 
 def interrupted_at(line, function):
-    """Whether Ctrl-C came: into the given one of the lines of statistics.py that `function` runs."""
+    """Whether Ctrl-C came: into the given one of the lines of bn_stats.py that `function` runs."""
     lines = itertools.count()
 
     def local(frame, event, _):
@@ -147,7 +147,7 @@ def interrupted_at(line, function):
         return local
 
     before = sys.gettrace()
-    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename == syncbn.statistics.__file__ else None)
+    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename == syncbn.bn_stats.__file__ else None)
     try:
         function()
         return False
@@ -274,7 +274,7 @@ def test_a_model_without_running_statistics_is_a_warning():
 def test_one_rank_alone_learns_that_every_rank_has_to_call_it(world):
     group = torch.distributed.new_group(timeout=datetime.timedelta(seconds=2))
     if world.rank == 0:
-        with pytest.raises(RuntimeError, match="update_bn_stats: every rank of the group has to call it, also one without batches"):
+        with pytest.raises(RuntimeError, match="update_bn_stats: every rank of the group has to call it, even one without batches"):
             update_bn_stats(SyncBatchNorm(2), [torch.randn(3, 2)], process_group=group, progress=False)
     torch.distributed.barrier()
 

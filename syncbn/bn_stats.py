@@ -1,4 +1,4 @@
-"""`update_bn_stats`: exact statistics for inference, in place of the moving averages that training leaves."""
+"""`update_bn_stats`: exact statistics for inference, to replace the moving averages left by training."""
 
 from __future__ import annotations
 
@@ -35,34 +35,36 @@ def update_bn_stats(
 ) -> None:
     """Sets every batch norm's running statistics to the mean and variance of its input over all given batches of all ranks.
 
-    They are those of one training step on the concatenation of all inputs, with momentum 1: each value counts once, in float64,
-    whatever batch and rank it came in. The variance is biased where the layer's is. Equal bits on every rank.
+    The result equals one training step on the concatenated inputs with momentum 1: every value counts once, in float64, whichever
+    batch and rank holds it. The variance is biased if the layer's is. Every rank gets bitwise identical statistics.
 
     Args:
-        model: its batch norms, plain or synchronized, that have running statistics. DistributedDataParallel is looked through.
-        data_loader: this rank's batches. Their number may differ by rank; a rank, and a batch, may have nothing.
-        num_iters: at most this many batches of each rank; None for all.
-        process_group: the ranks, as in `SyncBatchNorm`. All of them call this.
-        forward: (model, batch) -> anything, which runs the model. None calls it with the batch, or the first of a tuple or list, moved
-            to the model's device.
-        progress: a bar on rank 0, if tqdm is installed and stderr is a terminal.
+        model: every batch norm in it that has running statistics is updated, plain or synchronized. DistributedDataParallel is
+            unwrapped.
+        data_loader: this rank's batches. Their number may differ by rank; ranks and batches may be empty.
+        num_iters: the maximum number of batches per rank; None for all.
+        process_group: the ranks, as in `SyncBatchNorm`. Each of them has to call this function.
+        forward: (model, batch) -> anything, which runs the model. None calls the model with the batch, or with the first element of a
+            tuple or list, moved to the model's device.
+        progress: show a bar on rank 0, if tqdm is installed and stderr is a terminal.
 
     Raises:
         ValueError: a lazy batch norm has not been built.
         TypeError: a batch is neither a tensor nor a tuple or list that begins with one, and there is no `forward`.
         RuntimeError: another rank has not called this within the group's timeout.
 
-    Warns if the model has no running statistics, or no rank has a batch: then nothing changes.
+    Warns if the model has no running statistics, or if no rank has a batch; then nothing changes.
 
-    How a batch norm normalizes meanwhile decides what those behind it see. Here each uses the statistics of the batch at hand on this
-    rank alone, with the rest of the model in eval mode (no dropout). The statistics of the group would need the ranks to walk through
-    their batches together, and one with fewer would leave the others waiting for ever; the moving statistics are what is to be
-    replaced, and every deeper layer would inherit their error. So the result depends on the set of batches only, not on which rank has
-    which, and the only exchanges are two sums at the end. Take batches of at least the size that a group trains with: without gradients
-    they fit. A batch with a single value per channel has no variance, and is normalized by the moving statistics.
+    How each batch norm normalizes during this pass determines what later layers see. Each uses the statistics of the current batch on
+    this rank, with the rest of the model in eval mode (no dropout). The statistics of the group would need the ranks to step through
+    their batches together, and a rank with fewer batches would make the others wait forever. The moving statistics are about to be
+    replaced, and every deeper layer would inherit their error. So the result depends only on the set of batches, not on how they are
+    divided among the ranks, and the only exchanges are two sums at the end. Use batches of at least the size that a group trains with:
+    without gradients they fit in memory. A batch with a single value per channel has no variance and is normalized by the moving
+    statistics.
 
-    Everything else is left as it was: training flags, momentum, num_batches_tracked, hooks; layers that no batch reached. An error or
-    Ctrl-C on the way leaves the statistics, too, as they were: either all layers get new ones or none does.
+    Nothing else changes: training flags, momentum, num_batches_tracked, hooks, and layers that no batch reached stay as they are. After
+    an error or Ctrl-C the statistics are unchanged, too: either all layers get new ones or none does.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     >>> batches = torch.randn(10, 32, 4)
@@ -72,7 +74,7 @@ def update_bn_stats(
     """
     comm = resolve(process_group)
     if isinstance(model, DistributedDataParallel):
-        model = model.module  # the wrapper would broadcast buffers at each batch
+        model = model.module  # the wrapper would broadcast the buffers at every batch
     batch_norms = _with_running_stats(model)
     if not batch_norms:
         warnings.warn(f"update_bn_stats: {type(model).__name__} has no batch norm with running statistics: nothing to do", stacklevel=2)
@@ -89,25 +91,25 @@ def update_bn_stats(
         finally:
             observation.end()
     finally:
-        observation.end()  # again: Ctrl-C may have interrupted the first
-    new = [pair for module, stats in zip(batch_norms, _over_ranks(totals, comm), strict=True) for pair in _new_statistics(module, stats)]
-    if not new:
+        observation.end()  # again, because Ctrl-C may have interrupted the first call
+    pairs = [pair for module, stats in zip(batch_norms, _over_ranks(totals, comm), strict=True) for pair in _new_statistics(module, stats)]
+    if not pairs:
         warnings.warn("update_bn_stats: no rank had a batch that reached a batch norm: no statistics have changed", stacklevel=2)
     try:
-        _copy(new)
+        _copy(pairs)
     except BaseException:
-        _copy(new)  # Ctrl-C may have come between two layers
+        _copy(pairs)  # Ctrl-C may have interrupted the loop between two layers
         raise
 
 
 def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
-    found = []
+    batch_norms = []
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             if is_lazy(module.running_mean):
                 raise ValueError(f"{name or type(module).__name__} has not been built: run the model on one batch first")
-            found.append(module)
-    return found
+            batch_norms.append(module)
+    return batch_norms
 
 
 def _empty_stats(module: _BatchNorm) -> Tensor:
@@ -116,10 +118,10 @@ def _empty_stats(module: _BatchNorm) -> Tensor:
 
 
 class _Observation:
-    """From `begin` to `end` each batch norm normalizes by its batch, without the other ranks, and adds its input's sums to its total.
+    """From `begin` to `end` each batch norm normalizes by this rank's batch and adds the sums of its input to its total.
 
-    This is what torch's and this package's layers do in eval mode while they have no running statistics. Gradients and compilation are
-    off. `end` may be repeated.
+    In eval mode, torch's and this package's layers normalize by the batch while they have no running statistics, so this class takes
+    the running statistics away during each call. Gradients and compilation are off. `end` may be called again.
     """
 
     def __init__(self, model: nn.Module, batch_norms: list[_BatchNorm], totals: list[Tensor]) -> None:
@@ -136,7 +138,7 @@ class _Observation:
         self.active = True
         for module, total in zip(self.buffers, self.totals, strict=True):
             self._observe(module, total)
-        # Not compiled once more for this pass and its hooks. If nothing is compiled, asking for eager would load the compiler.
+        # Avoid recompiling for this pass and its hooks. If Dynamo was never imported there is nothing to do.
         if is_compiler_loaded():
             self.stance = torch.compiler.set_stance("force_eager")
         torch.set_grad_enabled(False)
@@ -145,7 +147,7 @@ class _Observation:
     def end(self) -> None:
         self.active = False
         for module in self.buffers:
-            self._put_back(module)
+            self._restore_buffers(module)
         for each, training in self.flags.items():
             each.training = training
         torch.set_grad_enabled(self.grad)
@@ -154,7 +156,7 @@ class _Observation:
         for handle in self.handles:
             handle.remove()
 
-    def _put_back(self, module: _BatchNorm) -> None:
+    def _restore_buffers(self, module: _BatchNorm) -> None:
         for name, buffer in self.buffers[module].items():
             setattr(module, name, buffer)
 
@@ -162,17 +164,17 @@ class _Observation:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
             x: Any = args[0] if args else kwargs.get("input", kwargs.get("inputs"))
             if isinstance(module, SyncBatchNormalization):
-                args, kwargs = (x,), {}  # without training=True, which a model may pass
+                args, kwargs = (x,), {}  # drop training=True, which the model may pass
                 x = module.channels_second(x)
-            if self.active:  # Ctrl-C may come before the handle is in the list
+            if self.active:  # False if Ctrl-C arrived before this hook's handle was in the list
                 total.copy_(merge(total, ops.stats(dense(x), False, True)))
                 if samples_per_channel(x) != 1:
                     for name in self.buffers[module]:
                         setattr(module, name, None)
             return args, kwargs
 
-        # First the one that puts back.
-        self.handles.append(module.register_forward_hook(lambda *_: self._put_back(module), always_call=True))
+        # The restoring hook first: Ctrl-C between the two lines must not leave only the other one.
+        self.handles.append(module.register_forward_hook(lambda *_: self._restore_buffers(module), always_call=True))
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
 
@@ -183,8 +185,8 @@ def _buffer_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _over_ranks(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
-    """Each layer's statistics over the batches of all ranks, by two exchanges: of the means, which become the shift of all ranks, so
-    that nothing cancels; and of the sums about them."""
+    """Each layer's statistics over the batches of all ranks, by two exchanges. The first gives the means, which become every rank's
+    shift, so that no digits cancel; the second sums about them."""
     exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, LayerRecord(name="update_bn_stats"))
     totals = [total.to(totals[0].device) for total in totals]
     about_zero = _summed(totals, [total.new_zeros(channels_of(total)) for total in totals], exchange)
@@ -199,12 +201,12 @@ def _summed(totals: list[Tensor], shifts: list[Tensor], exchange: Exchange) -> l
     except RankMismatchError:
         raise
     except RuntimeError as error:
-        raise RuntimeError(f"update_bn_stats: every rank of the group has to call it, also one without batches ({error})") from error
+        raise RuntimeError(f"update_bn_stats: every rank of the group has to call it, even one without batches ({error})") from error
     return [torch.cat(pair) for pair in zip(shifts, summed.split([len(part) for part in sums]), strict=True)]
 
 
 def _new_statistics(module: _BatchNorm, stats: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of a running statistic and its new value; none if no batch has reached the layer."""
+    """(running statistic, its new value) for the mean and the variance; empty if no batch has reached the layer."""
     count = parts(stats).samples.item()
     if count == 0:
         return []
@@ -238,6 +240,8 @@ def _with_progress(batches: Iterable[Any], data_loader: Any, num_iters: int | No
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return batches
-    sizes = [size for size in (num_iters, operator.length_hint(data_loader) or None) if size is not None]
-    # disable=None: not unless stderr is a terminal.
-    return tqdm(batches, desc="batch norm statistics", total=min(sizes, default=None), unit="batch", disable=None)
+    total = operator.length_hint(data_loader) or None
+    if num_iters is not None:
+        total = num_iters if total is None else min(num_iters, total)
+    # disable=None shows the bar only if stderr is a terminal.
+    return tqdm(batches, desc="batch norm statistics", total=total, unit="batch", disable=None)

@@ -1,0 +1,73 @@
+"""The environment: this module is the only one that reads or sets `os.environ`.
+
+The package's own variables are read and checked when the package is imported and again by `init_process_group`, before any collective;
+the launchers' variables, when a process group is made.
+
+    settings             the values of SYNCBN_*; always as `environment.settings`, because `reload` replaces it
+    rank_info()          this process's rank and world size, from its launcher's variables
+    markdown()           the tables of docs/environment.md
+
+`python -m syncbn.environment train.py` runs a script with the variables that torchrun would have set.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from .launchers import JOB_IDS, LAUNCHERS, RankInfo, read_rank_info
+from .variables import BUILD, DEVICES, MEETING, TESTS, VARIABLES, Settings, markdown
+
+__all__ = [
+    "BUILD",
+    "DEVICES",
+    "JOB_IDS",
+    "LAUNCHERS",
+    "MEETING",
+    "TESTS",
+    "VARIABLES",
+    "RankInfo",
+    "Settings",
+    "export",
+    "get",
+    "markdown",
+    "rank_info",
+    "read_settings",
+    "reload",
+    "visible_devices",
+]
+
+
+def read_settings(env: Mapping[str, str]) -> Settings:
+    """The settings that `env` holds. Raises ValueError that names the variable, its value and what is allowed."""
+    return Settings(**{variable.field: variable.read(env) for variable in VARIABLES})
+
+
+settings = read_settings(os.environ)
+
+
+def reload(env: Mapping[str, str] | None = None) -> None:
+    """Reads the package's variables again, from the environment unless `env` is given. The settings stay if one is not allowed."""
+    global settings
+    settings = read_settings(os.environ if env is None else env)
+
+
+def rank_info(env: Mapping[str, str] | None = None) -> RankInfo:
+    """This process's rank and world size, from the environment unless `env` is given. Raises ValueError as `read_rank_info`."""
+    return read_rank_info(os.environ if env is None else env)
+
+
+def get(name: str) -> str | None:
+    """A variable of MEETING or DEVICES; None if it is not set or empty."""
+    assert name in MEETING or name in DEVICES, name
+    return os.environ.get(name) or None
+
+
+def visible_devices() -> str | None:
+    """CUDA_VISIBLE_DEVICES; the empty text, which leaves no GPU, is another value than None, which leaves all."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def export(values: Mapping[str, object]) -> None:
+    """Sets variables for other programs that read them."""
+    os.environ.update({name: str(value) for name, value in values.items()})
