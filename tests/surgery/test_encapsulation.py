@@ -234,7 +234,7 @@ MODELS = {  # model: how many of its pairs of layers become one
 }  # fmt: skip
 
 
-REASON = r"(test_encapsulation.py:\d+ |which this instance replaces)"
+REASON = r"(test_encapsulation.py:\d+ |but this instance replaces it)"
 
 
 def used(model):
