@@ -1,7 +1,7 @@
-"""Builds the compiled kernels beside the Python files: syncbn/libsyncbn_cpu.so and syncbn/libsyncbn_cuda.so.
+"""Builds the compiled kernels next to the Python files: syncbn/libsyncbn_cpu.so and syncbn/libsyncbn_cuda.so.
 
 They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. Without a compiler a
-library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept beside the Python
+library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept next to the Python
 files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
 
     SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it where a C++ compiler is
@@ -39,9 +39,9 @@ except ImportError:  # before setuptools 70.1
 TARGET = "0x020b000000000000"  # torch 2.11, the oldest that the libraries run with
 ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-# Nobody reads errno or floating-point traps here, and both keep sqrt and comparisons from being vectorized.
+# The kernels use neither errno nor floating-point traps, and both would prevent the vectorization of sqrt and comparisons.
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-# GCC's -O2 vectorizes no loop that may need a second version or a tail; clang knows neither the flag nor the restraint.
+# GCC's -O2 vectorizes no loop that may need a second version or a tail; clang has neither the flag nor the restriction.
 GCC_FLAGS = ["-fvect-cost-model=dynamic"]
 ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_exports")  # of csrc/cpu, compiled for one instruction set
 ISAS = {"avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
@@ -155,7 +155,7 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     commands += [[*cxx, *CXXFLAGS, *includes, "-c", str(source), "-o", str(temp / f"{source.stem}.o")] for source in bindings]
     commands.append(build_info(cxx, temp, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"'))
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
-        # A stand-in under that name: the library must ask for it wherever it is loaded, though it is not needed here.
+        # An empty stand-in: the library must list libtorch_cuda.so as a dependency even if it is built without it.
         run([*cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
     folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
     runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
@@ -206,7 +206,7 @@ class BuildLibraries(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         in_source = Path(self.get_ext_filename(ext.name))
         reasons = [path.with_suffix(REASON) for path in (target, *([in_source] if self.beside_sources else []))]
-        # What is not built now is not there: an older one would be taken for it.
+        # Remove the old libraries: if this build leaves one out, an older one must not take its place.
         for old in (target, *([in_source] if self.editable_mode else []), *reasons):
             old.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -232,7 +232,7 @@ def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list
     stale = [command for command in commands if is_stale(command)]
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(lambda command: run([*command[:-2], "-MMD", *command[-2:]]), stale))  # -MMD: see dependencies
-    # Objects first: a linker takes from a library only what came before it asked for.
+    # Objects first: the linker resolves symbols only for inputs listed before a library.
     at = link.index("-shared") + 1
     run([*link[:at], "-o", str(target), *(command[-1] for command in commands), *link[at:]])
 
@@ -280,7 +280,7 @@ class AnyPython(bdist_wheel):
 
 COMMANDS = {"syncbn.libsyncbn_cpu": cpu_commands, "syncbn.libsyncbn_cuda": cuda_commands}
 SWITCHES = {"syncbn.libsyncbn_cpu": "SYNCBN_BUILD_CPU", "syncbn.libsyncbn_cuda": "SYNCBN_BUILD_CUDA"}
-REASON = ".reason"  # the file beside the Python files that says why a library was not built
+REASON = ".reason"  # the file next to the Python files that says why a library was not built
 
 # optional: a library that cannot be built, or is turned off, is left out.
 extensions = [Extension(name, [], optional=os.environ.get(switch) != "1") for name, switch in SWITCHES.items()]

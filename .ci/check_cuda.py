@@ -47,7 +47,7 @@ def disassembler() -> list[str]:
 
 
 def short(name: str) -> str:
-    """normalize_kernel<float, Planes<4>, 2> instead of all its template arguments; the last one is what the walk unrolls."""
+    """normalize_kernel<float, Planes<4>, 2> instead of all its template arguments; the last number is the walk's unroll factor."""
     found = NAME.search(name)
     if not found:
         return name

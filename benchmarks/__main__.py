@@ -1,4 +1,4 @@
-"""Side by side with torch, in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile]
+"""Measures syncbn against torch in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile]
 
 Writes benchmarks/results/MACHINE.json and .png. One process with an initialized group of one rank: nothing is exchanged, except in
 the columns that say so, where NCCL adds up the numbers of one rank.
@@ -70,7 +70,7 @@ def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) 
 
 
 def other_rows(device: str) -> list[Row]:
-    """Host time of a layer too small to matter, what a layer keeps for its backward pass, and takes at most."""
+    """Host time of a tiny layer, the memory that a layer keeps for its backward pass, and its peak memory."""
     rows: list[Row] = []
     for direction, calls in layer_calls(Inputs((2, 64, 2, 2), KINDS[0], device)).items():
         rows.append({"what": f"host µs, {direction}", **host_microseconds(calls, device)})
@@ -96,7 +96,7 @@ def ops_speedups(ops: list[Row]) -> list[Row]:
 
 
 def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
-    """The figures that the project sets itself on a GPU."""
+    """The project's targets on a GPU."""
     large = [r for r in ops if r["MB"] >= 25 and "torch" not in r["op"]]
     rows: list[Row] = [
         {
@@ -118,7 +118,7 @@ def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
 
 
 def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]:
-    """The figures that the project sets itself on a CPU, and two to see where they come from."""
+    """The project's targets on a CPU, and two figures that explain them."""
 
     def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
         wanted = (layer, direction)
@@ -137,7 +137,7 @@ def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]
 
 
 def over_runs(summaries: list[list[Row]]) -> list[Row]:
-    """Of each figure the median over all runs, the least and the greatest."""
+    """For each figure, the median, minimum and maximum over all runs."""
     rows = []
     for same in zip(*summaries, strict=True):
         values = [row["value"] for row in same]
@@ -146,7 +146,7 @@ def over_runs(summaries: list[list[Row]]) -> list[Row]:
 
 
 def measure(args: argparse.Namespace, repeats: int, limit: float) -> Iterator[tuple[str, list[Row]]]:
-    """The sections of one run, each as soon as it is measured: a run that is cut short has shown what it measured."""
+    """The sections of one run, each printed as soon as it is measured, so that an interrupted run has shown its results."""
     ops = ops_rows(args.device, repeats, limit)
     yield "ops", ops
     layers = layer_rows(args.device, repeats, args.compile)
@@ -180,7 +180,7 @@ def parse() -> argparse.Namespace:
 
 
 def describe(args: argparse.Namespace, limit: float) -> Row:
-    """What the figures depend on."""
+    """The machine and the versions that the figures depend on."""
     kernels = next(library for library in native.status() if library.device == args.device)
     return {
         "machine": machine(args.device),

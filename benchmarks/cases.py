@@ -1,4 +1,4 @@
-"""What is timed: calls for one input, by name. `torch` is always the plain, unsynchronized layer unless the name says more."""
+"""The calls to time for one input, by name. `torch` is always the plain, unsynchronized layer unless the name says more."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from syncbn.comm import ProcessGroupCommunicator
 from .timing import Calls
 
 SHAPES = [(8, 64, 112, 112), (2, 256, 56, 56), (8, 512, 14, 14), (16, 2048, 7, 7)]
-LARGE = [(32, 64, 112, 112), (32, 256, 56, 56)]  # for a GPU: maps that its cache does not hold
+LARGE = [(32, 64, 112, 112), (32, 256, 56, 56)]  # for a GPU: tensors that its cache cannot hold
 KINDS = ["contiguous float32", "channels-last float32", "contiguous bfloat16", "channels-last bfloat16"]
 EPS = 1e-5
 
@@ -61,7 +61,7 @@ def layers(inputs: Inputs, after: str, compiled: bool = False) -> dict[str, nn.M
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(inputs.shape)](channels).to(device)
     found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
-        # Told its communicator, a layer exchanges though the group has one rank: what it costs but for the others' part.
+        # Given its communicator, a layer exchanges even in a group of one rank: the cost of an exchange without waiting for others.
         exchanging = ProcessGroupCommunicator(dist.group.WORLD)
         found["syncbn, exchanging"] = syncbn.SyncBatchNorm(channels, process_group=exchanging, **options).to(device)
         found["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
@@ -98,12 +98,12 @@ def layer_calls(inputs: Inputs, after: str = "", compiled: bool = False) -> dict
 
 
 def rotations(inputs: Inputs) -> int:
-    """Of how many inputs the ops take turns: so many that no GPU's cache holds them. On the CPU the cache is part of the game."""
+    """How many inputs the ops alternate between: enough that no GPU's cache holds them. On the CPU the cache is part of the measurement."""
     return 1 if inputs.device == "cpu" else int(256 // inputs.megabytes) + 1
 
 
 def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
-    """(calls, tensors of x's size that each must read or write). Torch's own kernels beside ours where they exist."""
+    """(calls, tensors of x's size that each must read or write). Torch's own kernels next to ours, if it has any."""
     x, dy, c = inputs.x.detach(), inputs.dy, inputs.shape[1]
     weight, bias, mean, var = (torch.ones(c, device=x.device) for _ in range(4))
     tracked = torch.zeros((), dtype=torch.long, device=x.device)
@@ -153,7 +153,7 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
 
 
 def cudnn_calls(x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> Calls:
-    """cuDNN's kernels alone, which know no other ranks. None if cuDNN refuses this input."""
+    """cuDNN's kernels, which do not synchronize. None if cuDNN refuses this input."""
     forward = lambda: torch.ops.aten.cudnn_batch_norm(x, weight, weight, mean, var, True, 0.1, EPS)  # noqa: E731
     try:
         _, m, invstd, reserve = forward()
@@ -167,7 +167,7 @@ def cudnn_calls(x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, var: Tensor
 
 
 def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
-    """What a step of each layer takes at most beside its inputs, on a GPU, in MB."""
+    """Peak memory of a step of each layer on a GPU, in MB, not counting its inputs."""
     peak = {}
     for name, layer in layers(inputs, after).items():
         torch.cuda.reset_peak_memory_stats()
@@ -179,7 +179,7 @@ def peak_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
 
 
 def kept_megabytes(inputs: Inputs, after: str) -> dict[str, float]:
-    """What each layer keeps for its backward pass, in MB; a tensor that is the layer's own input counts as well."""
+    """Memory that each layer keeps for its backward pass, in MB; the layer's own input counts as well."""
     kept = {}
     for name, layer in layers(inputs, after).items():
         storages: dict[int, int] = {}

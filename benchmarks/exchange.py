@@ -1,4 +1,4 @@
-"""What an exchange costs on one host, and what it adds to a step, side by side in one run:  python -m benchmarks.exchange [--quick]
+"""Measures the cost of an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
 by step. Writes benchmarks/results/exchange-MACHINE.json.
@@ -47,7 +47,7 @@ GOALS = {  # (ranks, path at C = 64 or size of an image) -> at most
 
 
 def groups() -> dict[str, Any]:
-    """What layers get as process_group: name -> group, of which some may not share memory."""
+    """Values for a layer's process_group: name -> group. Some of the groups may not share memory."""
     from mpi4py import MPI
 
     made: dict[str, Any] = {}
@@ -64,7 +64,7 @@ Samples = dict[str, list[float]]
 
 
 def exchanges(made: dict[str, Any], channels: int, repeats: int) -> Samples:
-    """Microseconds of a sum of 2 * channels + 1 numbers, as a layer asks for it, with everything that belongs to it."""
+    """Microseconds of a sum of 2 * channels + 1 values, as a layer requests it, verification and waiting included."""
     layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     samples: Samples = {name: [] for name in layers}
     for _ in range(repeats):
@@ -163,7 +163,7 @@ def against_goals(rows: list[Row], ratio_rows: list[Row]) -> list[Row]:
     medians = [r for r in rows + ratio_rows if r["of the samples"] == "median"]
     figures = {(r["ranks"], name): r[name] for r in medians if r.get("C") == CHANNELS[0] for name in r if isinstance(r[name], float)}
     figures |= {(r["ranks"], r["image"]): r["gloo group, shared"] for r in medians if "image" in r and "what" not in r}
-    words = {True: "step / BatchNorm2d's, image of {}", False: "exchange of 129 numbers, µs, {}"}
+    words = {True: "step / BatchNorm2d's, image of {}", False: "exchange of 129 values, µs, {}"}
     return [
         {"figure": words[isinstance(what, int)].format(what), "ranks": ranks, "value": figures[ranks, what], "goal": f"<= {most:g}"}
         for (ranks, what), most in GOALS.items()

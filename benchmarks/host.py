@@ -1,4 +1,4 @@
-"""The host's time of a layer that exchanges, split into where it is spent: measured in place, in the layer's own calls."""
+"""Where the host spends its time in a layer that exchanges, measured in place, in the layer's own calls."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def reductions(owner: type) -> list[str]:
 
 @contextmanager
 def split(clock: Clock) -> Iterator[None]:
-    """While it lasts, the ops, the exchanges and the collectives inside these are timed."""
+    """Within this context, the ops, the exchanges and the collectives inside them are timed."""
     exchanges = clock.on(Exchange, reductions(Exchange), "exchange")
     collectives = clock.on(ProcessGroupCommunicator, reductions(ProcessGroupCommunicator), "collective")
     with exchanges, collectives, clock.on(ops, OPS, "ops"):
@@ -77,7 +77,7 @@ def split(clock: Clock) -> Iterator[None]:
 
 def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:
     """µs of a layer's forward and backward pass until they return: all, the four ops, the two exchanges' collectives, what surrounds
-    these, and the rest; beside it the plain layer, which has no parts. Medians of `repeats` samples of `calls` calls."""
+    these, and the rest; and those of the plain layer, which has no parts. Medians of `repeats` samples of `calls` calls."""
     channels, device = inputs.shape[1], inputs.device
     comm = ProcessGroupCommunicator(dist.group.WORLD)
     layer = syncbn.SyncBatchNorm(channels, process_group=comm).to(device)

@@ -1,4 +1,4 @@
-"""What a layer costs beside its kernels:  python -m benchmarks.launches [--device cpu]
+"""What a layer costs apart from its kernels:  python -m benchmarks.launches [--device cpu]
 
 On a GPU: launches a layer, device time of a layer in a CUDA graph, and what an op leaves in the cache for the next one. On both devices
 the host's time of a layer too small to matter, split into the ops, the exchanges and the rest. One process with an initialized group of
@@ -69,7 +69,7 @@ def graph_microseconds(call: Callable[[], object], repeats: int, layers: int = 2
 
 
 def graph_rows(device: str, repeats: int, shapes: Iterable[tuple[int, ...]]) -> list[Row]:
-    """Forward and backward. If a layer cannot be captured, the first line of the reason stands in its place."""
+    """Forward and backward. If a layer cannot be captured, the row has the first line of the reason."""
     rows = []
     for shape in shapes:
         for layout in LAYOUTS:
@@ -84,8 +84,8 @@ def graph_rows(device: str, repeats: int, shapes: Iterable[tuple[int, ...]]) -> 
 
 
 def pair_rows(device: str, repeats: int, pairs: Iterable[tuple[tuple[int, ...], str]]) -> list[Row]:
-    """Two ops one after the other on the same input, against each on an input that no cache holds: what the second one's reversed walk
-    finds of the first one's reads."""
+    """Two ops one after the other on the same input, against each on an input that no cache holds: how much the second op's
+    reversed walk gains from the first op's reads."""
     rows = []
     for shape, dtype in pairs:
         for layout in LAYOUTS:

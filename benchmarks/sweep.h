@@ -1,4 +1,4 @@
-// What benchmarks/sweep.cu needs beside the op: options, memory, a stopwatch, and a table. Knows no kernel and no plan.
+// The parts of benchmarks/sweep.cu that depend on no kernel and no plan: options, memory, a stopwatch, and a table.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -140,7 +140,7 @@ class Stopwatch {
 // ---- The table --------------------------------------------------------------------------------------------------------------
 
 // Of each type and shape a row with the share that each plan reaches; then the geometric means over the shapes, and the
-// plan of the greatest beside the first one.
+// plan of the greatest next to the first one.
 struct Table {
   std::vector<std::string> plans;
   std::vector<std::pair<std::string, std::vector<double>>> rows;

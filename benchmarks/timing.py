@@ -1,4 +1,4 @@
-"""Interleaved medians: what is compared runs in turns, so that a busy machine slows all of it alike."""
+"""Interleaved medians: the calls that are compared alternate, so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def host_microseconds(calls: Calls, device: str) -> dict[str, float]:
 
 
 def copy_rate(device: str, repeats: int) -> float:
-    """GB/s of a copy that no cache holds, read and written bytes together: the limit that bandwidth is compared with."""
+    """GB/s of a copy that no cache holds, counting bytes read and written: the limit to which bandwidths are compared."""
     source = torch.ones(64 << 20 if device == "cpu" else 256 << 20, device=device)
     target = torch.empty_like(source)
     ms = medians({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]
@@ -116,7 +116,7 @@ def machine(device: str) -> str:
 
 
 def clocks(device: str, when: str) -> dict[str, str]:
-    """The card's clocks and temperature, as nvidia-smi tells them now; nothing on the CPU."""
+    """The card's current clocks and temperature from nvidia-smi; empty on the CPU."""
     if device != "cuda":
         return {}
     query = "clocks.sm,clocks.mem,temperature.gpu"

@@ -1,4 +1,4 @@
-"""Compares runs of segmentation.py: a table and a picture. Exit status 1 if the synchronized run does not follow the single-process run,
+"""Compares runs of segmentation.py: a table and a picture. Exit status 1 if the synchronized run diverges from the single-process run,
 or does not beat the run that normalizes per rank.
 
 python examples/compare.py out/*.pt --plot out/segmentation.png

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Compiles, on a machine without a GPU, what launch/gpu_day.sh takes along to one: the library for its architecture, in place, and
-# benchmarks/sweep.cu for each op in .gpu/: of the code as it is, and of the kernels as they were at the revision BEFORE.
+# Compiles, on a machine without a GPU, the files that launch/gpu_day.sh needs on a machine with one: the library for its architecture, in
+# place, and in .gpu/ benchmarks/sweep.cu for each op, with the current kernels and with those of the revision BEFORE.
 #
 #   launch/gpu_build.sh             ARCH=8.0 BEFORE=HEAD~10 MAX_JOBS=2 launch/gpu_build.sh             BEFORE= launch/gpu_build.sh
 set -euo pipefail
@@ -21,7 +21,7 @@ mkdir -p .gpu
 TORCH_CUDA_ARCH_LIST=$ARCH SYNCBN_BUILD_CUDA=1 SYNCBN_BUILD_CPU=0 "$PYTHON" setup.py -q build_ext --build-lib build/gpu
 mv build/gpu/syncbn/libsyncbn_cuda.so syncbn/
 
-# sweeps FOLDER NAME: those of the sources in FOLDER. A kernel that spills is named: its plan is not for use.
+# sweeps FOLDER NAME: those of the sources in FOLDER. Kernels that spill registers are named: their plans must not be used.
 sweeps() {
   printf '%s\n' stats normalize backward_reduce backward_input | xargs -P "$MAX_JOBS" -I{} \
     "$NVCC" -std=c++17 -O3 -diag-suppress=177 "-arch=sm_${ARCH/./}" -Xptxas --warn-on-spills -I "$1/csrc/cuda" -DSWEPT_OP={} \
@@ -32,7 +32,7 @@ sweeps . now
 if [ -n "$BEFORE" ] && git cat-file -e "$BEFORE:benchmarks/sweep.cu" 2>/dev/null; then
   mkdir .gpu/source
   git archive "$BEFORE" csrc benchmarks | tar -x -C .gpu/source
-  cp benchmarks/sweep.h .gpu/source/benchmarks/  # one form of table for both
+  cp benchmarks/sweep.h .gpu/source/benchmarks/  # so that both print the same tables
   sweeps .gpu/source before
   rm -r .gpu/source
 else

@@ -1,4 +1,4 @@
-"""Runs the parts of gpu_parts.py, each within its limit, or checks that they could run: see gpu_day.sh."""
+"""Runs the parts in gpu_parts.py, each within its limit, or checks that they could run: see gpu_day.sh."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What a machine with one GPU is asked in a few minutes: kernels, sweeps, layer and sanitizer (1), then benchmark and several ranks (2).
-# Nothing is installed or compiled there: launch/gpu_build.sh has made what this takes along. Results go to OUT (out/gpu), one file for
-# each part; the output ends with a summary.
+# Tests and measures on a machine with one GPU, in a few minutes: kernels, sweeps, layer and sanitizer (1), then benchmark and several ranks
+# (2). Installs and compiles nothing: launch/gpu_build.sh has built everything before. Results go to OUT (out/gpu), one file for each part;
+# the output ends with a summary.
 #
 #   launch/gpu_day.sh 1             OUT=results PYTHON=python3 launch/gpu_day.sh 2
 #   launch/gpu_day.sh --dry-run     prints each command with its limit, and checks that every file, test and option in it exists
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ ! -d .gpu ] || chmod +x .gpu/sweep_*  # a copy may have lost the mode
+[ ! -d .gpu ] || chmod +x .gpu/sweep_*  # copying may have lost the mode
 exec "${PYTHON:-python3}" launch/gpu_day.py "$@"

@@ -50,7 +50,7 @@ def sanitizer(tool: str) -> Part:
 
 
 def sweeps() -> tuple[tuple[str, ...], ...]:
-    """The code as it is first, then that of an earlier revision where there is one."""
+    """First the current code, then that of an earlier revision if there is one."""
     programs = [BUILT / f"sweep_{op}_now" for op in OPS] + [BUILT / f"sweep_{op}_before" for op in OPS]
     return tuple((str(path.relative_to(ROOT)),) for path in programs if path.exists() or path.stem.endswith("_now"))
 

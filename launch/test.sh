@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them: alone, under torchrun with 1 to 4 ranks, under mpirun with 2 and 3.
+# Installs what the tests need and runs them: in one process, under torchrun with 1 to 4 ranks, under mpirun with 2 and 3.
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail
@@ -13,7 +13,7 @@ run() {
 }
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
 run python "${suite[@]}" -n auto --maxprocesses 4
-run torchrun --nproc-per-node 1 "${suite[@]}" -m "not world_size"  # those for one rank have run
+run torchrun --nproc-per-node 1 "${suite[@]}" -m "not world_size"  # the tests for one rank have run already
 for ranks in 2 3 4; do
   run torchrun --nproc-per-node "$ranks" "${suite[@]}"
 done

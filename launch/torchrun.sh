@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a script on every GPU of this host (or every core, where there is none), or on several hosts.
+# Runs a script on every GPU of this host (on every core if it has no GPU), or on several hosts.
 #
 #   launch/torchrun.sh train.py --lr 0.1
 #   RANKS=4 launch/torchrun.sh train.py
@@ -8,9 +8,9 @@
 set -euo pipefail
 RANKS=${RANKS:-auto}                  # on each host
 HOSTS=${HOSTS:-1}
-MASTER_ADDR=${MASTER_ADDR:-localhost} # one of the hosts: all meet there
+MASTER_ADDR=${MASTER_ADDR:-localhost} # one of the hosts, where all of them meet
 MASTER_PORT=${MASTER_PORT:-29500}
-RESTARTS=${RESTARTS:-0}               # how often a job whose rank has died starts anew
+RESTARTS=${RESTARTS:-0}               # maximum number of restarts
 meet=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-syncbn}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
 [ "$HOSTS" = 1 ] && meet=(--standalone)
 # torchrun's own store survives a restart, with the addresses of the dead ranks in it (pytorch issue 135712): let rank 0 make one.
