@@ -1,4 +1,4 @@
-"""Measures the cost of an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
+"""Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
 by step. Writes benchmarks/results/exchange-MACHINE.json.
