@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
+import syncbn
+
 from support import ROOT
 
 pytestmark = pytest.mark.world_size(1)
@@ -116,3 +118,12 @@ def test_relative_links_lead_to_files(page):
     prose = re.sub(r"```.*?```|`[^`]*`", "", page.read_text(), flags=re.DOTALL)
     targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", prose)
     assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("name", syncbn.__all__)
+def test_every_public_name_is_documented(name):
+    """On the API page, by the module that holds it if a module has its name, too; and in the README or in the guide."""
+    api = (ROOT / "docs/api.md").read_text()
+    assert re.search(rf"^::: syncbn\.(\w+\.)?{name}$", api, re.MULTILINE)
+    told = "".join((ROOT / page).read_text() for page in ("README.md", "docs/guide.md", "docs/troubleshooting.md"))
+    assert re.search(rf"\b{name}\b", told) or name.startswith("SyncBatchNorm")
