@@ -21,7 +21,6 @@ from typing import NamedTuple
 import pytest
 
 import syncbn
-
 from support import ROOT
 
 pytestmark = pytest.mark.world_size(1)
