@@ -9,6 +9,7 @@ A comment before a block says how it runs, if not in this process:
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shutil
@@ -126,3 +127,25 @@ def test_every_public_name_is_documented(name):
     assert re.search(rf"^::: syncbn\.(\w+\.)?{name}$", api, re.MULTILINE)
     told = "".join((ROOT / page).read_text() for page in ("README.md", "docs/guide.md", "docs/troubleshooting.md"))
     assert re.search(rf"\b{name}\b", told) or name.startswith("SyncBatchNorm")
+
+
+def messages() -> str:
+    """All texts in the sources, with an ellipsis for each value that is filled in."""
+    texts = []
+    for path in [ROOT / "setup.py", *sorted((ROOT / "syncbn").rglob("*.py"))]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return " ".join("\n".join(texts).split())
+
+
+def test_the_messages_in_troubleshooting_are_those_of_the_code():
+    sections = (ROOT / "docs/troubleshooting.md").read_text().split("| message | cause | cure |\n|---|---|---|\n")[1:]
+    rows = [line.split(" | ") for section in sections for line in section.partition("\n\n")[0].splitlines()]
+    assert len(rows) > 25 and [row for row in rows if len(row) != 3 or not all(cell.strip("| ") for cell in row)] == []
+    told = [row[0].strip("| ") for row in rows if not row[0].endswith(("(from torch)", "(NCCL)"))]
+    parts = [part.strip(" :,") for message in told for part in message.split("…") if part.strip(" :,")]
+    known = messages()
+    assert [part for part in parts if part not in known] == []
