@@ -14,6 +14,7 @@ from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchN
 from .recompute import recompute_outputs
 from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .surgery.fold import fold_batchnorm
+from .surgery.freeze import freeze_bn, unfreeze_bn
 
 __all__ = [
     "RankMismatchError",
@@ -25,12 +26,14 @@ __all__ = [
     "checkpoint_contexts",
     "convert_sync_batchnorm",
     "fold_batchnorm",
+    "freeze_bn",
     "init_process_group",
     "join",
     "new_group",
     "recompute_outputs",
     "revert_sync_batchnorm",
     "sync_batch_norm",
+    "unfreeze_bn",
     "update_bn_stats",
 ]
 __version__ = "0.1.0"

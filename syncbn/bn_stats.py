@@ -22,6 +22,7 @@ from .comm.identity import LayerRecord
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
 from .moments import channels_of, finalize, merge, parts, rebase
+from .surgery.freeze import Frozen
 
 
 def update_bn_stats(
@@ -39,8 +40,8 @@ def update_bn_stats(
     batch and rank holds it. The variance is biased if the layer's is. Every rank gets bitwise identical statistics.
 
     Args:
-        model: every batch norm in it that has running statistics is updated, plain or synchronized. DistributedDataParallel is
-            unwrapped.
+        model: every batch norm in it that has running statistics is updated, plain or synchronized, unless `freeze_bn` has frozen it.
+            DistributedDataParallel is unwrapped.
         data_loader: this rank's batches. Their number may differ by rank; ranks and batches may be empty.
         num_iters: the maximum number of batches per rank; None for all.
         process_group: the ranks, as in `SyncBatchNorm`. Each of them has to call this function.
@@ -77,7 +78,10 @@ def update_bn_stats(
         model = model.module  # the wrapper would broadcast the buffers at every batch
     batch_norms = _with_running_stats(model)
     if not batch_norms:
-        warnings.warn(f"update_bn_stats: {type(model).__name__} has no batch norm with running statistics: nothing to do", stacklevel=2)
+        warnings.warn(
+            f"update_bn_stats: {type(model).__name__} has no batch norm with running statistics, or all are frozen: nothing to do",
+            stacklevel=2,
+        )
         return
     totals = [_empty_stats(module) for module in batch_norms]
     run = _call if forward is None else forward
@@ -105,7 +109,7 @@ def update_bn_stats(
 def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
     batch_norms = []
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None:
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not isinstance(module, Frozen):
             if is_lazy(module.running_mean):
                 raise ValueError(f"{name or type(module).__name__} has not been built: run the model on one batch first")
             batch_norms.append(module)

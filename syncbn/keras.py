@@ -74,6 +74,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     moving_variance: Tensor
     cls_to_become = None  # built, it is the same class
     _trainable = True
+    _frozen = False  # by freeze_bn, whose class replaces this
 
     def __init__(
         self,
@@ -155,7 +156,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             raise ValueError(
                 f"{description_of(self)}: inputs must have {self.num_features} features on axis {self.axis}, got {list(inputs.shape)}"
             )
-        y = self._batch_norm(x, None, self.trainable and (self.training if training is None else bool(training)))
+        learns = self.trainable and not self._frozen
+        y = self._batch_norm(x, None, learns and (self.training if training is None else bool(training)))
         return y.movedim(1, self.axis)
 
     def channels_second(self, inputs: Tensor) -> Tensor:

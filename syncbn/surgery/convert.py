@@ -18,6 +18,7 @@ from ..comm import check_type
 from ..guards import options_of_ours
 from ..modules import SyncBatchNorm
 from .classes import SYNCHRONIZED, plain_class, synchronized_class
+from .freeze import thawed
 from .fuse import Fusible, find_fusible, fuse, unfuse
 from .record import Conversion
 from .tails import tail_of_class
@@ -52,14 +53,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     left_alone = {m.original_name for m in module.modules() if isinstance(m, torch.jit.ScriptModule) and "BatchNorm" in m.original_name}
     batch_norms = list(_batch_norms(module))
     for name, child in batch_norms:
-        if isinstance(child, SyncBatchNorm):
-            child.process_group = child.process_group if process_group is None else process_group
-        elif (type(child).forward in _TORCH_FORWARDS or tail_of_class(type(child))) and not _conflicting_names(child):
-            _convert(child, process_group)
-        else:
-            left_alone.add(type(child).__name__)
-            continue
-        _set_name(child, name)
+        with thawed(child):
+            if _convert(child, process_group):
+                _set_name(child, name)
+            else:
+                left_alone.add(type(child).__name__)
     if left_alone:
         names = ", ".join(sorted(left_alone))
         warnings.warn(f"not converted, because they override forward, use a name of an option, or are scripted: {names}", stacklevel=2)
@@ -86,10 +84,11 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
-            if options_of_ours(child) or _is_of_a_users_class(child):
-                left_alone.append(name or type(child).__name__)
-            else:
-                _revert(child)
+            with thawed(child):
+                if options_of_ours(child) or _is_of_a_users_class(child):
+                    left_alone.append(name or type(child).__name__)
+                else:
+                    _revert(child)
     if left_alone:
         warnings.warn(f"not reverted, because torch has no such layer: {', '.join(left_alone)}", stacklevel=2)
     return module
@@ -114,13 +113,22 @@ def _conflicting_names(child: _BatchNorm) -> set[str]:
     return {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name"} & in_use
 
 
-def _convert(child: _BatchNorm, process_group: Any) -> None:
+def _convert(child: _BatchNorm, process_group: Any) -> bool:
+    """Makes `child` a synchronized layer if it is not one, with this group unless it is None. False if its class would lose something."""
+    if not isinstance(child, SyncBatchNorm):
+        if _conflicting_names(child) or not (type(child).forward in _TORCH_FORWARDS or tail_of_class(type(child))):
+            return False
+        _synchronize(child)
+    if process_group is not None:
+        child.process_group = process_group
+    return True
+
+
+def _synchronize(child: _BatchNorm) -> None:
     attributes = vars(child)
     original = class_below_parametrization(child)
     attributes["_conversion"] = Conversion(original, {key: attributes[key] for key in ("process_group",) if key in attributes})
     change_class(child, synchronized_class(original))  # type: ignore[arg-type]  # mypy believes that a class is not hashable
-    if process_group is not None:
-        child.process_group = process_group
 
 
 def _set_name(child: Any, name: str) -> None:

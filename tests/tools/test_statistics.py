@@ -265,7 +265,7 @@ def test_no_batch_on_any_rank_is_a_warning(world):
 
 @pytest.mark.world_size(1)
 def test_a_model_without_running_statistics_is_a_warning():
-    with pytest.warns(UserWarning, match="Linear has no batch norm with running statistics: nothing to do"):
+    with pytest.warns(UserWarning, match="Linear has no batch norm with running statistics, or all are frozen: nothing to do"):
         update_bn_stats(nn.Linear(2, 2), [torch.randn(3, 2)], progress=False)
 
 
