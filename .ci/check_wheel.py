@@ -25,6 +25,12 @@ assert torch.allclose(syncbn.SyncBatchNorm(3)(x), torch.nn.BatchNorm1d(3)(x), at
 print("wheel:", syncbn.__file__, cpu.reason, "with" if cuda.path.exists() else "without", "the CUDA library")
 """
 
+
+def listed(*paths: str) -> list[str]:
+    """The files that git tracks in these paths."""
+    return subprocess.run(["git", "ls-files", *paths], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+
+
 with tempfile.TemporaryDirectory() as folder:
     pip = [sys.executable, "-m", "pip", "--quiet"]
     nvcc = "1" if shutil.which("nvcc") else "0"
@@ -51,7 +57,8 @@ with tempfile.TemporaryDirectory() as folder:
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
     folders = ["csrc", "syncbn", "tests", "launch", "benchmarks", "examples", "docs"]
-    tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    missing = {*tracked, "LICENSE", "setup.py", "setup.cfg", "pyproject.toml"} - packed
+    tracked = listed(*folders)
+    top = [name for name in listed("*.*", "LICENSE") if "/" not in name and not name.startswith(".")]
+    missing = {*tracked, *top} - packed
     assert tracked and not missing, f"not in {sdist.name}: {sorted(missing)}"
     print(f"sdist: all {len(tracked)} files of {', '.join(folders)}")
