@@ -6,7 +6,13 @@ Every rank runs the same tests in the same order, with the same random numbers. 
     process_group        only with torch.distributed (that is, not under mpirun, where the group is MPI.COMM_WORLD)
     gpu                  needs a CUDA device
 
-Tests that do not apply are deselected. Only rank 0 reports; the others print what failed.
+Tests that do not apply are deselected. `pytest` without paths and without -m leaves out two tiers:
+
+    nightly              mutants, every Plan of the sweep, and nvcc's PTX
+    system               starts a job or a cluster, kills ranks, cuts links: what is in tests/system or takes `subprocess_env`
+
+`scales` marks tests for which more ranks are another case: see `_scales`. Three and four ranks run only those in launch/test.sh.
+Only rank 0 reports; the others print what failed.
 """
 
 from __future__ import annotations
@@ -16,16 +22,21 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import syncbn
+from support import ROOT
 from support.paths import over_the_group
+from support.step import SPLITS
 from support.world import HERE, TIMEOUT, UNDER_MPI, World
 from syncbn.comm import ProcessGroupCommunicator
 
+ONE_RANK = [ROOT / "tests" / wing for wing in ("house", "kernels", "surgery")]
+QUICK = "not nightly and not system"
 _STDERR = os.dup(2)  # pytest captures the other one
 
 
@@ -37,6 +48,11 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
     config.addinivalue_line("markers", "process_group: needs torch.distributed")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "nightly: mutants, every Plan of the sweep, and nvcc's PTX; not in a plain `pytest`")
+    config.addinivalue_line("markers", "system: starts jobs; not in a plain `pytest` (set by conftest.py)")
+    config.addinivalue_line("markers", "scales: more ranks are another case (set by conftest.py, but for test_fuzz.py)")
+    if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
+        config.option.markexpr = QUICK
     if HERE.rank > 0:
         config.option.verbose = -2  # errors only
         config.option.no_summary = True
@@ -55,19 +71,50 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         dist.destroy_process_group()
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Several ranks do not import the folders in which every test is for one rank: that takes seconds on each rank."""
+    return True if HERE.world_size > 1 and collection_path in ONE_RANK else None
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`counts` are the rows of the batch on each rank: SPLITS of the module, or else those of support/step.py."""
+    if "counts" in metafunc.fixturenames:
+        splits = getattr(metafunc.module, "SPLITS", SPLITS)
+        metafunc.parametrize("counts", splits.get(HERE.world_size, []), ids=str)
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.option.assume_gpu and not config.option.collectonly:
         raise pytest.UsageError("--assume-gpu needs --collect-only: without a GPU its tests do not run")
     has_gpu = torch.cuda.is_available() or config.option.assume_gpu
     kept, left_out = [], []
     for item in items:
+        if _scales(item):
+            item.add_marker("scales")
+        if item.path.is_relative_to(ROOT / "tests" / "system") or "subprocess_env" in item.fixturenames:
+            item.add_marker("system")
         (kept if _fits(item, has_gpu) else left_out).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left_out)
 
 
+def _sizes(item: pytest.Item) -> list[int]:
+    return [size for marker in item.iter_markers("world_size") for size in marker.args]
+
+
+def _scales(item: pytest.Item) -> bool:
+    """More ranks are another case for a test that splits a batch over them, and for one whose marker names this number of several ranks.
+    A single rank under torchrun is another case for tests that need torch.distributed: `pytest` leaves them out."""
+    if HERE.world_size == 1:
+        named = item.get_closest_marker("process_group") is not None
+    else:
+        named = HERE.world_size in _sizes(item)
+    return named or not {"counts", "numbers"}.isdisjoint(item.fixturenames)
+
+
 def _fits(item: pytest.Item, has_gpu: bool) -> bool:
-    sizes = [size for marker in item.iter_markers("world_size") for size in marker.args]
+    sizes = _sizes(item)
     if sizes and HERE.world_size not in sizes:
         return False
     if item.get_closest_marker("process_group") and HERE.launcher != "torchrun":

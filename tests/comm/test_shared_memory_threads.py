@@ -73,6 +73,7 @@ def fails(program: Path, case: tuple[int, int, int]) -> bool:
         return True
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_wrong_order_is_noticed(name, compiler, tmp_path):
     text, replacement = MUTANTS[name]

@@ -15,8 +15,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from support.collectives import collectives
 from support.paths import over_the_group
-from support.step import SPLITS
-from support.world import HERE
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import exchange, resolve, shared_memory, sharing
 from syncbn.comm.identity import state_of
@@ -56,7 +54,6 @@ def test_no_collective_after_the_first_exchange(world):
     assert seen == []
 
 
-@pytest.mark.parametrize("counts", SPLITS.get(HERE.world_size, []), ids=str)
 @pytest.mark.parametrize("weighting", ["samples", "ranks"])
 def test_results_equal_those_over_the_group(world, counts, weighting):
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) * 3 + 10

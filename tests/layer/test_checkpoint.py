@@ -12,15 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import syncbn
 from support.collectives import collectives
 from support.oracle import assert_close
-from support.step import SPLITS
 from syncbn.checkpoint import Record
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "counts" in metafunc.fixturenames:
-        from support.world import HERE
-
-        metafunc.parametrize("counts", SPLITS[HERE.world_size], ids=str)
 
 
 def ours(function, *args):

@@ -13,14 +13,7 @@ from support.collectives import collectives
 from support.oracle import activate, assert_close
 
 TOLERANCE = 1e-9  # float64: two backward passes over sums of some hundred values
-COUNTS = {1: [(5,)], 2: [(3, 3), (4, 1), (0, 5)], 3: [(3, 1, 2), (0, 4, 1)], 4: [(2, 0, 1, 2)]}
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "counts" in metafunc.fixturenames:
-        from support.world import HERE
-
-        metafunc.parametrize("counts", COUNTS[HERE.world_size], ids=str)
+SPLITS = {1: [(5,)], 2: [(3, 3), (4, 1), (0, 5)], 3: [(3, 1, 2), (0, 4, 1)], 4: [(2, 0, 1, 2)]}
 
 
 def leaf(*shape: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import itertools
 import os
 import time
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
@@ -43,6 +44,7 @@ cases = given(
 )
 
 
+@pytest.mark.scales
 def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limit):
     def one(shape, counts, dtype, layout, residual, chosen):
         samples = sum(counts)

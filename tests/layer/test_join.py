@@ -11,18 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.oracle import assert_close
+from support.world import HERE
 
 pytestmark = pytest.mark.process_group
 several = pytest.mark.world_size(2, 3)
 NUMBERS = {1: [(3,)], 2: [(4, 1), (2, 5)], 3: [(2, 4, 1)], 4: [(1, 2, 3, 1)]}  # batches of each rank
 ROWS = 3
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "numbers" in metafunc.fixturenames and "ranks_per_group" not in metafunc.fixturenames:
-        from support.world import HERE
-
-        metafunc.parametrize("numbers", NUMBERS[HERE.world_size], ids=str)
+each_split = pytest.mark.parametrize("numbers", NUMBERS.get(HERE.world_size, []), ids=str)
 
 
 def net() -> nn.Sequential:
@@ -54,6 +49,7 @@ def check_same(got: nn.Module, want: nn.Module, names: str = "") -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"broadcast_buffers": False}, {"find_unused_parameters": True}, {"bucket_cap_mb": 1e-4}], ids=str)
+@each_split
 def test_ddp_with_uneven_numbers_of_batches(world, numbers, options):
     """Two epochs: parameters and moving statistics are those of the oracle on every rank, also on those that finished first."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()), **options)
@@ -71,6 +67,7 @@ def test_ddp_with_uneven_numbers_of_batches(world, numbers, options):
             model(x).square().sum().backward()
 
 
+@each_split
 def test_without_ddp(world, numbers):
     """Only the statistics are shared. Each rank that is still active sees those of the active ones."""
     model = syncbn.convert_sync_batchnorm(net())
@@ -102,6 +99,7 @@ def test_subgroups(world, ranks_per_group, numbers):
             model(x).square().sum().backward()
 
 
+@each_split
 def test_eval_inside(world, numbers):
     """Of the module inside DDP, on any rank, at any time."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))

@@ -22,13 +22,6 @@ SHAPES = [
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "counts" in metafunc.fixturenames:
-        from support.world import HERE
-
-        metafunc.parametrize("counts", SPLITS[HERE.world_size], ids=str)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_batch_norm_of_the_whole_batch(world, counts, device, shape, dtype):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from support import ROOT
+from support.objects import compile_once
 from support.ptx import translate
 from syncbn import reference
 from syncbn.layout import mask_bytes, outer_c_inner
@@ -105,7 +106,7 @@ def link(folder: Path, replaced: dict[str, Path]) -> Path:
 
 
 def _compile(arguments: list[str], target: Path) -> None:
-    _run([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments, "-c", "-o", str(target)])
+    compile_once([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments], target)
 
 
 def _run(command: list) -> None:

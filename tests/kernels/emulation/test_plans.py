@@ -12,7 +12,7 @@ from support import ROOT, emulated
 from support.mutants import MANY_BLOCKS
 from support.op_cases import CHECKS, Case
 
-pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
+pytestmark = [pytest.mark.nightly, pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 
 SWEEP = (ROOT / "benchmarks" / "sweep.cu").read_text()
 # Blocks on a multiprocessor, vectors in a step, and the vectors in a tile of channels.

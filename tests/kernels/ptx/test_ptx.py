@@ -14,6 +14,7 @@ from support.mutants import survives
 from support.op_cases import CHECKS, table
 
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.world_size(1),
     pytest.mark.skipif(not (emulated.COMPILER and emulated.NVCC), reason="g++ and nvcc are not both on PATH"),
 ]
