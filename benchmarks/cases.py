@@ -13,6 +13,7 @@ from torch.nn.modules._functions import SyncBatchNorm as TorchSyncBatchNormFunct
 
 import syncbn
 from syncbn import ops
+from syncbn.activation import Activation
 from syncbn.comm import ProcessGroupCommunicator
 
 from .timing import Calls
@@ -108,17 +109,17 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
     weight, bias, mean, var = (torch.ones(c, device=x.device) for _ in range(4))
     tracked = torch.zeros((), dtype=torch.long, device=x.device)
     stats = ops.stats(x, False)
-    sums = ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0)[0]
+    sums = ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, Activation.none, 0.0)[0]
     residual = inputs.residual.detach()
     running = (mean, var, tracked)
-    mask = ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, "relu", 0.0)[1]
-    fused = (weight, bias, None, mask, EPS, "relu", 0.0)
+    mask = ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, Activation.relu, 0.0)[1]
+    fused = (weight, bias, None, mask, EPS, Activation.relu, 0.0)
     calls: Calls = {
         "stats": lambda: ops.stats(x, False),
-        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, *running, 0.1, EPS, True, "none", 0.0),
-        "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, "none", 0.0),
-        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, None, None, EPS, "none", 0.0),
-        "normalize + add + relu": lambda: ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, "relu", 0.0),
+        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, *running, 0.1, EPS, True, Activation.none, 0.0),
+        "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, Activation.none, 0.0),
+        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, None, None, EPS, Activation.none, 0.0),
+        "normalize + add + relu": lambda: ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, Activation.relu, 0.0),
         "backward_reduce + add + relu": lambda: ops.backward_reduce(dy, x, stats, *fused),
         "backward_input + add + relu": lambda: ops.backward_input(dy, x, stats, sums, *fused),
     }

@@ -123,8 +123,8 @@ struct Memory {
   Memory(const sweep::Options& options, int sm_count, cudaStream_t stream) : bytes(options.pool_bytes), channels(0) {
     for (const sweep::Shape& shape : options.shapes) channels = std::max(channels, shape.channels);
     x = device_memory<uint4>(bytes / 16), dy = device_memory<uint4>(bytes / 16), out = device_memory<uint4>(bytes / 16);
-    stats = device_memory<double>(3 * channels + 2), sums = device_memory<double>(2 * channels);
-    result = device_memory<double>(3 * channels + 2), vectors = device_memory<float>(6 * channels);
+    stats = device_memory<double>(stats_numel(channels)), sums = device_memory<double>(sums_numel(channels));
+    result = device_memory<double>(stats_numel(channels)), vectors = device_memory<float>(6 * channels);
     target = {sm_count, device_memory<char>(workspace_bytes(sm_count)), stream};
     const Config config = every_sm();
     LAUNCH(fill, config, stream, x, bytes / 16, 1u);
@@ -142,7 +142,7 @@ struct Memory {
 
   void set_stats(const sweep::Shape& shape) const {
     const double count = static_cast<double>(shape.n * shape.inner);
-    std::vector<double> values(3 * shape.channels + 2);
+    std::vector<double> values(stats_numel(shape.channels));
     std::fill(values.begin() + 2 * shape.channels, values.end(), count);
     CHECK(cudaMemcpy(stats, values.data(), values.size() * sizeof(double), cudaMemcpyHostToDevice));
   }

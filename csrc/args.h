@@ -6,8 +6,21 @@
 
 namespace syncbn {
 
+// For functions that run on both sides of a CUDA launch.
+#ifdef __CUDACC__
+#define SYNCBN_HOST_DEVICE __host__ __device__
+#else
+#define SYNCBN_HOST_DEVICE
+#endif
+
 enum class DType : int { float32, float16, bfloat16, float64 };
-enum class Activation : int { none, relu, leaky_relu, silu };
+enum class Activation : int { none, relu, leaky_relu, silu };  // as in syncbn/activation.py
+constexpr int ACTIVATIONS = 4;
+
+// Whether the derivative depends on nothing but the sign of z: with a residual, backward then needs one bit for each element, the mask.
+SYNCBN_HOST_DEVICE constexpr bool needs_only_sign(Activation activation) {
+  return activation == Activation::relu || activation == Activation::leaky_relu;
+}
 
 // Memory read as [outer, C, inner]: contiguous is (N, C, spatial), channels-last is (N * spatial, C, 1). Element i of channel c of
 // sample o has index (o * C + c) * inner + i. Without elements it is (0, C, 1), whatever the shape.
@@ -22,10 +35,29 @@ struct ChannelVector {
   int64_t stride = 1;
 };
 
-// The group's summed `stats`, [3C + 2]: shift(C), then sum(C) and sumsq(C) of x - shift, weight, samples.
+// `stats` is [3C + 4]: shift(C), then sum(C) and sumsq(C) of x - shift, then these at 3C.
+namespace stats_tail {
+enum : int { weight, samples, tag, tag_squared, numel };
+}
+// `sums` of the backward pass is [2C + 2]: sum_dy(C), sum_dy_xhat(C), then these at 2C.
+namespace sums_tail {
+enum : int { tag, tag_squared, numel };
+}
+
+// The group's summed `stats`.
 struct Statistics {
   const double* data;
   double eps;
+};
+
+// What the sums over the ranks of all tags and of their squares must be. If they are R * tag and R * tag^2, the sum of
+// (tag of a rank - tag)^2 is 0, so every rank has sent this tag; if not, no rank's check holds. Doubles hold these sums exactly up to
+// 8,192 ranks, since a tag is below 2^20.
+struct Verification {
+  double tag, tag_squared;
+  int32_t* alarm;  // set to 1 if the sums differ; null if there is nothing to verify
+
+  SYNCBN_HOST_DEVICE bool holds(double tag_sum, double tag_squared_sum) const { return tag_sum == tag && tag_squared_sum == tag_squared; }
 };
 
 struct StatsArgs {
@@ -34,6 +66,7 @@ struct StatsArgs {
   const void* x;
   bool rank_weighted;  // sums over this rank's samples per channel, weight 1
   bool shifted;        // the shift of a channel is its first value in x, else 0
+  double tag;
   double* stats;
 };
 
@@ -53,6 +86,7 @@ struct NormalizeArgs {
   double negative_slope;
   void* y;
   uint8_t* mask;  // null unless backward needs it
+  Verification verification;
 };
 
 struct BackwardReduceArgs {
@@ -65,6 +99,7 @@ struct BackwardReduceArgs {
   const uint8_t* mask;
   Activation activation;
   double negative_slope;
+  double tag;
   double* sums;
   ChannelVector dweight, dbias;
 };
@@ -82,10 +117,12 @@ struct BackwardInputArgs {
   double negative_slope;
   bool rank_weighted;
   void *dx, *dz;  // dz is null unless a residual was added before the activation
+  Verification verification;
 };
 
-// Numbers in `stats`.
-static inline int64_t stats_numel(const Layout& layout) { return 3 * layout.C + 2; }
+// Values in `stats` and in `sums`.
+static inline int64_t stats_numel(int64_t channels) { return 3 * channels + stats_tail::numel; }
+static inline int64_t sums_numel(int64_t channels) { return 2 * channels + sums_tail::numel; }
 
 // Bytes of the bit mask: see syncbn/layout.py.
 static inline int64_t mask_bytes(const Layout& layout) {

@@ -5,6 +5,7 @@
 //     static constexpr const char* out_of_memory;                              // torch's words, which batch size finders look for
 //     static void check_usable();                                              // throws where the device has failed for good
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // t is on this device, as x
+//     static int32_t* writable_alarm(int32_t* alarm);                          // the address by which kernels write to it
 //     explicit Device(const Tensor& x);                                        // current as long as it lives
 //     void stats(const StatsArgs&);  and the three others
 //   };
@@ -81,26 +82,15 @@ inline DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// The text of a schema's str. torch's own conversion to std::string loses one at each call (until 2.14; pytorch issue 191340).
-inline std::string take(StringHandle handle) {
-  size_t length;
-  const char* data;
-  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
-  std::string text(data, length);
-  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return text;
+inline Activation activation_of(int64_t number) {
+  SYNCBN_CHECK(0 <= number && number < ACTIVATIONS, "activation must be one of syncbn.activation.Activation, got ", number);
+  return static_cast<Activation>(number);
 }
 
-inline Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "leaky_relu") return Activation::leaky_relu;
-  SYNCBN_CHECK(name == "silu", "activation must be none, relu, leaky_relu or silu, got '", name, "'");
-  return Activation::silu;
+inline double tag_of(int64_t tag) {
+  SYNCBN_CHECK(0 <= tag && tag < int64_t{1} << 20, "tag must be in [0, 2^20), got ", tag);
+  return static_cast<double>(tag);
 }
-
-inline bool has_sign(Activation activation) { return activation == Activation::relu || activation == Activation::leaky_relu; }
 
 // torch::stable::new_empty and empty_like would look for an operator of that name at each call, a third of a small op's time.
 template <class Device>
@@ -187,7 +177,18 @@ struct Input {
   }
 
   Statistics statistics(const Tensor& stats, double eps) const {
-    return {static_cast<const double*>(flat("stats", stats, ScalarType::Double, stats_numel(layout))), eps};
+    return {static_cast<const double*>(flat("stats", stats, ScalarType::Double, stats_numel(layout.C))), eps};
+  }
+
+  Verification verification(int64_t tag, int64_t ranks, const OptionalTensor& alarm) const {
+    const double value = tag_of(tag), count = static_cast<double>(ranks);
+    Verification expected{count * value, count * value * value, nullptr};
+    if (alarm) {
+      SYNCBN_CHECK(alarm->is_cpu() && alarm->scalar_type() == ScalarType::Int && alarm->numel() == 1, "alarm must be Int [1] on the CPU, got ",
+                   show(alarm->scalar_type()), " ", show(alarm->sizes()));
+      expected.alarm = Device::writable_alarm(static_cast<int32_t*>(alarm->data_ptr()));
+    }
+    return expected;
   }
 
   Tensor new_empty(int64_t numel, int32_t dtype) const { return empty<Device>(x, numel, dtype); }
@@ -207,20 +208,19 @@ struct Input {
 // ---- The ops -----------------------------------------------------------------------------------------------------------------
 
 template <class Device>
-Tensor stats(Tensor x, bool rank_weighted, bool shifted) {
+Tensor stats(Tensor x, bool rank_weighted, bool shifted, int64_t tag) {
   const Input<Device> in(x);
   Device device(x);
-  Tensor out = in.new_empty(stats_numel(in.layout), aoti_torch_dtype_float64());
-  device.stats({in.dtype, in.layout, in.data, rank_weighted, shifted, static_cast<double*>(out.data_ptr())});
+  Tensor out = in.new_empty(stats_numel(in.layout.C), aoti_torch_dtype_float64());
+  device.stats({in.dtype, in.layout, in.data, rank_weighted, shifted, tag_of(tag), static_cast<double*>(out.data_ptr())});
   return out;
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
                                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                     std::optional<double> momentum, double eps, bool unbiased, StringHandle activation_handle,
-                                     double negative_slope) {
-  const std::string activation = take(activation_handle);
+                                     std::optional<double> momentum, double eps, bool unbiased, int64_t activation,
+                                     double negative_slope, int64_t tag, int64_t ranks, OptionalTensor alarm) {
   const Input<Device> in(x);
   NormalizeArgs args{};
   args.dtype = in.dtype;
@@ -241,9 +241,10 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.unbiased = unbiased;
   args.activation = activation_of(activation);
   args.negative_slope = negative_slope;
+  args.verification = in.verification(tag, ranks, alarm);
 
   Device device(x);
-  const bool keep_mask = residual && has_sign(args.activation);
+  const bool keep_mask = residual && needs_only_sign(args.activation);
   Tensor y = in.new_like(x), mask = in.new_empty(keep_mask ? in.mask_numel : 0, aoti_torch_dtype_uint8());
   if (x.numel() == 0) torch::stable::zero_(mask);  // no kernel writes it then
   args.y = y.data_ptr();
@@ -255,7 +256,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
 // The arguments that both backward ops share.
 template <class Device, class Args>
 Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stats, const OptionalTensor& weight, const OptionalTensor& bias,
-                   const OptionalTensor& residual, const OptionalTensor& mask, double eps, const std::string& activation,
+                   const OptionalTensor& residual, const OptionalTensor& mask, double eps, int64_t activation,
                    double negative_slope) {
   Args args{};
   args.dtype = in.dtype;
@@ -268,8 +269,8 @@ Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stat
   args.residual = in.same("residual", residual);
   args.activation = activation_of(activation);
   args.negative_slope = negative_slope;
-  if (has_sign(args.activation)) {
-    SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and ", activation, ", as normalize returned it");
+  if (needs_only_sign(args.activation)) {
+    SYNCBN_CHECK(mask || !residual, "mask must be given with a residual and this activation, as normalize returned it");
     if (mask) args.mask = static_cast<const uint8_t*>(in.flat("mask", *mask, ScalarType::Byte, in.mask_numel));
   }
   return args;
@@ -277,14 +278,14 @@ Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stat
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias,
-                                                   OptionalTensor residual, OptionalTensor mask, double eps,
-                                                   StringHandle activation_handle, double negative_slope) {
-  const std::string activation = take(activation_handle);
+                                                   OptionalTensor residual, OptionalTensor mask, double eps, int64_t activation,
+                                                   double negative_slope, int64_t tag) {
   const Input<Device> in(x);
   auto args = backward_args<Device, BackwardReduceArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
 
   Device device(x);
-  Tensor sums = in.new_empty(2 * in.layout.C, aoti_torch_dtype_float64()), dweight = in.new_vector(weight), dbias = in.new_vector(bias);
+  args.tag = tag_of(tag);
+  Tensor sums = in.new_empty(sums_numel(in.layout.C), aoti_torch_dtype_float64()), dweight = in.new_vector(weight), dbias = in.new_vector(bias);
   args.sums = static_cast<double*>(sums.data_ptr());
   if (weight) args.dweight = {dweight.data_ptr(), args.weight.dtype};
   if (bias) args.dbias = {dbias.data_ptr(), args.bias.dtype};
@@ -294,16 +295,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor s
 
 template <class Device>
 std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias,
-                                          OptionalTensor residual, OptionalTensor mask, double eps, StringHandle activation_handle,
-                                          double negative_slope, bool rank_weighted) {
-  const std::string activation = take(activation_handle);
+                                          OptionalTensor residual, OptionalTensor mask, double eps, int64_t activation,
+                                          double negative_slope, bool rank_weighted, int64_t tag, int64_t ranks, OptionalTensor alarm) {
   const Input<Device> in(x);
   auto args = backward_args<Device, BackwardInputArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
   args.rank_weighted = rank_weighted;
-  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, 2 * in.layout.C));
+  args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, sums_numel(in.layout.C)));
+  args.verification = in.verification(tag, ranks, alarm);
 
   Device device(x);
-  const bool writes_dz = args.activation != Activation::none && (args.activation == Activation::silu ? residual : mask).has_value();
+  const bool writes_dz = args.activation != Activation::none && (needs_only_sign(args.activation) ? mask : residual).has_value();
   Tensor dx = in.new_like(x), dz = writes_dz ? in.new_like(x) : in.nothing();
   args.dx = dx.data_ptr();
   args.dz = writes_dz ? dz.data_ptr() : nullptr;

@@ -21,7 +21,7 @@ from .comm.exchange import Exchange
 from .comm.identity import LayerRecord
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
-from .moments import channels_of, finalize, merge, parts, rebase
+from .moments import channels_of, finalize, merge, parts, rebase, stats_numel
 from .surgery.freeze import Frozen
 
 
@@ -118,7 +118,7 @@ def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
 
 def _empty_stats(module: _BatchNorm) -> Tensor:
     assert module.running_mean is not None
-    return torch.zeros(3 * len(module.running_mean) + 2, dtype=torch.float64, device=module.running_mean.device)
+    return torch.zeros(stats_numel(len(module.running_mean)), dtype=torch.float64, device=module.running_mean.device)
 
 
 class _Observation:

@@ -1,6 +1,6 @@
 """Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
 
-    forward     every layer inside keeps its summed statistics, in order: 3C + 2 numbers each
+    forward     every layer inside keeps its summed statistics, in order: 3C + 4 numbers each
     recompute   takes them in the same order: no collective, no second update of the moving statistics
 
 A checkpoint inside another one records what the outer one replays. Records belong to one call of `checkpoint`, so any number can

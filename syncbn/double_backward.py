@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .activation import Activation, derivative, needs_only_sign
 from .comm.exchange import Exchange
 from .layout import samples_per_channel
 from .moments import acc_type, effective_count, finalize, parts, split_mean
@@ -44,7 +45,7 @@ def differentiable_backward(
     mask: Tensor | None,
     exchange: Exchange,
     eps: float,
-    activation: str,
+    activation: int,
     negative_slope: float,
     rank_weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -78,12 +79,11 @@ def differentiable_backward(
     invstd = (second - first.square() + eps).rsqrt()
     xhat = (centered - over(first)) * over(invstd)
 
-    if activation == "silu":
+    if activation != Activation.none and not needs_only_sign(activation):
         z = xhat if weight is None else xhat * over(weight)
         z = z if bias is None else z + over(bias)
         z = z if residual is None else z + residual.to(acc)
-        s = torch.sigmoid(z)
-        dz = dy.to(acc) * (s * (1 + z * (1 - s)))
+        dz = dy.to(acc) * derivative(z, activation)
     else:  # a slope by the sign of z, constant almost everywhere
         dz = through_activation(dy, x, stats, weight, bias, None, mask, eps, activation, negative_slope)
 

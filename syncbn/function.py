@@ -13,6 +13,7 @@ from torch.autograd.graph import increment_version
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import checkpoint, ops, recompute
+from .activation import Activation, activate, keeps_mask, keeps_residual, parse
 from .arguments import check, check_count, check_memory, check_transforms, plain
 from .comm import Communicator, resolve
 from .comm.exchange import Exchange
@@ -20,7 +21,6 @@ from .comm.identity import LayerRecord
 from .double_backward import differentiable_backward
 from .layout import dense, dense_like
 from .moments import acc_type, update_running_stats
-from .reference import ACTIVATIONS
 
 WEIGHTINGS = ("samples", "ranks")
 
@@ -38,13 +38,20 @@ class Options(NamedTuple):
     layer: str = "sync_batch_norm"  # in messages: `comm.identity.description_of`
 
     @property
+    def fused(self) -> Activation:
+        """The activation by its number in the ops."""
+        return parse(self.activation)
+
+    @property
     def rank_weighted(self) -> bool:
         return self.weighting == "ranks"
 
     def checked(self) -> Options:
         """self, or ValueError."""
-        if self.activation is not None and self.activation not in ACTIVATIONS[1:]:
-            raise ValueError(f"{self.layer}: activation must be None or one of {ACTIVATIONS[1:]}, got {self.activation!r}")
+        try:
+            parse(self.activation)
+        except ValueError as error:
+            raise ValueError(f"{self.layer}: {error}") from None
         if self.weighting not in WEIGHTINGS:
             raise ValueError(f"{self.layer}: weighting must be one of {WEIGHTINGS}, got {self.weighting!r}")
         if not self.eps >= 0:  # nor NaN
@@ -56,7 +63,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization over the samples of R ranks.
 
         x, y, dy     [N, C, *]   this rank's samples, x dense; N differs by rank and may be 0
-        stats        [3C + 2]    shift, sum and sum of squares of x - shift, weight and samples over all ranks, float64
+        stats        [3C + 4]    shift, sum and sum of squares of x - shift, weight, samples and tags over all ranks, float64
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
@@ -80,7 +87,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         exchange: Exchange,
         options: Options,
     ) -> Tensor:
-        activation = options.activation or "none"
+        activation = options.fused
         stats = checkpoint.replay(options.layer, x.shape[1])
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
@@ -103,9 +110,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
             recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
 
         ctx.has_residual = residual is not None
-        keep_residual = ctx.has_residual and activation == "silu"  # its slope needs z, the others' only the sign
-        keep_mask = ctx.has_residual and activation in ("relu", "leaky_relu")
-        ctx.save_for_backward(x, stats, weight, bias, residual if keep_residual else None, mask if keep_mask else None)
+        kept_residual = residual if keeps_residual(activation, ctx.has_residual) else None
+        kept_mask = mask if keeps_mask(activation, ctx.has_residual) else None
+        ctx.save_for_backward(x, stats, weight, bias, kept_residual, kept_mask)
         ctx.exchange, ctx.options = exchange, options
         return y
 
@@ -113,7 +120,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight, bias, residual, mask = ctx.saved_tensors
         options: Options = ctx.options
-        activation = options.activation or "none"
+        activation = options.fused
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = differentiable_backward(
                 dy, x, stats, weight, bias, residual, mask,
@@ -127,7 +134,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         sums = ctx.exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
         dz = dy if ctx.has_residual else None
-        needs_dz = ctx.needs_input_grad[1] and activation != "none"
+        needs_dz = ctx.needs_input_grad[1] and activation != Activation.none
         if ctx.needs_input_grad[0] or needs_dz:
             dx, written = ops.backward_input(dy, x, stats, sums, *how, options.rank_weighted)
             dz = written if needs_dz else dz
@@ -147,7 +154,7 @@ def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, op
     def normalize(x: Tensor, residual: Tensor | None) -> Tensor:
         return ops.normalize(
             x, stats, weight, bias, residual, None, None, None, None,
-            options.eps, options.unbiased, options.activation or "none", options.negative_slope,
+            options.eps, options.unbiased, options.fused, options.negative_slope,
         )[0]  # fmt: skip
 
     return normalize
@@ -252,11 +259,7 @@ def _evaluated(
     y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.eps)
     if residual is not None:
         y = y + residual
-    if options.activation == "relu":
-        return F.relu(y)
-    if options.activation == "leaky_relu":
-        return F.leaky_relu(y, options.negative_slope)
-    return F.silu(y) if options.activation == "silu" else y
+    return activate(y, options.fused, options.negative_slope)
 
 
 def sync_batch_norm(

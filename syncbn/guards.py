@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ._torch_private import _BatchNorm
+from .activation import NAME_OF_MODULE, NAMES
 from .comm.identity import description_of
-from .reference import ACTIVATIONS
 
 # Options that torch's layers do not have, with the value that makes a layer the same as torch's.
 OPTIONS_OF_OURS = {"activation": None, "weighting": "samples", "unbiased": True}
@@ -27,10 +27,9 @@ def check_activation(value: Any) -> None:
     if value is None or isinstance(value, str):
         return
     cls = value if isinstance(value, type) else type(value)
-    names = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
-    name = names.get(cls, getattr(value, "__name__", None))
-    if name not in ACTIVATIONS[1:]:
-        remedy = f"put it after the layer, or write one of {ACTIVATIONS[1:]}"
+    name = NAME_OF_MODULE.get(cls, getattr(value, "__name__", None))
+    if name not in NAMES:
+        remedy = f"put it after the layer, or write one of {NAMES}"
     elif hasattr(value, "negative_slope"):
         remedy = f'write activation="{name}", negative_slope={value.negative_slope}'
     else:

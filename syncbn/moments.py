@@ -27,10 +27,11 @@ def acc_type(dtype: torch.dtype) -> torch.dtype:
 
 
 class Statistics(NamedTuple):
-    """The parts of `stats` [3C + 2], as views.
+    """The parts of `stats` [3C + 4], in this order, as views.
 
     sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted, over the rank's count. weight is what they are divided by:
-    the number of samples per channel, or of ranks that have any.
+    the number of samples per channel, or of ranks that have any. If `tag` and `tag_squared`, summed over R ranks, are those of R ranks
+    with one tag, all ranks have sent this tag.
     """
 
     shift: Tensor  # [C]
@@ -38,27 +39,58 @@ class Statistics(NamedTuple):
     sumsq: Tensor  # [C]
     weight: Tensor
     samples: Tensor
+    tag: Tensor
+    tag_squared: Tensor
+
+
+class BackwardSums(NamedTuple):
+    """The parts of `sums` [2C + 2], in this order, as views."""
+
+    sum_dy: Tensor  # [C], Σ dz
+    sum_dy_xhat: Tensor  # [C], Σ dz xhat
+    tag: Tensor
+    tag_squared: Tensor
+
+
+STATS_TAIL = len(Statistics._fields) - 3  # values after 3C; csrc/args.h has the same
+SUMS_TAIL = len(BackwardSums._fields) - 2  # values after 2C
 
 
 def parts(stats: Tensor) -> Statistics:
-    """`stats` [3C + 2] by its parts."""
+    """`stats` [3C + 4] by its parts."""
     c = channels_of(stats)
-    return Statistics(stats[:c], stats[c : 2 * c], stats[2 * c : 3 * c], stats[3 * c], stats[3 * c + 1])
+    return Statistics(stats[:c], stats[c : 2 * c], stats[2 * c : 3 * c], *stats[3 * c :].unbind())
+
+
+def parts_of_sums(sums: Tensor) -> BackwardSums:
+    """`sums` [2C + 2] by its parts."""
+    c = (sums.numel() - SUMS_TAIL) // 2
+    return BackwardSums(sums[:c], sums[c : 2 * c], *sums[2 * c :].unbind())
+
+
+def stats_numel(channels: int) -> int:
+    """The number of values in the `stats` of C channels."""
+    return 3 * channels + STATS_TAIL
+
+
+def sums_numel(channels: int) -> int:
+    """The number of values in the `sums` of C channels."""
+    return 2 * channels + SUMS_TAIL
 
 
 def channels_of(stats: Tensor) -> int:
-    """C of `stats` [3C + 2]."""
-    return (stats.numel() - 2) // 3
+    """C of `stats` [3C + 4]."""
+    return (stats.numel() - STATS_TAIL) // 3
 
 
-def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False) -> Tensor:
+def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False, tag: int = 0) -> Tensor:
     """The statistics of this rank's x, in the form that the forward exchange adds up.
 
-    x [N, C, *]  ->  [3C + 2] float64: `Statistics`.
+    x [N, C, *]  ->  [3C + 4] float64: `Statistics`.
 
     With rank_weighted the sums are over the count, and the weight is 1, so that each rank weighs the same. A rank without samples
-    gives zeros. With shifted, the shift of a channel is its first value in x; else all shifts are 0, and the statistics of several
-    ranks may be added up.
+    gives zeros, apart from the tag. With shifted, the shift of a channel is its first value in x; else all shifts are 0, and the
+    statistics of several ranks may be added up.
     """
     count = samples_per_channel(x)
     values = by_channel(x, acc_type(x.dtype))
@@ -68,14 +100,23 @@ def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False) -> Tens
         shift, total, total_sq = torch.zeros_like(shift), *_moved(count, total, total_sq, shift)
     divisor = max(count, 1) if rank_weighted else 1
     weight = min(count, 1) if rank_weighted else count
-    # new_full makes no copy to the device
-    return torch.cat([shift, total / divisor, total_sq / divisor, shift.new_full((1,), weight), shift.new_full((1,), count)])
+    return torch.cat([shift, total / divisor, total_sq / divisor, *_scalars(shift, weight, count, tag, tag * tag)])
+
+
+def backward_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, tag: int) -> Tensor:
+    """`BackwardSums` of this rank in the form that the backward exchange adds up, [2C + 2]."""
+    return torch.cat([sum_dy, sum_dy_xhat, *_scalars(sum_dy, tag, tag * tag)])
+
+
+def _scalars(like: Tensor, *values: float) -> list[Tensor]:
+    """Each [1] of like's type, without a copy to its device."""
+    return [like.new_full((1,), value) for value in values]
 
 
 def rebase(stats: Tensor, shift: Tensor) -> Tensor:
     """The same statistics about other shifts [C]."""
     s = parts(stats)
-    return torch.cat([shift, *_moved(s.weight, s.sum, s.sumsq, s.shift - shift), s.weight[None], s.samples[None]])
+    return torch.cat([shift, *_moved(s.weight, s.sum, s.sumsq, s.shift - shift), stats[3 * len(shift) :]])
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The four ops: their schemas on one screen, their fake kernels, and typed wrappers.
+"""The four ops: their schemas on one screen, and their fake kernels.
 
 Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the
-schema, the wrapper, the reference and the kernel. Tensors are dense (`layout.dense`); checks on what a caller passes are made
+schema, the reference and the kernel. Tensors are dense (`layout.dense`); checks on what a caller passes are made
 in `function.py`, before any collective.
 """
 
@@ -11,22 +11,26 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from .activation import keeps_mask, writes_dz
 from .layout import mask_bytes
+from .moments import stats_numel, sums_numel
 
 SCHEMAS = {
-    "stats": "(Tensor x, bool rank_weighted, bool shifted=False) -> Tensor",
+    "stats": "(Tensor x, bool rank_weighted, bool shifted=False, int tag=0) -> Tensor",
     "normalize": (
         "(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-        " float? momentum, float eps, bool unbiased, str activation, float negative_slope) -> (Tensor y, Tensor mask)"
+        " float? momentum, float eps, bool unbiased, int activation, float negative_slope,"
+        " int tag=0, int ranks=0, Tensor(d!)? alarm=None) -> (Tensor y, Tensor mask)"
     ),
     "backward_reduce": (
         "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
-        " float eps, str activation, float negative_slope) -> (Tensor sums, Tensor dweight, Tensor dbias)"
+        " float eps, int activation, float negative_slope, int tag=0) -> (Tensor sums, Tensor dweight, Tensor dbias)"
     ),
     "backward_input": (
         "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
-        " float eps, str activation, float negative_slope, bool rank_weighted=False) -> (Tensor dx, Tensor dz)"
+        " float eps, int activation, float negative_slope, bool rank_weighted=False,"
+        " int tag=0, int ranks=0, Tensor(a!)? alarm=None) -> (Tensor dx, Tensor dz)"
     ),
 }
 
@@ -51,28 +55,31 @@ def _on_one_device(*tensors: Tensor | None) -> None:
 
 
 @torch.library.register_fake("syncbn::stats", lib=_library)
-def _(x: Tensor, rank_weighted: bool, shifted: bool = False) -> Tensor:
-    return x.new_empty(3 * x.shape[1] + 2, dtype=torch.float64)
+def _(x, rank_weighted, shifted=False, tag=0):
+    return x.new_empty(stats_numel(x.shape[1]), dtype=torch.float64)
 
 
 @torch.library.register_fake("syncbn::normalize", lib=_library)
-def _(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, _):
+def _(
+    x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, negative_slope,
+    tag=0, ranks=0, alarm=None,
+):  # fmt: skip
     _on_one_device(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    keep_mask = residual is not None and activation in ("relu", "leaky_relu")
-    return torch.empty_like(x), x.new_empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8)
+    mask_numel = mask_bytes(x) if keeps_mask(activation, residual is not None) else 0
+    return torch.empty_like(x), x.new_empty(mask_numel, dtype=torch.uint8)
 
 
 @torch.library.register_fake("syncbn::backward_reduce", lib=_library)
-def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope):
+def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, tag=0):
     _on_one_device(dy, x, stats, weight, bias, residual, mask)
     return (
-        x.new_empty(2 * x.shape[1], dtype=torch.float64),
+        x.new_empty(sums_numel(x.shape[1]), dtype=torch.float64),
         x.new_empty(0) if weight is None else x.new_empty(x.shape[1], dtype=weight.dtype),
         x.new_empty(0) if bias is None else x.new_empty(x.shape[1], dtype=bias.dtype),
     )
 
 
 @torch.library.register_fake("syncbn::backward_input", lib=_library)
-def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False):
+def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False, tag=0, ranks=0, alarm=None):
     _on_one_device(dy, x, stats, sums, weight, bias, residual, mask)
-    return torch.empty_like(x), torch.empty_like(x) if reference.writes_dz(activation, residual, mask) else x.new_empty(0)
+    return torch.empty_like(x), torch.empty_like(x) if writes_dz(activation, residual, mask) else x.new_empty(0)

@@ -1,7 +1,7 @@
 """Every op in plain torch: the specification, the fallback on any device, and the oracle of the tests.
 
-    wire     stats(x): this rank's [shift(C), sum(C), sumsq(C), weight, samples], float64, the sums of x - shift; about one shift
-             the ranks' are added up
+    wire     stats(x): this rank's [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], float64, the sums of x - shift; about
+             one shift the ranks' are added up
     forward  y  = activation(weight * xhat + bias + residual),          xhat = (x - mean) * invstd
     backward dz = dy through the activation
              dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n)
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .activation import Activation, activate, derivative, keeps_mask, needs_only_sign, scaled_by_sign, writes_dz
 from .layout import mask_rows
-from .moments import acc_type, by_channel, channel_sum, effective_count, finalize, split_mean, update_running_stats
+from .moments import acc_type, backward_sums, by_channel, channel_sum, effective_count, finalize, parts, parts_of_sums, split_mean
 from .moments import stats as stats
-
-ACTIVATIONS = ("none", "relu", "leaky_relu", "silu")
-
+from .moments import update_running_stats as update_running_stats
 
 # ---- The four ops -------------------------------------------------------------------------------------------------------------
 
@@ -37,18 +36,27 @@ def normalize(
     momentum: float | None,
     eps: float,
     unbiased: bool,
-    activation: str,
+    activation: int,
     negative_slope: float,
+    tag: int = 0,
+    ranks: int = 0,
+    alarm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = activation(weight * xhat + bias + residual), and the moving statistics updated in place.
 
     x, residual, y [N, C, *] of one dtype; stats as `stats` gives them, summed over the ranks; weight, bias [C].
-    Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it.
+    Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is an
+    `Activation`.
+
+    alarm [1] int32 on the CPU is set to 1 if not each of the `ranks` has given `stats` this tag, and else stays as it is; for kernels on
+    other devices it is in pinned memory, and its value is that of the time when they have run. The results are the same either way.
     """
+    s = parts(stats)
+    _verify(s.tag, s.tag_squared, tag, ranks, alarm)
     update_running_stats(stats, running_mean, running_var, num_batches_tracked, momentum, unbiased)
     z = _affine(x, stats, weight, bias, residual, eps)
-    y = _activate(z, activation, negative_slope).to(x.dtype)
-    keep_mask = residual is not None and activation in ("relu", "leaky_relu")
+    y = activate(z, activation, negative_slope).to(x.dtype)
+    keep_mask = keeps_mask(activation, residual is not None)
     mask = _pack_bits(~(z <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
     return torch.empty_like(x).copy_(y), mask
 
@@ -62,12 +70,13 @@ def backward_reduce(
     residual: Tensor | None,
     mask: Tensor | None,
     eps: float,
-    activation: str,
+    activation: int,
     negative_slope: float,
+    tag: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sums that the backward exchange adds up, and this rank's parameter gradients.
 
-    dy, x [N, C, *]  ->  sums [2C] float64: sum_dy = Σ dz, sum_dy_xhat = Σ dz xhat; dweight; dbias.
+    dy, x [N, C, *]  ->  sums [2C + 2] float64: `moments.BackwardSums`; dweight; dbias.
 
     residual is that of `normalize` before silu; before relu and leaky_relu the mask is enough. dweight and dbias have the type of
     weight and bias, empty where these are None.
@@ -79,7 +88,7 @@ def backward_reduce(
     sum_dy_xmu = channel_sum(by_channel(dz * (x.to(dz.dtype) - _per_channel(hi, x)))) - lo * sum_dy
     sum_dy_xhat = sum_dy_xmu * invstd
     return (
-        torch.cat([sum_dy, sum_dy_xhat]),
+        backward_sums(sum_dy, sum_dy_xhat, tag),
         x.new_empty(0) if weight is None else sum_dy_xhat.to(weight.dtype, copy=True),
         x.new_empty(0) if bias is None else sum_dy.to(bias.dtype, copy=True),
     )
@@ -95,35 +104,43 @@ def backward_input(
     residual: Tensor | None,
     mask: Tensor | None,
     eps: float,
-    activation: str,
+    activation: int,
     negative_slope: float,
     rank_weighted: bool = False,
+    tag: int = 0,
+    ranks: int = 0,
+    alarm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n) and dz, the residual's gradient, [N, C, *] of x's dtype.
 
     sums are those of `backward_reduce`, summed over the ranks. n is the number of samples of the group; where ranks weigh the
     same, it is this rank's count times the number of ranks. dz is empty unless a residual was added before an activation.
+    tag, ranks and alarm are those of `normalize`, for `sums`.
     """
+    total = parts_of_sums(sums)
+    _verify(total.tag, total.tag_squared, tag, ranks, alarm)
     dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
     invstd = finalize(stats, eps)[2]
     hi, lo = split_mean(stats, dz.dtype)
-    sum_dy, sum_dy_xhat = sums.chunk(2)
     n = effective_count(stats, x, rank_weighted)
     scale = invstd if weight is None else invstd * weight.double()
-    slope = scale * invstd * sum_dy_xhat / n  # of (x - mean)
-    shift = lo * slope - scale * sum_dy / n
+    slope = scale * invstd * total.sum_dy_xhat / n  # of (x - mean)
+    shift = lo * slope - scale * total.sum_dy / n
     to_acc = lambda t: _per_channel(t.to(dz.dtype), x)  # noqa: E731
     dx = dz * to_acc(scale) - (x.to(dz.dtype) - to_acc(hi)) * to_acc(slope) + to_acc(shift)
     dx = torch.empty_like(x).copy_(dx)
     return dx, (torch.empty_like(x).copy_(dz) if writes_dz(activation, residual, mask) else x.new_empty(0))
 
 
-def writes_dz(activation: str, residual: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether a residual was added before an activation: silu keeps it for the backward pass, the others the mask."""
-    return activation != "none" and (residual if activation == "silu" else mask) is not None
-
-
 # ---- Parts --------------------------------------------------------------------------------------------------------------------
+
+
+def _verify(tag_sum: Tensor, tag_squared_sum: Tensor, tag: int, ranks: int, alarm: Tensor | None) -> None:
+    """Sets alarm to 1 unless these are the sums over `ranks` of this tag and of its square."""
+    if alarm is not None:
+        mixed = (tag_sum != ranks * tag) | (tag_squared_sum != ranks * tag * tag)
+        before = alarm.to(mixed.device, non_blocking=True)
+        alarm.copy_(torch.where(mixed, torch.ones_like(before), before), non_blocking=True)
 
 
 def _per_channel(t: Tensor, x: Tensor) -> Tensor:
@@ -142,17 +159,6 @@ def _affine(x: Tensor, stats: Tensor, weight: Tensor | None, bias: Tensor | None
     return z if residual is None else z + residual.to(acc)
 
 
-def _activate(z: Tensor, activation: str, negative_slope: float) -> Tensor:
-    if activation == "none":
-        return z
-    if activation == "relu":
-        return F.relu(z)
-    if activation == "leaky_relu":
-        return F.leaky_relu(z, negative_slope)
-    assert activation == "silu", activation
-    return F.silu(z)
-
-
 def through_activation(
     dy: Tensor,
     x: Tensor,
@@ -162,22 +168,19 @@ def through_activation(
     residual: Tensor | None,
     mask: Tensor | None,
     eps: float,
-    activation: str,
+    activation: int,
     negative_slope: float,
 ) -> Tensor:
     """dz = dy * activation'(z), in the accumulation type. z is recomputed, unless its sign was kept in the mask."""
     dz = dy.to(acc_type(x.dtype))
-    if activation == "none":
+    if activation == Activation.none:
         return dz
-    if activation == "silu":
-        z = _affine(x, stats, weight, bias, residual, eps)
-        s = torch.sigmoid(z)
-        return dz * (s * (1 + z * (1 - s)))
+    if not needs_only_sign(activation):
+        return dz * derivative(_affine(x, stats, weight, bias, residual, eps), activation)
     if mask is None and residual is not None:
-        raise ValueError(f"mask must be given with a residual and {activation}, as normalize returned it")
+        raise ValueError("mask must be given with a residual and this activation, as normalize returned it")
     positive = ~(_affine(x, stats, weight, bias, None, eps) <= 0) if mask is None else _unpack_bits(mask, x)  # NaN passes
-    # Not dy * 0 for relu: an infinite dy stays out, as in torch.
-    return torch.where(positive, dz, dz * negative_slope if activation == "leaky_relu" else dz.new_zeros(()))
+    return scaled_by_sign(dz, positive, activation, negative_slope)
 
 
 def _pack_bits(positive: Tensor, x: Tensor) -> Tensor:

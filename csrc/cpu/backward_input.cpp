@@ -14,7 +14,7 @@ enum { OF_X = SHIFT + 1, OFFSET };
 
 // The n of the formula: the sum of the weights over the weight of one of this rank's samples.
 double effective_count(const BackwardInputArgs& args) {
-  double weight = args.stats.data[3 * args.layout.C];
+  double weight = args.stats.data[3 * args.layout.C + stats_tail::weight];
   double n = args.rank_weighted ? weight * double(samples(args.layout)) : weight;
   return n < 1 ? 1 : n;
 }
@@ -48,6 +48,7 @@ template <typename scalar_t, class Gradient> void run(const BackwardInputArgs& a
 }  // namespace
 
 void backward_input(const BackwardInputArgs& args) {
+  verify(args.verification, args.sums + 2 * args.layout.C + sums_tail::tag);
   with_dtype(args.dtype, [&](auto type) {
     with_gradient<decltype(type)>(args, [&](const auto& gradient) { run<decltype(type)>(args, gradient); });
   });

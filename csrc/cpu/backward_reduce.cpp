@@ -40,6 +40,8 @@ void backward_reduce(const BackwardReduceArgs& args) {
   with_dtype(args.dtype, [&](auto type) {
     with_gradient<decltype(type)>(args, [&](const auto& gradient) { run<decltype(type)>(args, gradient); });
   });
+  args.sums[2 * args.layout.C + sums_tail::tag] = args.tag;
+  args.sums[2 * args.layout.C + sums_tail::tag_squared] = args.tag * args.tag;
   const double *sum_dy = args.sums, *sum_dy_xhat = args.sums + args.layout.C;
   update(args.dbias, args.layout.C, [=](int64_t c, double) INLINED { return sum_dy[c]; });
   update(args.dweight, args.layout.C, [=](int64_t c, double) INLINED { return sum_dy_xhat[c]; });

@@ -15,6 +15,8 @@ struct Cpu {
   static void check_usable() {}
   static void check(const char* name, const Tensor& t, const Tensor&) { SYNCBN_CHECK(t.is_cpu(), name, " must be on the CPU, as x"); }
 
+  static int32_t* writable_alarm(int32_t* alarm) { return alarm; }
+
   explicit Cpu(const Tensor&) {}
   void stats(const StatsArgs& args) { kernels().stats(args); }
   void normalize(const NormalizeArgs& args) { kernels().normalize(args); }

@@ -48,6 +48,11 @@ struct Doubles : Buffer<double> {
   }
 };
 
+// `tag_sums` are the sums over the ranks of the tags and of their squares.
+inline void verify(const Verification& verification, const double* tag_sums) {
+  if (verification.alarm && !verification.holds(tag_sums[0], tag_sums[1])) *verification.alarm = 1;
+}
+
 struct Moments {
   double shift, offset, var, invstd;  // var is biased
 
@@ -60,7 +65,7 @@ class Finalize {
 
  public:
   Finalize(const Statistics& stats, int64_t C)
-      : shift_(stats.data), sum_(stats.data + C), sumsq_(stats.data + 2 * C), weight_(stats.data[3 * C]), eps_(stats.eps) {
+      : shift_(stats.data), sum_(stats.data + C), sumsq_(stats.data + 2 * C), weight_(stats.data[3 * C + stats_tail::weight]), eps_(stats.eps) {
     weight_ = weight_ < 1 ? 1 : weight_;
   }
   INLINE Moments operator()(int64_t c) const {

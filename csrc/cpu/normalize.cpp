@@ -15,7 +15,7 @@ INLINE double moved(double old, double next, double factor) {
 }
 
 void update_running_stats(const NormalizeArgs& args) {
-  double count = args.stats.data[3 * args.layout.C + 1], factor = args.momentum;
+  double count = args.stats.data[3 * args.layout.C + stats_tail::samples], factor = args.momentum;
   if (!(count > 0)) return;
   if (args.num_batches_tracked) ++*args.num_batches_tracked;
   if (args.cumulative) factor = args.num_batches_tracked ? 1.0 / double(max(*args.num_batches_tracked, 1)) : 1;
@@ -28,7 +28,7 @@ void update_running_stats(const NormalizeArgs& args) {
 
 template <typename scalar_t, Activation activation, bool add> void run(const NormalizeArgs& args) {
   using acc_t = acc_type<scalar_t>;
-  constexpr bool masked = add && (activation == Activation::relu || activation == Activation::leaky_relu);
+  constexpr bool masked = add && needs_only_sign(activation);
   auto x = static_cast<const scalar_t*>(args.x), residual = static_cast<const scalar_t*>(args.residual);
   scalar_t* outputs[] = {static_cast<scalar_t*>(args.y)};
   uint8_t* mask = args.mask;
@@ -58,6 +58,7 @@ template <typename scalar_t, bool add> auto choose(Activation activation) {
 }  // namespace
 
 void normalize(const NormalizeArgs& args) {
+  verify(args.verification, args.stats.data + 3 * args.layout.C + stats_tail::tag);
   update_running_stats(args);
   // Rows are written up to their idle bits; of the byte behind the last one, the rest is nobody's.
   if (args.mask && numel(args.layout)) args.mask[mask_bytes(args.layout) - 1] = 0;

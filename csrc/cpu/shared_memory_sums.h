@@ -4,14 +4,15 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../args.h"
 #include "shared_memory_layout.h"
 
 namespace syncbn::shared_memory {
 
-constexpr int kStatsTail = 2;  // weight and samples
+constexpr int kStatsTail = stats_tail::numel;
 
 // A piece of an exchange: `size` values, or the channels [first, first + size) of statistics. Those lie in a slot as
-// [weight, samples, shift(size), sum(size), sumsq(size)].
+// [the tail of `stats`, shift(size), sum(size), sumsq(size)].
 struct Piece {
   int64_t channels, total, first, size;
 
@@ -58,8 +59,8 @@ inline void add(const Memory& memory, uint64_t epoch, int64_t begin, int64_t end
 // The same for statistics: the sums of each rank are moved from its shift to that of the first rank with samples.
 inline void merge(const Memory& memory, uint64_t epoch, int64_t size, int64_t begin, int64_t end, double* __restrict out) {
   int first = 0;
-  while (first + 1 < memory.ranks() && !(memory.slot(first, epoch).values[1] > 0)) ++first;
-  if (!(memory.slot(first, epoch).values[1] > 0)) first = 0;  // no rank has samples
+  while (first + 1 < memory.ranks() && !(memory.slot(first, epoch).values[stats_tail::samples] > 0)) ++first;
+  if (!(memory.slot(first, epoch).values[stats_tail::samples] > 0)) first = 0;  // no rank has samples
   double* __restrict shift = out + kStatsTail;
   double* __restrict sum = shift + size;
   double* __restrict sumsq = sum + size;
@@ -68,7 +69,7 @@ inline void merge(const Memory& memory, uint64_t epoch, int64_t size, int64_t be
   std::fill(sumsq + begin, sumsq + end, 0.0);
   for (int rank = 0; rank < memory.ranks(); ++rank) {
     const double* __restrict in = memory.slot(rank, epoch).values;
-    const double weight = in[0];
+    const double weight = in[stats_tail::weight];
     const double *in_shift = in + kStatsTail, *in_sum = in_shift + size, *in_sumsq = in_sum + size;
     for (int64_t c = begin; c < end; ++c) {
       const double d = in_shift[c] - shift[c];

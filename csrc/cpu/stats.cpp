@@ -141,8 +141,11 @@ void stats(const StatsArgs& args) {
   }
   if (args.rank_weighted && n > 1)
     for (int64_t c = 0; c < 2 * layout.C; ++c) sum_x[c] /= n;
-  args.stats[3 * layout.C] = args.rank_weighted ? n > 0 : n;
-  args.stats[3 * layout.C + 1] = n;
+  double* tail = args.stats + 3 * layout.C;
+  tail[stats_tail::weight] = args.rank_weighted ? n > 0 : n;
+  tail[stats_tail::samples] = n;
+  tail[stats_tail::tag] = args.tag;
+  tail[stats_tail::tag_squared] = args.tag * args.tag;
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA

@@ -8,6 +8,7 @@
 #include "activation.cuh"
 #include "finalize.cuh"
 #include "reduce.cuh"
+#include "verify.cuh"
 #include "walk.cuh"
 
 namespace syncbn::cuda {
@@ -37,6 +38,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     prefetch(dy, step);
     prefetch(x, step);
   });
+  const TagSums tag_sums(args.verification, walk, args.sums + 2 * C + sums_tail::tag);
   const int64_t channel = walk.first_channel() + threadIdx.x;
   if (threadIdx.x < config.width * N && channel < C) {
     const Channel loaded = load_channel(args, channel);
@@ -51,6 +53,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * sum_dy / n)};
   }
   __syncthreads();
+  tag_sums.verify(args.verification);  // after the barrier: the other warps already load dy and x
   Affine<acc_t> affine[N];
   Linear<acc_t> rest_of[N];
 #pragma unroll

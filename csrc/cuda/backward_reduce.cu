@@ -75,6 +75,10 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   }
   if (!grid_sum(total, walk, workspace) || !owns_channel) return;
 
+  if (channel == 0) {
+    args.sums[2 * C + sums_tail::tag] = args.tag;
+    args.sums[2 * C + sums_tail::tag_squared] = args.tag * args.tag;
+  }
   args.sums[channel] = total.a;
   args.sums[C + channel] = total.b;
   if (args.dbias.data) write(args.dbias, channel, total.a);

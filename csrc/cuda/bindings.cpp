@@ -123,6 +123,15 @@ class Cuda : public Memory {
     SYNCBN_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), name, " must be on a CUDA device, that of x");
   }
 
+  static int32_t* writable_alarm(int32_t* alarm) {
+    void* mapped = nullptr;
+    if (cudaHostGetDevicePointer(&mapped, alarm, 0) != cudaSuccess) {
+      cudaGetLastError();  // forgets it
+      refuse("alarm must be in pinned memory: kernels write to it");
+    }
+    return static_cast<int32_t*>(mapped);
+  }
+
   explicit Cuda(const Tensor& x) : x_(x), guard_(x.get_device_index()) {}
   void stats(const StatsArgs& args) { launch("stats_kernel", cuda::stats, args); }
   void normalize(const NormalizeArgs& args) { launch("normalize_kernel", cuda::normalize, args); }

@@ -23,7 +23,7 @@ template <class Args>
 __device__ inline Channel load_channel(const Args& args, int64_t c) {
   const int64_t C = args.layout.C;
   const double* stats = args.stats.data;
-  return {stats[c], stats[C + c], stats[2 * C + c], stats[3 * C], load_bits(args.weight, c), load_bits(args.bias, c)};
+  return {stats[c], stats[C + c], stats[2 * C + c], stats[3 * C + stats_tail::weight], load_bits(args.weight, c), load_bits(args.bias, c)};
 }
 
 // Comparisons are written so that NaN stays NaN.

@@ -7,6 +7,7 @@
 #include "finalize.cuh"
 #include "mask.cuh"
 #include "reduce.cuh"
+#include "verify.cuh"
 #include "walk.cuh"
 
 namespace syncbn::cuda {
@@ -25,7 +26,7 @@ struct Running {
 };
 
 __device__ Running load_running(const NormalizeArgs& args, int64_t c) {
-  return {load_bits(args.running_mean, c), load_bits(args.running_var, c), args.stats.data[3 * args.layout.C + 1],
+  return {load_bits(args.running_mean, c), load_bits(args.running_var, c), args.stats.data[3 * args.layout.C + stats_tail::samples],
           args.cumulative && args.num_batches_tracked ? *args.num_batches_tracked : 0};
 }
 
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     prefetch(x, step);
     if (residual) prefetch(residual, step);
   });
+  const TagSums tag_sums(args.verification, walk, args.stats.data + 3 * C + stats_tail::tag);
   Moments moments{};
   Running running{};
   if (owns_channel) {
@@ -81,6 +83,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   }
   __syncthreads();
   // After the barrier: the other warps already load x.
+  tag_sums.verify(args.verification);
   if (updates) update_running_stats(args, moments, running, channel);
   if (updates && t == 0 && args.num_batches_tracked) count_batch(args, walk, workspace, running.count);
 

@@ -111,8 +111,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     args.stats[2 * C + channel] = total.b / samples;
   }
   if (walk.group == 0 && threadIdx.x == 0) {
-    args.stats[3 * C] = args.rank_weighted ? count > 0 : count;
-    args.stats[3 * C + 1] = count;
+    double* tail = args.stats + 3 * C;
+    tail[stats_tail::weight] = args.rank_weighted ? count > 0 : count;
+    tail[stats_tail::samples] = count;
+    tail[stats_tail::tag] = args.tag;
+    tail[stats_tail::tag_squared] = args.tag * args.tag;
   }
 }
 

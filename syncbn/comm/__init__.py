@@ -49,7 +49,7 @@ class Communicator(Protocol):
         """Whether `all_reduce_stats_` takes statistics about any shifts, where x is on this device; else all shifts must be 0."""
 
     def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
-        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 2]), equal bits on all of
+        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 4]), equal bits on all of
         them. May be `stats` itself, overwritten. One collective."""
 
 

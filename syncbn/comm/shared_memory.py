@@ -115,7 +115,7 @@ class SharedMemory:
     def all_reduce_(self, values: Tensor, digest: int, timeout: float, channels: int = 0) -> Tensor:
         """The sum of `values`, contiguous float64, over the ranks of the host, in place, bitwise identical on all of them.
 
-        With `channels` they are statistics [3 * channels + 2], each rank's about its own shift; see csrc/cpu/shared_memory.h.
+        With `channels` they are statistics [3 * channels + 4], each rank's about its own shift; see csrc/cpu/shared_memory.h.
 
         Raises:
             Mismatch: on every rank, if their digests or lengths differ. The next exchange may follow.

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .._torch_private import _BatchNorm
+from ..activation import module_of
 from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import groups_of
@@ -24,7 +25,6 @@ from .trace import is_observed, producer, record_in_fx_graph, regions, warn_of
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward, SyncBatchNormalization.forward)
-_ACTIVATIONS: dict[str | None, Any] = {None: nn.Identity, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "silu": nn.SiLU}
 
 
 class Foldable(NamedTuple):
@@ -180,9 +180,7 @@ def _activation(batch_norm: _BatchNorm) -> nn.Module:
         return nn.Sequential(*(getattr(batch_norm, name) for name in tail))
     if not isinstance(batch_norm, SyncBatchNorm):
         return nn.Identity()
-    if batch_norm.activation == "leaky_relu":
-        return nn.LeakyReLU(batch_norm.negative_slope)
-    return _ACTIVATIONS[batch_norm.activation]()
+    return module_of(batch_norm.activation, batch_norm.negative_slope)
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

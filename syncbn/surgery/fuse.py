@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 from torch import fx, nn
 
 from .._torch_private import _BatchNorm
+from ..activation import NAME_OF_MODULE
 from ..keras import SyncBatchNormalization
 from ..modules import SyncBatchNorm
 from .record import Conversion
 from .trace import Region, is_observed, producer, record_in_fx_graph, regions, warn_of
 
 _FORWARDS = (SyncBatchNorm.forward, SyncBatchNormalization.forward)  # any other may compute more after the normalization
-_ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu"}
 
 
 class Fusible(NamedTuple):
@@ -57,7 +57,7 @@ def fuse(pair: Fusible) -> None:
         return
     if batch_norm.activation is not None:
         return
-    batch_norm.activation = _ACTIVATIONS[type(activation)]
+    batch_norm.activation = NAME_OF_MODULE[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)
     conversion = batch_norm._conversion or Conversion(None, {})
     conversion.fused_activation = activation
@@ -81,7 +81,7 @@ def _adjacent(module: nn.Module, graph: fx.Graph) -> list[Fusible]:
     calls = [modules[node.target] for node in graph.nodes if node.op == "call_module"]
     pairs = []
     for node in graph.nodes:
-        if node.op != "call_module" or type(modules[node.target]) not in _ACTIVATIONS or len(node.args) != 1 or node.kwargs:
+        if node.op != "call_module" or type(modules[node.target]) not in NAME_OF_MODULE or len(node.args) != 1 or node.kwargs:
             continue
         source = producer(node, modules)
         if source is None:

@@ -66,14 +66,17 @@ def test_nothing_is_read_from_a_slot_before_it_is_written(world, memory):
         assert torch.equal(memory.all_reduce_(parts[world.rank].clone(), digest("sum"), TIMEOUT), in_rank_order(parts))
 
 
+TAG = 2**20 - 1
+
+
 def statistics(x: torch.Tensor) -> torch.Tensor:
-    """[shift, sum, sumsq, weight, samples] of x [samples, C] about its first row."""
+    """[shift, sum, sumsq, weight, samples, tag, tag²] of x [samples, C] about its first row."""
     shift = x[0] if len(x) else torch.zeros(x.shape[1], dtype=torch.float64)
     d = x - shift
-    return torch.cat([shift, d.sum(0), d.square().sum(0), torch.tensor([len(x), len(x)]).double()])
+    return torch.cat([shift, d.sum(0), d.square().sum(0), torch.tensor([len(x), len(x), TAG, TAG**2]).double()])
 
 
-@pytest.mark.parametrize("channels", [1, 64, 2730, 2731, 6000])  # 2730 fill a slot
+@pytest.mark.parametrize("channels", [1, 64, 2729, 2730, 6000])  # 2729 fill a slot
 @pytest.mark.parametrize("rows", [(4, 4, 4, 4), (0, 3, 0, 5), (7, 0, 1, 0), (0, 0, 0, 0)])
 def test_statistics_about_different_shifts_are_those_of_the_whole_batch(world, memory, channels, rows):
     counts = rows[: world.size]
@@ -81,8 +84,9 @@ def test_statistics_about_different_shifts_are_those_of_the_whole_batch(world, m
     mine = world.mine(x, counts)
     stats = memory.all_reduce_(statistics(mine), digest("statistics"), TIMEOUT, channels)
     assert all(torch.equal(other, stats) for other in world.all_gather(stats))
-    shift, sums, sumsq, weight = stats[:channels], stats[channels : 2 * channels], stats[2 * channels : -2], stats[-2]
-    assert weight == stats[-1] == len(x)
+    shift, sums, sumsq, weight = stats[:channels], stats[channels : 2 * channels], stats[2 * channels : -4], stats[-4]
+    assert weight == stats[-3] == len(x)
+    assert stats[-2:].tolist() == [world.size * TAG, world.size * TAG**2]
     if len(x):
         near_zero = x - 1e9  # exact
         torch.testing.assert_close(shift - 1e9 + sums / weight, near_zero.mean(0), rtol=1e-13, atol=1e-13 * channels)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.world_size(1)
 PACKAGE = Path(syncbn.__file__).parent
 # A module imports from its own floor and from those above it in this list; a wing stands for all of its modules that are not named.
 FLOORS = {
-    "torch, the machine and memory": "_torch_private environment layout moments build_info gpus native",
+    "torch, the machine and memory": "_torch_private environment layout activation moments build_info gpus native",
     "communication": "comm",
     "the four ops": "reference ops",
     "the layer's arithmetic": "checkpoint recompute double_backward arguments function",

@@ -8,6 +8,7 @@ from torch import nn
 
 from support.op_cases import check_moved_all_the_way
 from syncbn import SyncBatchNorm, ops, reference
+from syncbn.activation import Activation
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -105,9 +106,9 @@ def test_moving_statistics_move_by_the_momentum(implementation, momentum):
     mean, var, _ = reference.finalize(stats, 0.0)
     old = torch.randn(2, 3, dtype=torch.float64)
     state = (old[0].clone(), old[1].clone(), None)
-    implementation.normalize(x, stats, None, None, None, *state, momentum, 1e-5, False, "none", 0.0)
+    implementation.normalize(x, stats, None, None, None, *state, momentum, 1e-5, False, Activation.none, 0.0)
     for new, before, target in zip(state, old, (mean, var), strict=False):
         assert torch.allclose(new, (1 - momentum) * before + momentum * target, rtol=1e-14, atol=1e-15)
     still = (mean.clone(), var.clone(), None)
-    implementation.normalize(x, stats, None, None, None, *still, momentum, 1e-5, False, "none", 0.0)
+    implementation.normalize(x, stats, None, None, None, *still, momentum, 1e-5, False, Activation.none, 0.0)
     assert torch.equal(still[0], mean) and torch.equal(still[1], var)

@@ -9,6 +9,7 @@ import torch
 
 from support.op_cases import CHECKS, EPS, SLOPE, Case, check_moved_all_the_way, check_stats, make, table
 from syncbn import native, ops, reference
+from syncbn.activation import Activation, keeps_residual
 
 pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
@@ -33,9 +34,9 @@ def step(case: Case):
     d = make(case, "cuda")
     stats = ops.stats(d.x, case.rank_weighted, case.shifted)
     state = (d.running_mean, d.running_var, d.tracked)
-    y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, EPS, case.unbiased, case.activation, SLOPE)
-    residual = d.residual if case.activation == "silu" else None
-    how = (d.weight, d.bias, residual, mask if case.keeps_mask else None, EPS, case.activation, SLOPE)
+    y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, EPS, case.unbiased, case.fused, SLOPE)
+    residual = d.residual if keeps_residual(case.fused, True) else None
+    how = (d.weight, d.bias, residual, mask if case.keeps_mask else None, EPS, case.fused, SLOPE)
     sums, dweight, dbias = ops.backward_reduce(d.dy, d.x, stats, *how)
     dx, dz = ops.backward_input(d.dy, d.x, stats, sums, *how)
     return [stats, y, sums, dweight, dbias, dx, dz, *(t for t in state if t is not None)]
@@ -118,9 +119,9 @@ def test_no_op_waits_for_the_device():
     try:
         x = torch.randn(4, 8, 16, 16, device="cuda")
         stats = ops.stats(x, False)
-        ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, "relu", SLOPE)
-        sums, *_ = ops.backward_reduce(x, x, stats, None, None, None, None, EPS, "relu", SLOPE)
-        ops.backward_input(x, x, stats, sums, None, None, None, None, EPS, "relu", SLOPE)
+        ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, Activation.relu, SLOPE)
+        sums, *_ = ops.backward_reduce(x, x, stats, None, None, None, None, EPS, Activation.relu, SLOPE)
+        ops.backward_input(x, x, stats, sums, None, None, None, None, EPS, Activation.relu, SLOPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -132,7 +133,7 @@ def test_out_of_memory_error_matches_torchs():
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
     try:
         with pytest.raises(RuntimeError, match=r"CUDA out of memory. syncbn could not allocate a tensor \[8, 64, 256, 256\]"):
-            ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, "none", SLOPE)
+            ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, Activation.none, SLOPE)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -158,13 +159,13 @@ def test_more_than_2_to_the_31_elements(channels_last):
     stats = ops.stats(x, False)
     assert stats[15] == 6 and stats[23] == 18 and stats[:15].count_nonzero() == 0 and stats[24] == 2 * shape[2]
     # mean 0 and var 1 for all channels, count 1
-    stats = torch.tensor([0.0] * 16 + [1.0] * 10, dtype=torch.float64, device="cuda")
-    y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, 0.0, True, "relu", SLOPE)
+    stats = torch.tensor([0.0] * 16 + [1.0] * 10 + [0.0] * 2, dtype=torch.float64, device="cuda")
+    y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, 0.0, True, Activation.relu, SLOPE)
     assert only_at_the_end(y) == [6, 6]
     del y
-    dy, how = full(1.0), (None, None, None, mask, 0.0, "relu", SLOPE)
+    dy, how = full(1.0), (None, None, None, mask, 0.0, Activation.relu, SLOPE)
     sums, *_ = ops.backward_reduce(dy, x, stats, *how)
-    assert sums.tolist() == [0] * 7 + [2] + [0] * 7 + [6]
+    assert sums.tolist() == [0] * 7 + [2] + [0] * 7 + [6, 0, 0]
     dx, dz = ops.backward_input(dy, x, stats, sums / 64, *how)
     assert only_at_the_end(dz) == [1, 1]
     # Where x and dz are 0, all that is left is sum_dy / n of the last channel.
@@ -194,7 +195,7 @@ def test_invalid_argument_is_named():
     stats = ops.stats(x, False)
     good = dict(
         x=x, stats=stats, weight=None, bias=None, residual=None, running_mean=None, running_var=None, num_batches_tracked=None,
-        momentum=0.1, eps=EPS, unbiased=True, activation="none", negative_slope=SLOPE,
+        momentum=0.1, eps=EPS, unbiased=True, activation=Activation.none, negative_slope=SLOPE,
     )  # fmt: skip
     for name, value in {
         "x": x[:, :, ::2],
@@ -204,7 +205,8 @@ def test_invalid_argument_is_named():
         "residual": x.bfloat16(),
         "running_mean": torch.ones(12, device="cuda")[::2],
         "num_batches_tracked": torch.tensor(0, device="cuda", dtype=torch.int32),
-        "activation": "gelu",
+        "activation": 4,
+        "alarm": torch.zeros(1, dtype=torch.int32),  # not in pinned memory
     }.items():
         with pytest.raises((ValueError, RuntimeError), match=name):
             ops.normalize(**{**good, name: value})

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from support import op_cases
 from syncbn import native, ops, reference
+from syncbn.activation import Activation, keeps_mask
 from syncbn.layout import samples_per_channel
+from syncbn.moments import sums_numel
 
 CPU = native.status()[0]
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(not CPU.loaded, reason=CPU.reason)]
@@ -50,7 +52,7 @@ SHAPES = [
 ]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "channels_last"]
-FUSIONS = [(activation, add) for activation in reference.ACTIVATIONS for add in (False, True)]
+FUSIONS = [(activation, add) for activation in Activation for add in (False, True)]
 SLOPE, EPS = 0.1, 1e-5
 # csrc/cpu/traverse.h: outputs from this size on are written past the cache
 STREAM_BYTES = 2 << 20
@@ -97,7 +99,7 @@ def normalize_args(case, activation, add, running=(None, None, None), momentum=0
 
 def kept_mask(case, activation, add):
     mask = ops.normalize(*normalize_args(case, activation, add))[1]
-    return mask if add and activation in ("relu", "leaky_relu") else None
+    return mask if keeps_mask(activation, add) else None
 
 
 def backward_args(case, activation, add, *, stats=None, sums=None):
@@ -148,8 +150,9 @@ def test_backward_reduce(shape, dtype, layout):
         args = backward_args(case, activation, add)
         got, want = ops.backward_reduce(*args), reference.backward_reduce(*exact(args))
         # n terms of size 1 in chunks of at most 1024 for each lane, as a tree: its roundings are far below n eps 8.
+        assert got[0][2 * shape[1] :].tolist() == want[0][2 * shape[1] :].tolist() == [0, 0]
         assert ((got[0] - want[0]).abs() <= 8 * n * torch.finfo(reference.acc_type(dtype)).eps).all(), (activation, add)
-        for gradient, parameter, part in ((got[1], case.weight, got[0][shape[1] :]), (got[2], case.bias, got[0][: shape[1]])):
+        for gradient, parameter, part in ((got[1], case.weight, got[0][shape[1] : 2 * shape[1]]), (got[2], case.bias, got[0][: shape[1]])):
             assert gradient.dtype == parameter.dtype and torch.equal(gradient, part.to(parameter.dtype))
 
 
@@ -173,7 +176,7 @@ def test_backward_input(shape, dtype, layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_many_rows(dtype, monkeypatch):
     """Blocks of rows for threads, each of more than a chunk of 512."""
-    monkeypatch.setitem(globals(), "FUSIONS", [("none", False), ("relu", True)])
+    monkeypatch.setitem(globals(), "FUSIONS", [(Activation.none, False), (Activation.relu, True)])
     test_stats((8352, 512), dtype, "contiguous")
     test_backward_reduce((8352, 512), dtype, "contiguous")
 
@@ -191,6 +194,9 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
                 test_normalize(shape, dtype, layout)
                 test_backward_reduce(shape, dtype, layout)
                 test_backward_input(shape, dtype, layout)
+        for case in op_cases.TAGGED:
+            for check in op_cases.CHECKS.values():
+                check(ops, case)
     finally:
         native.cpu_isa(CPU.path, widest)
 
@@ -207,7 +213,11 @@ def test_non_temporal_stores_equal_the_reference(shape, dtype, layout, isa, monk
     if native.cpu_isa(CPU.path, isa) != isa:
         native.cpu_isa(CPU.path, widest)
         pytest.skip(f"this processor has no {isa}")
-    monkeypatch.setitem(globals(), "FUSIONS", [("relu", True)] if isa == "baseline" else [("none", False), ("relu", True), ("silu", True)])
+    monkeypatch.setitem(
+        globals(),
+        "FUSIONS",
+        [(Activation.relu, True)] if isa == "baseline" else [(Activation.none, False), (Activation.relu, True), (Activation.silu, True)],
+    )
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -234,8 +244,8 @@ def test_moving_statistics(momentum, unbiased, dtype):
     got = (torch.ones(5, dtype=dtype), torch.ones(5, dtype=dtype), torch.tensor(3))
     want = (torch.ones(5).double(), torch.ones(5).double(), torch.tensor(3))
     for _ in range(2):
-        ops.normalize(*normalize_args(case, "none", False, got, momentum, unbiased))
-        reference.normalize(*normalize_args(case, "none", False, want, momentum, unbiased))
+        ops.normalize(*normalize_args(case, Activation.none, False, got, momentum, unbiased))
+        reference.normalize(*normalize_args(case, Activation.none, False, want, momentum, unbiased))
     # Rounded once a step: twice an ulp, and half precision goes through float32.
     for a, b in zip(got[:2], want[:2], strict=True):
         assert torch.allclose(a.double(), b, rtol=2 * torch.finfo(dtype).eps, atol=0)
@@ -244,7 +254,7 @@ def test_moving_statistics(momentum, unbiased, dtype):
 
 def test_no_samples_anywhere_change_nothing():
     x, running = torch.empty(0, 2, 3), (torch.ones(2), torch.ones(2), torch.tensor(3))
-    y, _ = ops.normalize(x, torch.zeros(8).double(), None, None, None, *running, None, EPS, True, "none", 0.0)
+    y, _ = ops.normalize(x, torch.zeros(10).double(), None, None, None, *running, None, EPS, True, Activation.none, 0.0)
     assert y.shape == x.shape and [r.tolist() for r in running] == [[1, 1], [1, 1], 3]
 
 
@@ -268,8 +278,10 @@ def test_variance_survives_mean_and_outliers(shape, layout):
     assert relative_variance_error(laid(front, layout)) < 1e-6
     x = laid(noise + 1e4, layout)
     stats = ops.stats(x, False)
-    y = ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 0.0, True, "none", 0.0)[0]
-    want = reference.normalize(x.double(), reference.stats(x.double()), None, None, None, None, None, None, 0.1, 0.0, True, "none", 0.0)[0]
+    y = ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 0.0, True, Activation.none, 0.0)[0]
+    want = reference.normalize(
+        x.double(), reference.stats(x.double()), None, None, None, None, None, None, 0.1, 0.0, True, Activation.none, 0.0
+    )[0]
     assert (y.double() - want).abs().max() < 2e-6
 
 
@@ -281,14 +293,14 @@ def test_variance_of_the_final_partial_chunk_is_accurate():
 
 def dz_of(implementation, x, stats, residual, mask, *how):
     """The residual's gradient where dy is 1."""
-    sums = torch.zeros(2 * x.shape[1]).double()
+    sums = torch.zeros(sums_numel(x.shape[1])).double()
     return implementation.backward_input(torch.ones_like(x), x, stats, sums, None, None, residual, mask, *how)[1]
 
 
 def test_silu_of_very_negative_values_is_the_references():
     x = torch.tensor([[-1e2], [-1e36], [-3e38], [float("-inf")], [-20.0], [0.0], [88.0], [3e38]])
-    args = (x, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]).double(), None, None, None)
-    how = (0.0, "silu", 0.0)
+    args = (x, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0]).double(), None, None, None)
+    how = (0.0, Activation.silu, 0.0)
     y, want = (f.normalize(*args, None, None, None, 0.1, 0.0, True, *how[1:])[0] for f in (ops, reference))
     assert torch.allclose(y, want, rtol=1e-6, atol=1e-30, equal_nan=True)
     dz, want = (dz_of(f, x, args[1], torch.zeros_like(x), None, *how) for f in (ops, reference))
@@ -299,7 +311,8 @@ def test_mask_is_never_read_out_of_bounds():
     """The masks end where a page does, before one that cannot be read."""
     code = """
 import ctypes, mmap, torch
-from syncbn import layout, ops
+from syncbn import layout, moments, ops
+from syncbn.activation import Activation
 libc, page = ctypes.CDLL(None), mmap.PAGESIZE
 memory = mmap.mmap(-1, 2 * page)
 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -310,8 +323,8 @@ for shape in [*planes, (2, 3), (2, 16), (2, 33)]:
     n = layout.mask_bytes(x)
     mask = torch.frombuffer(memory, dtype=torch.uint8, count=n, offset=page - n)
     mask.fill_(255)
-    stats = torch.ones(3 * shape[1] + 2).double()
-    how = (None, None, x, mask, 1e-5, "relu", 0.0)
+    stats = torch.ones(moments.stats_numel(shape[1])).double()
+    how = (None, None, x, mask, 1e-5, Activation.relu, 0.0)
     sums = ops.backward_reduce(torch.ones(shape), x, stats, *how)[0]
     assert sums[: shape[1]].tolist() == [x.numel() // shape[1]] * shape[1]
     dz = ops.backward_input(torch.ones(shape), x, stats, sums, *how)[1]
@@ -323,14 +336,14 @@ for shape in [*planes, (2, 3), (2, 16), (2, 33)]:
 
 def test_relu_lets_nan_through_and_stops_minus_infinity():
     x = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
-    stats = torch.tensor([0.0, 0.0, 4.0, 4.0, 10.0, 10.0, 2.0, 2.0]).double()
+    stats = torch.tensor([0.0, 0.0, 4.0, 4.0, 10.0, 10.0, 2.0, 2.0, 0.0, 0.0]).double()
     residual = torch.tensor([[float("-inf"), 0.0], [0.0, 0.0]])
-    y, mask = ops.normalize(x, stats, None, None, residual, None, None, None, 0.1, EPS, True, "relu", 0.0)
+    y, mask = ops.normalize(x, stats, None, None, residual, None, None, None, 0.1, EPS, True, Activation.relu, 0.0)
     assert y[0, 0] == 0 and y[1, 1].isnan()
-    assert dz_of(ops, x, stats, residual, mask, EPS, "relu", 0.0).tolist() == [[0, 0], [1, 1]]
+    assert dz_of(ops, x, stats, residual, mask, EPS, Activation.relu, 0.0).tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("case", op_cases.EXTREMES, ids=str)
+@pytest.mark.parametrize("case", op_cases.EXTREMES + op_cases.TAGGED, ids=str)
 @pytest.mark.parametrize("op", op_cases.CHECKS)
 def test_nan_infinities_and_far_means_end_as_in_the_reference(op, case):
     op_cases.CHECKS[op](ops, case)
@@ -344,9 +357,9 @@ def test_nan_infinities_and_far_means_end_as_in_the_reference(op, case):
 def test_bits_do_not_depend_on_the_number_of_threads(shape, layout):
     def run():
         case = Case(shape, torch.float32, layout)
-        y, mask = ops.normalize(*normalize_args(case, "relu", True))
-        sums = ops.backward_reduce(*backward_args(case, "relu", True))[0]
-        return ops.stats(case.x, False), y, mask, sums, *ops.backward_input(*backward_args(case, "relu", True, sums=sums))
+        y, mask = ops.normalize(*normalize_args(case, Activation.relu, True))
+        sums = ops.backward_reduce(*backward_args(case, Activation.relu, True))[0]
+        return ops.stats(case.x, False), y, mask, sums, *ops.backward_input(*backward_args(case, Activation.relu, True, sums=sums))
 
     before = torch.get_num_threads()
     try:
@@ -364,7 +377,7 @@ def test_a_view_with_a_storage_offset():
     assert view.storage_offset() and torch.equal(ops.stats(view, False), ops.stats(case.x, False))
 
 
-@pytest.mark.parametrize("activation,add", [("none", False), ("leaky_relu", True), ("silu", True)])
+@pytest.mark.parametrize("activation,add", [(Activation.none, False), (Activation.leaky_relu, True), (Activation.silu, True)])
 def test_opcheck(activation, add):
     case = Case((2, 3, 5, 7), torch.float32, "channels_last")
     running = (torch.zeros(3), torch.ones(3), torch.tensor(0))

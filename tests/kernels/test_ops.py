@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import syncbn
+from support.op_cases import CHECKS, TAGGED
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
 from syncbn import moments, ops, reference
+from syncbn.activation import Activation, keeps_residual
 from syncbn.layout import is_channels_last, mask_bytes, outer_c_inner
 
 pytestmark = pytest.mark.world_size(1)
@@ -34,7 +36,7 @@ def channels_last(x):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtype):
     c = shape[1]
@@ -45,12 +47,12 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
 
     stats = ops.stats(x, False)
     y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
-    keeps_mask = residual and activation in ("relu", "leaky_relu")
-    assert mask.numel() == (mask_bytes(x) if keeps_mask else 0)
-    how = (weight, bias, res if activation == "silu" else None, mask if keeps_mask else None, 1e-5, activation, 0.01)
+    masked = residual and activation in (Activation.relu, Activation.leaky_relu)
+    assert mask.numel() == (mask_bytes(x) if masked else 0)
+    how = (weight, bias, res if activation == Activation.silu else None, mask if masked else None, 1e-5, activation, 0.01)
     sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
     dx, dz = ops.backward_input(dy, x, stats, sums, *how)
-    assert dz.shape == (x.shape if residual and activation != "none" else (0,))
+    assert dz.shape == (x.shape if residual and activation != Activation.none else (0,))
 
     assert stats.dtype == sums.dtype == torch.float64
     assert y.dtype == dx.dtype == dweight.dtype == dbias.dtype == dtype
@@ -59,7 +61,7 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
         assert stats.count_nonzero() == 0 and sums.count_nonzero() == 0 and dweight.count_nonzero() == 0 and tracked == 0
         assert torch.equal(running_mean, torch.zeros(c)) and torch.equal(running_var, torch.ones(c))
         return
-    want = batch_norm_step(x, dy, weight, bias, res, None if activation == "none" else activation)
+    want = batch_norm_step(x, dy, weight, bias, res, None if activation == Activation.none else activation.name)
     for name, got in {"y": y, "dx": dx, "dweight": dweight, "dbias": dbias}.items():
         assert_close(got, getattr(want, name), TOLERANCE[dtype], name, want.terms.get(name))
     if dz.numel():
@@ -74,7 +76,7 @@ def test_stats_holds_shift_sums_squares_weight_and_count(rank_weighted):
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     got = ops.stats(x, rank_weighted)
     sums, zeros = torch.cat([x.sum((0, 2)), x.square().sum((0, 2))]), torch.zeros(3)
-    want = torch.cat([zeros, sums / 20, torch.tensor([1.0, 20])] if rank_weighted else [zeros, sums, torch.tensor([20.0, 20])])
+    want = torch.cat([zeros, sums / 20, torch.tensor([1.0, 20, 0, 0])] if rank_weighted else [zeros, sums, torch.tensor([20.0, 20, 0, 0])])
     assert_close(got, want, 1e-14, "stats")  # sums of 20 values
     for shifted in (False, True):
         assert ops.stats(x[:0], rank_weighted, shifted).count_nonzero() == 0
@@ -85,9 +87,23 @@ def test_stats_about_a_shift_merge_to_those_of_all_samples():
     whole, first, rest = (ops.stats(t, False, True) for t in (x, x[:4], x[4:]))
     assert torch.equal(whole[:3], x[0, :, 0]) and torch.equal(rest[:3], x[4, :, 0])
     for merged in (moments.merge(first, rest), moments.merge(moments.merge(torch.zeros_like(first), first), rest)):
-        assert_close(merged, whole, 1e-14, "merged", torch.cat([torch.zeros(3), torch.full((8,), 45.0)]))
+        assert_close(merged, whole, 1e-14, "merged", torch.cat([torch.zeros(3), torch.full((10,), 45.0)]))
     about_mean = moments.rebase(whole, reference.finalize(whole, 0.0)[0])
     assert (about_mean[3:6].abs() < 1e-6).all()  # the mean is rounded at 1e8
+
+
+@pytest.mark.parametrize("case", TAGGED, ids=str)
+@pytest.mark.parametrize("op", ["normalize", "backward_input"])
+def test_the_reference_finds_out_whether_all_ranks_have_sent_one_tag(op, case):
+    CHECKS[op](reference, case)
+
+
+def test_tags_are_summed_and_survive_another_shift():
+    x = torch.randn(4, 3, 5)
+    first, second = ops.stats(x, False, True, 3), ops.stats(x, False, True, 2**20 - 1)
+    assert first[-2:].tolist() == [3, 9] and second[-2:].tolist() == [2**20 - 1, (2**20 - 1) ** 2]
+    assert moments.rebase(first, torch.ones(3).double())[-2:].tolist() == [3, 9]
+    assert moments.merge(first, second)[-2:].tolist() == [2**20 + 2, (2**20 - 1) ** 2 + 9]
 
 
 def test_mask_has_a_bit_for_each_element_in_memory_order():
@@ -105,11 +121,12 @@ def test_mask_has_a_bit_for_each_element_in_memory_order():
 
 
 CASES = {
-    "plain": dict(activation="none"),
-    "relu and residual": dict(activation="relu", residual=True),
-    "silu and residual": dict(activation="silu", residual=True),
-    "no parameters, no buffers": dict(activation="leaky_relu", parameters=lambda: (None, None), track=False),
-    "momentum None": dict(activation="none", momentum=None),
+    "plain": dict(activation=Activation.none),
+    "relu and residual": dict(activation=Activation.relu, residual=True),
+    "silu and residual": dict(activation=Activation.silu, residual=True),
+    "no parameters, no buffers": dict(activation=Activation.leaky_relu, parameters=lambda: (None, None), track=False),
+    "momentum None": dict(activation=Activation.none, momentum=None),
+    "tag and alarm": dict(alarm=torch.zeros(1, dtype=torch.int32)),
     "one weight for all channels, a column of a matrix": dict(parameters=lambda: (torch.randn(1).expand(3), torch.randn(3, 2)[:, 1])),
 }
 
@@ -118,24 +135,24 @@ CASES = {
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
 def test_opcheck(name, layout):
     """Schema, aliasing, fake kernel and traceability of every op, as torch.library checks them."""
-    case = {"activation": "none", "residual": False, "parameters": lambda: (torch.randn(3), torch.randn(3)), "track": True, "momentum": 0.1}
-    case |= CASES[name]
+    case = {"activation": Activation.none, "residual": False, "parameters": lambda: (torch.randn(3), torch.randn(3)), "track": True}
+    case |= {"momentum": 0.1, "alarm": None} | CASES[name]
     x, dy = layout(torch.randn(2, 3, 4, 5)), layout(torch.randn(2, 3, 4, 5))
     residual = layout(torch.randn(2, 3, 4, 5)) if case["residual"] else None
     weight, bias = case["parameters"]()
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(0)) if case["track"] else (None, None, None)
-    activation = case["activation"]
+    activation, verification = case["activation"], () if case["alarm"] is None else (3, 1, case["alarm"])
     stats = ops.stats(x, False)
-    normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], 1e-5, True, activation, 0.01)
+    normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], 1e-5, True, activation, 0.01, *verification)
     _, mask = ops.normalize(*normalize_args)
     mask = mask if mask.numel() else None
-    how = (weight, bias, residual if activation == "silu" else None, mask, 1e-5, activation, 0.01)
+    how = (weight, bias, residual if keeps_residual(activation, True) else None, mask, 1e-5, activation, 0.01)
     sums = ops.backward_reduce(dy, x, stats, *how)[0]
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd is function.py's
     torch.library.opcheck(ops.stats, (x, False), test_utils=checks)
     torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
     torch.library.opcheck(ops.backward_reduce, (dy, x, stats, *how), test_utils=checks)
-    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, *how), test_utils=checks)
+    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, *how, False, *verification), test_utils=checks)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -200,7 +217,7 @@ def test_raw_sums_would_fail_the_accuracy_tests():
 def test_counts_above_float32_and_int32_range_are_exact():
     """The count is a float64: exact beyond 2²⁴ and 2³¹ samples, and beyond fp16's 65504."""
     n = 2.0**31 + 3
-    stats = torch.tensor([0, 2 * n, 5 * n, n, n], dtype=torch.float64)
+    stats = torch.tensor([0, 2 * n, 5 * n, n, n, 0, 0], dtype=torch.float64)
     mean, var, _ = reference.finalize(stats, 0.0)
     assert mean.item() == 2 and var.item() == 1
     running_mean, running_var, tracked = torch.zeros(1).half(), torch.zeros(1).double(), torch.tensor(0)
@@ -211,13 +228,13 @@ def test_counts_above_float32_and_int32_range_are_exact():
 def test_the_ops_count_beyond_what_float32_and_int32_hold():
     """As above, with what a layer runs: the statistics of many ranks, of which this one has two samples."""
     n = 2.0**31 + 3
-    stats, x = torch.tensor([0, 2 * n, 5 * n, n, n], dtype=torch.float64), torch.tensor([[1.0], [4.0]], dtype=torch.float64)
+    stats, x = torch.tensor([0, 2 * n, 5 * n, n, n, 0, 0], dtype=torch.float64), torch.tensor([[1.0], [4.0]], dtype=torch.float64)
     running_mean, running_var, tracked = torch.zeros(1).double(), torch.zeros(1).double(), torch.tensor(0)
-    y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, 0.0, True, "none", 0.0)
+    y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, 0.0, True, Activation.none, 0.0)
     assert y.flatten().tolist() == [-1, 2]
     assert running_mean.item() == 2 and running_var.item() == n / (n - 1) != 1
-    sums = torch.tensor([3 * n, n], dtype=torch.float64)
-    dx, _ = ops.backward_input(x, x, stats, sums, None, None, None, None, 0.0, "none", 0.0)
+    sums = torch.tensor([3 * n, n, 0, 0], dtype=torch.float64)
+    dx, _ = ops.backward_input(x, x, stats, sums, None, None, None, None, 0.0, Activation.none, 0.0)
     assert dx.flatten().tolist() == [1 - 3 + 1, 4 - 3 - 2]
 
 
@@ -227,7 +244,7 @@ def test_more_samples_than_the_dtype_can_count(dtype, n):
     x[..., -1] = 1
     layer = syncbn.SyncBatchNorm(1, momentum=1.0)
     y = layer(x)
-    shift, *sums, weight, samples = ops.stats(x, False).tolist()
+    shift, *sums, weight, samples, _, _ = ops.stats(x, False).tolist()
     assert shift == 0 and weight == samples == n
     assert sums == pytest.approx([1, 1], rel=1e-7)  # the reference's K is a float32 mean: n of its roundings
     assert_close(layer.running_mean, torch.tensor([1 / n], dtype=torch.float64), TOLERANCE[torch.float32], "running_mean")

@@ -18,6 +18,8 @@ import syncbn
 from support.oracle import assert_close
 from support.step import SPLITS
 from syncbn import ops
+from syncbn.activation import Activation
+from syncbn.moments import sums_numel
 
 few_ranks = pytest.mark.world_size(1, 2)  # compiling is slow, and more than two ranks would not exercise new code
 
@@ -196,17 +198,17 @@ def op_arguments():
     stats = ops.stats(x, False)
     weight, bias = torch.randn(2, 3)
     running = (torch.zeros(3), torch.ones(3), torch.tensor(0))
-    _, mask = ops.normalize(x, stats, weight, bias, residual, None, None, None, 0.1, 1e-5, True, "relu", 0.0)
-    sums = torch.randn(6, dtype=torch.float64)
+    _, mask = ops.normalize(x, stats, weight, bias, residual, None, None, None, 0.1, 1e-5, True, Activation.relu, 0.0)
+    sums = torch.randn(sums_numel(3), dtype=torch.float64)
     return [
         (ops.stats, (x, False)),
         (ops.stats, (x.to(torch.bfloat16), True)),
-        (ops.normalize, (x, stats, weight, bias, None, *running, 0.1, 1e-5, True, "none", 0.0)),
-        (ops.normalize, (x, stats, None, None, residual, None, None, None, None, 1e-5, False, "leaky_relu", 0.01)),
-        (ops.backward_reduce, (dy, x, stats, weight, bias, None, None, 1e-5, "silu", 0.0)),
-        (ops.backward_reduce, (dy, x, stats, weight, bias, None, mask, 1e-5, "relu", 0.0)),
-        (ops.backward_input, (dy, x, stats, sums, weight, None, None, None, 1e-5, "none", 0.0)),
-        (ops.backward_input, (dy, x, stats, sums, weight, bias, residual, None, 1e-5, "silu", 0.0)),
+        (ops.normalize, (x, stats, weight, bias, None, *running, 0.1, 1e-5, True, Activation.none, 0.0)),
+        (ops.normalize, (x, stats, None, None, residual, None, None, None, None, 1e-5, False, Activation.leaky_relu, 0.01)),
+        (ops.backward_reduce, (dy, x, stats, weight, bias, None, None, 1e-5, Activation.silu, 0.0)),
+        (ops.backward_reduce, (dy, x, stats, weight, bias, None, mask, 1e-5, Activation.relu, 0.0)),
+        (ops.backward_input, (dy, x, stats, sums, weight, None, None, None, 1e-5, Activation.none, 0.0)),
+        (ops.backward_input, (dy, x, stats, sums, weight, bias, residual, None, 1e-5, Activation.silu, 0.0)),
     ]
 
 

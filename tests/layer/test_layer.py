@@ -136,7 +136,7 @@ def test_results_repeat_bit_for_bit(world, counts, device):
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
 def test_one_collective_each_way(world):
-    """2C + 2 and 2C float64 numbers, whatever the number of ranks, an empty batch, frozen input or parameters."""
+    """2C + 4 and 2C + 2 float64 numbers, whatever the number of ranks, an empty batch, frozen input or parameters."""
     c = 5
     needs_grad = (True, world.rank == 0)
     for options, x_needs_grad, frozen in (
@@ -147,10 +147,10 @@ def test_one_collective_each_way(world):
         x = torch.randn(2 * world.rank, c, 3).requires_grad_(x_needs_grad)
         with collectives() as seen:
             y = layer(x)
-        assert seen == [("allreduce", 2 * c + 2, torch.float64)]
+        assert seen == [("allreduce", 2 * c + 4, torch.float64)]
         with collectives() as seen:
             y.sum().backward()
-        assert seen == [("allreduce", 2 * c, torch.float64)]
+        assert seen == [("allreduce", 2 * c + 2, torch.float64)]
         assert (x.grad is not None) == x_needs_grad
 
 

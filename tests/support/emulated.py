@@ -21,8 +21,9 @@ from torch import Tensor
 from support import ROOT
 from support.objects import compile_once
 from support.ptx import translate
-from syncbn import reference
+from syncbn.activation import keeps_mask, writes_dz
 from syncbn.layout import mask_bytes, outer_c_inner
+from syncbn.moments import stats_numel, sums_numel
 
 KERNELS = ROOT / "csrc" / "cuda"
 EMULATION = ROOT / "tests" / "kernels" / "emulation"
@@ -40,7 +41,6 @@ PLANS = ["-include", os.environ["SYNCBN_PLANS"]] if os.environ.get("SYNCBN_PLANS
 MARGIN = 64  # bytes; keeps the alignment of what lies between
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3}
 
 # ---- Building -----------------------------------------------------------------------------------------------------------------
 
@@ -128,23 +128,26 @@ Layout = _struct("Layout", outer=c_int64, C=c_int64, inner=c_int64)
 Vector = _struct("Vector", data=c_pointer, dtype=c_dtype, stride=c_int64)
 Stats = _struct("Stats", data=c_pointer, eps=c_double)
 Activated = dict(activation=c_activation, negative_slope=c_double)
+Verification = _struct("Verification", tag=c_double, tag_squared=c_double, alarm=c_pointer)
 Affine = dict(stats=Stats, weight=Vector, bias=Vector)
 
 ARGS = {
-    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, shifted=c_bool, stats=c_pointer),
+    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, shifted=c_bool, tag=c_double,
+                     stats=c_pointer),
     "normalize": _struct(
         "NormalizeArgs", dtype=c_dtype, layout=Layout, x=c_pointer, **Affine, residual=c_pointer,
         running_mean=Vector, running_var=Vector, num_batches_tracked=c_pointer,
         cumulative=c_bool, momentum=c_double, unbiased=c_bool, **Activated, y=c_pointer, mask=c_pointer,
+        verification=Verification,
     ),
     "backward_reduce": _struct(
         "BackwardReduceArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, **Affine, residual=c_pointer, mask=c_pointer,
-        **Activated, sums=c_pointer, dweight=Vector, dbias=Vector,
+        **Activated, tag=c_double, sums=c_pointer, dweight=Vector, dbias=Vector,
     ),
     "backward_input": _struct(
         "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
         weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, rank_weighted=c_bool,
-        dx=c_pointer, dz=c_pointer,
+        dx=c_pointer, dz=c_pointer, verification=Verification,
     ),
 }  # fmt: skip
 
@@ -187,6 +190,10 @@ def vector(t: Tensor | None) -> ctypes.Structure:
 
 def statistics(stats: Tensor, eps: float) -> ctypes.Structure:
     return Stats(stats.data_ptr(), eps)
+
+
+def verification(tag: int, ranks: int, alarm: Tensor | None) -> ctypes.Structure:
+    return Verification(ranks * tag, ranks * tag * tag, pointer(alarm))
 
 
 @dataclass(frozen=True)
@@ -232,59 +239,64 @@ class Emulated:
             raise RuntimeError(error.decode())
         g.check()
 
-    def stats(self, x: Tensor, rank_weighted: bool, shifted: bool = False) -> Tensor:
+    def stats(self, x: Tensor, rank_weighted: bool, shifted: bool = False, tag: int = 0) -> Tensor:
         g = Guarded()
         (x,) = self._copies(g, x=x)
-        out = g.new(torch.empty(3 * x.shape[1] + 2, dtype=torch.float64))
-        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, shifted=shifted, stats=pointer(out))
+        out = g.new(torch.empty(stats_numel(x.shape[1]), dtype=torch.float64))
+        self._run("stats", g, x, x=pointer(x), rank_weighted=rank_weighted, shifted=shifted, tag=tag, stats=pointer(out))
         return out
 
     def normalize(
-        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope
-    ):
+        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope,
+        tag=0, ranks=0, alarm=None,
+    ):  # fmt: skip
         g = Guarded()
         x, residual = self._copies(g, x=x, residual=residual)
         stats, weight, bias = g.copy(stats), g.copy(weight), g.copy(bias)
-        updated = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked}
+        updated = {"running_mean": running_mean, "running_var": running_var, "num_batches_tracked": num_batches_tracked, "alarm": alarm}
         inside = {name: g.copy(t) for name, t in updated.items()}
-        keep_mask = residual is not None and activation in ("relu", "leaky_relu")
+        keep_mask = keeps_mask(activation, residual is not None)
         y = self._new(g, x, "y")
         mask = g.new(torch.empty(mask_bytes(x) if keep_mask else 0, dtype=torch.uint8))
         self._run(
             "normalize", g, x, x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
             residual=pointer(residual), running_mean=vector(inside["running_mean"]), running_var=vector(inside["running_var"]),
             num_batches_tracked=pointer(inside["num_batches_tracked"]), cumulative=momentum is None, momentum=momentum or 0.0,
-            unbiased=unbiased, activation=ACTIVATIONS[activation], negative_slope=slope, y=pointer(y),
-            mask=pointer(mask) if keep_mask else None,
+            unbiased=unbiased, activation=activation, negative_slope=slope, y=pointer(y),
+            mask=pointer(mask) if keep_mask else None, verification=verification(tag, ranks, inside["alarm"]),
         )  # fmt: skip
         for name, t in updated.items():
             if t is not None:
                 t.copy_(inside[name])
         return y, mask
 
-    def backward_reduce(self, dy, x, stats, weight, bias, residual, mask, eps, activation, slope):
+    def backward_reduce(self, dy, x, stats, weight, bias, residual, mask, eps, activation, slope, tag=0):
         g = Guarded()
         dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
         stats, weight, bias, mask = (g.copy(t) for t in (stats, weight, bias, mask))
-        sums = g.new(torch.empty(2 * x.shape[1], dtype=torch.float64))
+        sums = g.new(torch.empty(sums_numel(x.shape[1]), dtype=torch.float64))
         dweight, dbias = (None if t is None else g.new(t) for t in (weight, bias))
         self._run(
             "backward_reduce", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), weight=vector(weight), bias=vector(bias),
-            residual=pointer(residual), mask=pointer(mask), activation=ACTIVATIONS[activation], negative_slope=slope,
-            sums=pointer(sums), dweight=vector(dweight), dbias=vector(dbias),
+            residual=pointer(residual), mask=pointer(mask), activation=activation, negative_slope=slope,
+            tag=tag, sums=pointer(sums), dweight=vector(dweight), dbias=vector(dbias),
         )  # fmt: skip
         return sums, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
 
-    def backward_input(self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False):
+    def backward_input(
+        self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False, tag=0, ranks=0, alarm=None
+    ):
         g = Guarded()
         dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)
         stats, sums, weight, bias, mask = (g.copy(t) for t in (stats, sums, weight, bias, mask))
-        writes_dz = reference.writes_dz(activation, residual, mask)
-        dx, dz = self._new(g, x, "dx"), self._new(g, x, "dz") if writes_dz else x.new_empty(0)
+        with_dz, inside = writes_dz(activation, residual, mask), g.copy(alarm)
+        dx, dz = self._new(g, x, "dx"), self._new(g, x, "dz") if with_dz else x.new_empty(0)
         self._run(
             "backward_input", g, x, dy=pointer(dy), x=pointer(x), stats=statistics(stats, eps), sums=pointer(sums),
             weight=vector(weight), bias=vector(bias), residual=pointer(residual), mask=pointer(mask),
-            activation=ACTIVATIONS[activation], negative_slope=slope, rank_weighted=rank_weighted,
-            dx=pointer(dx), dz=pointer(dz) if writes_dz else None,
+            activation=activation, negative_slope=slope, rank_weighted=rank_weighted,
+            dx=pointer(dx), dz=pointer(dz) if with_dz else None, verification=verification(tag, ranks, inside),
         )  # fmt: skip
+        if alarm is not None:
+            alarm.copy_(inside)
         return dx, dz

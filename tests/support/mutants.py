@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from support import emulated
-from support.op_cases import CHECKS, EXTREMES, Case
+from support.op_cases import CHECKS, EXTREMES, TAGGED, Case
 
 # On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
 MANY_BLOCKS = (40, Case((4500, 64), dtype=torch.bfloat16, activation="relu", residual=True))
@@ -30,6 +30,7 @@ CASES = [
     Case((500, 128), activation="silu", residual=True),
     Case((40, 256), dtype=torch.bfloat16),
     *EXTREMES,
+    *TAGGED,
 ]  # fmt: skip
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import moments, reference
+from syncbn.activation import Activation, keeps_mask, keeps_residual
 from syncbn.layout import is_channels_last
 
 SHAPES = [
@@ -43,13 +45,14 @@ SHAPES = [
     (2, 1, 97, 97),  # one channel over all blocks, odd planes in many pieces
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-FUSIONS = [(activation, residual) for residual in (False, True) for activation in reference.ACTIVATIONS]
+FUSIONS = [(activation, residual) for residual in (False, True) for activation in (activation.name for activation in Activation)]
 
 # Of values about 1: a few roundings of what it is computed in (float32), or one of what it is stored in.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Of a sum, relative to the sum of the absolute values of its terms: float32 in a thread, float64 after.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 EPS, SLOPE = 1e-3, 0.1
+TAG, RANKS = 5, 2  # this rank's tag, and the ranks that should have sent it
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Case:
     strided: bool = False  # weight, bias and the moving statistics are columns of matrices
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
+    tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks have sent, of which TAG is this one's; None: unverified
     group: str = "others"  # whose statistics: also of "others", this rank "alone", "nobody" (all 0), or with a "negative" variance
 
     def __str__(self) -> str:
@@ -77,7 +81,12 @@ class Case:
         extra = [name for name in ("residual", "strided", "nan", "inf") if getattr(self, name)] + (
             [f"mean{self.mean:g}"] if self.mean > 1 else []
         )
-        return "-".join([*names, self.activation, *extra, *([] if self.group == "others" else [self.group])])
+        tags = [] if self.tags is None else [f"tags{','.join(map(str, self.tags))}"]
+        return "-".join([*names, self.activation, *extra, *tags, *([] if self.group == "others" else [self.group])])
+
+    @property
+    def fused(self) -> Activation:
+        return Activation[self.activation]
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
         """Of a result of this dtype. About 0, Σx²/n - mean² has mean² roundings of float64 too many or too few, as a compiler fuses
@@ -86,7 +95,7 @@ class Case:
 
     @property
     def keeps_mask(self) -> bool:
-        return self.residual and self.activation in ("relu", "leaky_relu")
+        return keeps_mask(self.fused, self.residual)
 
 
 def table() -> list[Case]:
@@ -104,7 +113,7 @@ def table() -> list[Case]:
                         running=(torch.float32, torch.float64, torch.bfloat16, torch.float16, None)[n % 5],
                         momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3, shifted=n % 2 == 1,
                     ))  # fmt: skip
-    return cases + EXTREMES
+    return cases + EXTREMES + TAGGED
 
 
 EXTREMES = [
@@ -135,6 +144,24 @@ EXTREMES = [
     Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
     Case((4, 3, 20, 25), activation="relu", inf=True),  # what relu has cut off does not come back
     Case((300, 16), True, torch.bfloat16, activation="relu", residual=True, inf=True),
+]
+
+# The ranks of an exchange are found to have sent one tag, or not, whatever x is.
+SENT_TAGS = [
+    (TAG, TAG),
+    (TAG, TAG + 1),
+    (4, 6),  # the sum of TAG twice, but not of its squares
+    (1, 7),  # the other way round
+    (TAG,),  # a rank is missing
+    (TAG, TAG, TAG),  # or there is one too many
+]
+TAGGED = [
+    *(Case((3, 5, 7), tags=tags) for tags in SENT_TAGS),
+    *(Case((0, 3, 4), tags=tags, group="nobody") for tags in SENT_TAGS),  # a rank without samples verifies, too
+    Case((0, 11), activation="silu", rank_weighted=True, tags=(TAG, 0), group="nobody"),
+    Case((9, 70), True, torch.float64, activation="relu", residual=True, tags=(4, 6)),
+    Case((37, 8, 7, 7), dtype=torch.bfloat16, activation="leaky_relu", residual=True, momentum=None, tags=(1, 7)),
+    Case((500, 128), True, torch.bfloat16, activation="silu", residual=True, tags=(TAG, TAG)),
 ]
 
 
@@ -188,17 +215,18 @@ def make(case: Case, device: str = "cpu") -> Data:
         s = moments.parts(stats)
         s.sumsq.copy_(s.sum.square() / s.weight - 0.01 * s.weight)
     y, mask = reference.normalize(
-        x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.activation, SLOPE
+        x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.fused, SLOPE
     )
     mask = mask if case.keeps_mask else None
+    _fill_tags(case, *moments.parts(stats)[-2:])
     if case.inf:
         dy[y == 0] = torch.inf
     tracked = torch.tensor(4)
     data = Data(x, dy, residual, weight, bias, running_mean, running_var, tracked, stats, mask, torch.empty(0))
-    data.sums = (
-        reference.backward_reduce(*_backward_arguments(data, case, doubled))[0]
-        + torch.randn(2 * c, generator=random, device=where).double()
+    data.sums = reference.backward_reduce(*_backward_arguments(data, case, doubled))[0] + F.pad(
+        torch.randn(2 * c, generator=random, device=where).double(), (0, moments.SUMS_TAIL)
     )
+    _fill_tags(case, *moments.parts_of_sums(data.sums)[-2:])
     for name, value in vars(data).items():
         setattr(data, name, None if value is None else value.to(device))
     for name in ("weight", "bias", "running_mean", "running_var") if case.strided else ():
@@ -207,9 +235,37 @@ def make(case: Case, device: str = "cpu") -> Data:
     return data
 
 
+def _fill_tags(case: Case, tag_sum: Tensor, tag_squared_sum: Tensor) -> None:
+    """What the ranks' tags and their squares add up to."""
+    tag_sum.fill_(sum(case.tags or ()))
+    tag_squared_sum.fill_(sum(tag * tag for tag in case.tags or ()))
+
+
+class Alarm:
+    """The arguments of an op that verifies the ranks' tags, and what must have become of its alarm."""
+
+    def __init__(self, case: Case, device: str) -> None:
+        self.case = case
+        self.holds = case.tags == (TAG,) * RANKS
+        # It must not be reset either, so it begins with another value where it must stay.
+        self.word = torch.tensor([7 if self.holds else 0], dtype=torch.int32)
+        if device == "cuda":
+            self.word = self.word.pin_memory()
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return () if self.case.tags is None else (TAG, RANKS, self.word)
+
+    def check(self) -> None:
+        if self.word.is_pinned():
+            torch.cuda.synchronize()
+        if self.case.tags is not None:
+            assert self.word.tolist() == [7 if self.holds else 1], f"alarm: {self.word.tolist()} for the tags {self.case.tags}"
+
+
 def _backward_arguments(d: Data, case: Case, of: Any, *sums: Tensor) -> tuple[Any, ...]:
-    residual = d.residual if case.activation == "silu" else None
-    return (of(d.dy), of(d.x), d.stats, *sums, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.activation, SLOPE)
+    residual = d.residual if keeps_residual(case.fused, True) else None
+    return (of(d.dy), of(d.x), d.stats, *sums, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.fused, SLOPE)
 
 
 def as_is(t: Tensor | None) -> Tensor | None:
@@ -237,7 +293,7 @@ def per_channel(t: Tensor) -> Tensor:
 
 def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
     x = make(case, device).x
-    got, want = (f.stats(t, case.rank_weighted, case.shifted) for f, t in ((ops, x), (reference, x.double())))
+    got, want = (f.stats(t, case.rank_weighted, case.shifted, TAG) for f, t in ((ops, x), (reference, x.double())))
     assert got.dtype == torch.float64
     divisor = max(x.numel() // x.shape[1], 1) if case.rank_weighted else 1
     s, c = moments.parts(want), x.shape[1]
@@ -249,16 +305,18 @@ def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
     # Sums of deviations keep their digits whatever the mean; in float64 the square of its distance from the shift costs what it costs.
     assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
     assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", (want_mean - s.shift).square() * 1e-15 / SUM_TOLERANCE[x.dtype])
-    assert torch.equal(got[3 * c :], want[3 * c :]), f"weight, samples: {got[3 * c :]} instead of {want[3 * c :]}"
+    assert torch.equal(got[3 * c :], want[3 * c :]), f"weight, samples, tags: {got[3 * c :]} instead of {want[3 * c :]}"
 
 
 def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     d = make(case, device)
     state = (d.running_mean, d.running_var, d.tracked)
-    how = (case.momentum, EPS, case.unbiased, case.activation, SLOPE)
+    how = (case.momentum, EPS, case.unbiased, case.fused, SLOPE)
+    alarm = Alarm(case, device)
     wanted = [None if t is None else t.clone().to(torch.float64 if t.is_floating_point() else t.dtype) for t in state]
     want_y, want_mask = reference.normalize(d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), *wanted, *how)
-    y, mask = ops.normalize(d.x, d.stats, d.weight, d.bias, d.residual, *state, *how)
+    y, mask = ops.normalize(d.x, d.stats, d.weight, d.bias, d.residual, *state, *how, *alarm.arguments)
+    alarm.check()
     assert y.dtype == case.dtype and (not case.channels_last or is_channels_last(y))
     assert_close(y, want_y, case.tolerance(TOLERANCE), "y")
     for name, got, want in zip(("running_mean", "running_var"), state, wanted, strict=False):
@@ -269,7 +327,7 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     if case.keeps_mask:
         got_bits, want_bits = reference._unpack_bits(mask, d.x), reference._unpack_bits(want_mask, d.x)
         z, _ = reference.normalize(
-            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, "none", SLOPE
+            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, Activation.none, SLOPE
         )
         # The sign of a z that is 0 within its rounding is undecided: of 25 million values that happens to one or two.
         wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(TOLERANCE, reference.acc_type(case.dtype)))
@@ -278,14 +336,15 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
 
 def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
     d = make(case, device)
-    sums, dweight, dbias = ops.backward_reduce(*_backward_arguments(d, case, as_is))
-    want_sums, want_dweight, want_dbias = reference.backward_reduce(*_backward_arguments(d, case, doubled))
+    sums, dweight, dbias = ops.backward_reduce(*_backward_arguments(d, case, as_is), TAG)
+    want_sums, want_dweight, want_dbias = reference.backward_reduce(*_backward_arguments(d, case, doubled), TAG)
     assert sums.dtype == torch.float64
     mean, _, invstd = reference.finalize(d.stats, EPS)
     xhat = (d.x.double() - reference._per_channel(mean, d.x)) * reference._per_channel(invstd, d.x)
     terms = torch.cat([per_channel(d.dy.double().abs()), per_channel((d.dy.double() * xhat).abs())])
-    assert_close(sums, want_sums, case.tolerance(SUM_TOLERANCE), "sums", terms)
     c = d.x.shape[1]
+    assert_close(sums[: 2 * c], want_sums[: 2 * c], case.tolerance(SUM_TOLERANCE), "sums", terms)
+    assert torch.equal(sums[2 * c :], want_sums[2 * c :]), f"tags: {sums[2 * c :]} instead of {want_sums[2 * c :]}"
     for name, got, want, of, scale in (
         ("dweight", dweight, want_dweight, d.weight, terms[c:]),
         ("dbias", dbias, want_dbias, d.bias, terms[:c]),
@@ -297,7 +356,9 @@ def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
 
 def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
     d = make(case, device)
-    dx, dz = ops.backward_input(*_backward_arguments(d, case, as_is, d.sums), case.rank_weighted)
+    alarm = Alarm(case, device)
+    dx, dz = ops.backward_input(*_backward_arguments(d, case, as_is, d.sums), case.rank_weighted, *alarm.arguments)
+    alarm.check()
     want_dx, want_dz = reference.backward_input(*_backward_arguments(d, case, doubled, d.sums), case.rank_weighted)
     assert dx.dtype == dz.dtype == case.dtype and (not case.channels_last or is_channels_last(dx))
     # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
@@ -313,7 +374,7 @@ def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:
     mean, var, _ = reference.finalize(stats, 0.0)
     for momentum in (1.0, None):
         state = (torch.ones(5, device=device), torch.ones(5, device=device), torch.tensor(0, device=device))
-        ops.normalize(x, stats, None, None, None, *state, momentum, EPS, False, "none", SLOPE)
+        ops.normalize(x, stats, None, None, None, *state, momentum, EPS, False, Activation.none, SLOPE)
         assert torch.equal(state[0], mean.float()) and torch.allclose(state[1], var.float(), rtol=2e-7, atol=0), momentum
 
 

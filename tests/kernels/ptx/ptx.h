@@ -160,6 +160,7 @@ inline void prefetch_global_L2_(Address) {}
   }
 STORE(st_global_, global)
 STORE(st_global_cg_, global)
+STORE(st_volatile_global_, global)
 STORE(st_shared_, shared)
 
 template <class T, class D, class A>
