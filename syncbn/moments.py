@@ -52,8 +52,8 @@ class BackwardSums(NamedTuple):
     tag_squared: Tensor
 
 
-STATS_TAIL = len(Statistics._fields) - 3  # values after 3C; csrc/args.h has the same
-SUMS_TAIL = len(BackwardSums._fields) - 2  # values after 2C
+STATS_TAIL = 4  # values after 3C in `stats`; csrc/args.h has the same
+SUMS_TAIL = 2  # values after 2C in `sums`
 
 
 def parts(stats: Tensor) -> Statistics:
