@@ -170,7 +170,7 @@ def test_checkpoint_inside_a_compiled_model(world, counts, contexts):
 @pytest.mark.world_size(2)
 @pytest.mark.process_group
 @pytest.mark.parametrize("bucket_cap_mb", [25, 1e-4], ids=["one bucket", "split graph"])
-def test_compiled_ddp(world, bucket_cap_mb, monkeypatch):
+def test_compiled_ddp_trains_like_eager_ddp(world, bucket_cap_mb, monkeypatch):
     """Under DDP the graph is split where buckets of gradients end; the results are the eager DDP model's."""
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
     eager = DistributedDataParallel(Block(dtype=torch.float64), bucket_cap_mb=bucket_cap_mb)

@@ -72,31 +72,31 @@ def check_training(world, counts, *, shape=(), affine=True, steps=3, layout=torc
 # ---- What PyTorch tests of its own layer ----------------------------------------------------------------------------------------
 
 
-def test_equal_batches(world):
+def test_equal_batches_train_like_one_process(world):
     check_training(world, (4,) * world.size, shape=(6, 6))
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels-last"])
-def test_memory_formats(world, layout):
+def test_any_memory_format_trains_like_one_process(world, layout):
     check_training(world, (3,) * world.size, shape=(4, 4), layout=layout)
 
 
-def test_without_parameters(world):
+def test_layers_without_parameters_train_like_one_process(world):
     check_training(world, (4,) * world.size, affine=False)
 
 
-def test_two_dimensional_input(world):
+def test_two_dimensional_input_trains_like_one_process(world):
     check_training(world, (4,) * world.size)
 
 
 @several
-def test_one_sample_on_each_rank(world):
+def test_one_sample_on_each_rank_trains_like_one_process(world):
     check_training(world, (1,) * world.size)
 
 
 @several
 @pytest.mark.parametrize("small", [0, 1, 5], ids="smallest batch {}".format)
-def test_batches_of_different_sizes(world, small):
+def test_batches_of_different_sizes_train_like_one_process(world, small):
     """Rank 0 has by far the fewest; one rank may have none."""
     check_training(world, tuple(small + 20 * rank for rank in range(world.size)), shape=(3,))
 
@@ -117,7 +117,7 @@ def test_moving_statistics_of_batches_of_very_different_sizes(world):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_model(world, dtype):
+def test_a_half_precision_model_counts_and_sums_in_float64(world, dtype):
     """Parameters, buffers and input in 16 bits; count and statistics are not: 70,000 samples do not fit float16."""
     model = DistributedDataParallel(syncbn.SyncBatchNorm(2).to(dtype))
     x = torch.randn(70_000, 2).to(dtype).requires_grad_()
@@ -129,7 +129,7 @@ def test_half_precision_model(world, dtype):
 
 
 @several
-def test_process_group_of_its_own(world):
+def test_layers_normalize_within_their_own_group(world):
     """Layers normalize within their group, while DDP averages over all."""
     group = syncbn.new_group(1)
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net(), group))
@@ -218,7 +218,7 @@ def test_training_after_eval(world):
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_options_of_ddp(world, options):
+def test_any_option_of_ddp_trains_like_one_process(world, options):
     counts = (3,) * (world.size - 1) + (5,)
     check_training(world, counts, shape=(4,), **options)
 

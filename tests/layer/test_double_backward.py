@@ -141,7 +141,7 @@ def test_gradient_penalty_trains_as_on_the_whole_batch(world, counts, loss):
 
 
 @pytest.mark.world_size(1)
-def test_third_derivative(world):
+def test_third_derivative_is_right(world):
     """Third derivatives work as well."""
 
     def gradient(x):

@@ -83,7 +83,10 @@ ALONE = [
     "tests/layer/test_double_backward.py",
     "tests/layer/test_checkpoint.py",
     "tests/tools/test_statistics.py",
-    "tests/tools/test_keras.py",
+    "tests/tools/test_statistics_state.py",
+    "tests/tools/test_keras_example.py",
+    "tests/tools/test_keras_layer.py",
+    "tests/tools/test_keras_weights.py",
 ]
 DDP = ["tests/layer/test_ddp.py", "tests/layer/test_join.py"]
 ON_GPU = "SYNCBN_TEST_DEVICE=cuda"

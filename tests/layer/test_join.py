@@ -68,7 +68,7 @@ def test_ddp_with_uneven_numbers_of_batches(world, numbers, options):
 
 
 @each_split
-def test_without_ddp(world, numbers):
+def test_without_ddp_active_ranks_share_statistics(world, numbers):
     """Only the statistics are shared. Each rank that is still active sees those of the active ones."""
     model = syncbn.convert_sync_batchnorm(net())
     with syncbn.join(model):
@@ -91,7 +91,7 @@ def test_without_ddp(world, numbers):
         pytest.param(2, (3, 1, 1, 2), marks=pytest.mark.world_size(4)),
     ],
 )
-def test_subgroups(world, ranks_per_group, numbers):
+def test_a_group_whose_other_ranks_have_left_continues(world, ranks_per_group, numbers):
     """Layers that synchronize in groups: a group whose ranks have all left goes on with itself."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net(), syncbn.new_group(ranks_per_group)))
     with syncbn.join(model):
@@ -100,7 +100,7 @@ def test_subgroups(world, ranks_per_group, numbers):
 
 
 @each_split
-def test_eval_inside(world, numbers):
+def test_eval_passes_inside_join_exchange_nothing(world, numbers):
     """Of the module inside DDP, on any rank, at any time."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))
     results = 0
@@ -128,7 +128,7 @@ def test_a_rank_without_any_batch_is_an_error_on_every_rank(world, with_ddp):
 
 
 @several
-def test_early_termination(world):
+def test_early_termination_ends_every_rank(world):
     """Join's own option: everyone stops when the first rank has run out."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))
     numbers = tuple(2 + rank for rank in range(world.size))
@@ -137,7 +137,7 @@ def test_early_termination(world):
             model(x).square().sum().backward()
 
 
-def test_disabled(world):
+def test_a_disabled_join_changes_nothing(world):
     """Nothing changes: no group, no notification."""
     model = syncbn.convert_sync_batchnorm(net())
     with syncbn.join(model, enable=False):

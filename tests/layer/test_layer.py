@@ -60,7 +60,7 @@ def test_fused_activation_and_residual(world, counts, device, dtype, activation,
     [{"affine": False}, {"track_running_stats": False}, {"unbiased": False}, {"eps": 0.1}, {"momentum": 0.3}],
     ids=str,
 )
-def test_options(world, counts, device, options):
+def test_every_option_equals_the_whole_batch(world, counts, device, options):
     check(world, counts, device, (5, 4, 4), torch.float64, **options)
 
 

@@ -21,7 +21,7 @@ def net() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_autocast(world, dtype, device):
+def test_autocast_keeps_types_and_accuracy(world, dtype, device):
     """16-bit activations come out as they went in, float32 parameters get float32 gradients, and the statistics are accurate."""
     model = syncbn.convert_sync_batchnorm(net(), world.group).to(device)
     seen = []
@@ -41,7 +41,7 @@ def test_autocast(world, dtype, device):
 
 @pytest.mark.parametrize("buffers", ["16-bit buffers", "float32 buffers"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_modules(world, dtype, buffers):
+def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
     """model.half(), and DeepSpeed's way: parameters cast, buffers cast or kept."""
     model = syncbn.convert_sync_batchnorm(net(), world.group).to(dtype)
     if buffers.startswith("float32"):
@@ -107,7 +107,7 @@ def test_fsdp2_equals_the_whole_batch(world, whole_model):
 
 @pytest.mark.process_group
 @pytest.mark.parametrize("output_dtype", [None, torch.float32], ids=str)
-def test_fsdp2_mixed_precision(world, output_dtype):
+def test_fsdp2_mixed_precision_keeps_types(world, output_dtype):
     """bfloat16 parameters and activations, float32 gradients and buffers: "Lightning 18802", "pytorch 96203"."""
     model = syncbn.convert_sync_batchnorm(net())
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=output_dtype)
@@ -124,7 +124,7 @@ def test_fsdp2_mixed_precision(world, output_dtype):
 
 @pytest.mark.process_group
 @pytest.mark.parametrize("wrapped", [True, False], ids=["auto-wrapped", "one unit"])
-def test_fsdp1_mixed_precision(world, wrapped):
+def test_fsdp1_recognizes_the_layer_as_a_batch_norm(world, wrapped):
     """Where FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and recognizes this layer by its base
     class. In one unit the layer computes in 16 bits as the rest; both train."""
     model = FullyShardedDataParallel(

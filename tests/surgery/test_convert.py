@@ -12,15 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import syncbn
+from support.models import Doubling
 from support.oracle import assert_close
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
 pytestmark = pytest.mark.world_size(1)
-
-
-class Doubling(SyncBatchNorm):
-    def forward(self, input, residual=None):
-        return 2 * super().forward(input, residual) - 1
 
 
 class PlainSubclass(nn.BatchNorm2d):
@@ -169,40 +165,6 @@ def test_subclass_with_conflicting_attributes_is_left_alone():
         assert type(convert_sync_batchnorm(WithAnAttribute(4))) is WithAnAttribute
 
 
-BUILT = {  # layers that have no name until they are converted
-    "SyncBatchNorm": lambda: SyncBatchNorm(4),
-    "SyncBatchNorm2d": lambda: syncbn.SyncBatchNorm2d(4),
-    "Keras": lambda: syncbn.SyncBatchNormalization(num_features=4),
-    "converted alone": lambda: convert_sync_batchnorm(nn.BatchNorm2d(4)),
-}
-
-
-@pytest.mark.parametrize("convert", [convert_sync_batchnorm, SyncBatchNorm.convert_sync_batchnorm], ids=["function", "classmethod"])
-@pytest.mark.parametrize("name", BUILT)
-def test_layers_that_were_built_get_names(name, convert):
-    assert convert(nn.ModuleDict({"stem": BUILT[name]()}))["stem"].layer_name == "stem"
-
-
-def test_names_survive_copies_pickles_and_lazy_building():
-    model = convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d(), SyncBatchNorm(4)))
-    model(torch.randn(2, 4, 3, 3))
-    for copied in (model, copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
-        assert [m.layer_name for m in copied] == ["0", "1"]
-
-
-def test_the_whole_model_renames_what_a_part_has_named_and_not_what_the_user_has():
-    """Two parts that are converted one by one both have a layer "0"; on the wire they must not be the same."""
-    parts = nn.ModuleDict({"left": nn.Sequential(nn.BatchNorm1d(4)), "right": nn.Sequential(nn.BatchNorm1d(4), SyncBatchNorm(4))})
-    for part in parts.values():
-        convert_sync_batchnorm(part)
-    parts["right"][1].layer_name = "by hand"
-    convert_sync_batchnorm(parts)
-    names = [m.layer_name for m in parts.modules() if isinstance(m, SyncBatchNorm)]
-    assert names == ["left.0", "right.0", "by hand"]
-    convert_sync_batchnorm(parts["left"])
-    assert parts["left"][0].layer_name == "left.0"
-
-
 def test_a_model_without_batch_norms_is_left_alone_with_a_warning_that_names_its_norms():
     model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
     classes = [type(m) for m in model]
@@ -259,136 +221,3 @@ def test_a_bad_group_is_refused_before_anything_changes():
     with pytest.raises(ValueError, match="process_group"):
         convert_sync_batchnorm(model, "world")
     assert type(model[0]) is nn.BatchNorm1d
-
-
-# ---- Fused activations ----------------------------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A residual block as torchvision writes it: one ReLU called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
-
-
-class Tap(nn.Module):
-    """The value between batch norm and activation is used twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn, self.act = nn.BatchNorm2d(4), nn.ReLU()
-
-    def forward(self, x):
-        y = self.bn(x)
-        return self.act(y) + y
-
-
-class OnlyInTraining(Tap):
-    def forward(self, x):
-        y = self.bn(x)
-        return self.act(y) if self.training else y
-
-
-class OptionalTap(Tap):
-    def forward(self, x, taps=None):
-        y = self.bn(x)
-        return self.act(y) if taps is not None else y
-
-
-class Untraceable(Tap):
-    def forward(self, x):
-        return self.act(self.bn(x)) if x.sum() > 0 else x
-
-
-class TappedIdentity(Tap):
-    """As timm's ResNets have it, an identity in between, whose output is used twice here."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = nn.Identity()
-
-    def forward(self, x):
-        y = self.drop(self.bn(x))
-        return self.act(y) + y
-
-
-def hooked(i=0, *between):
-    model = nn.Sequential(nn.BatchNorm2d(4), *between, nn.ReLU())
-    model[i].register_forward_hook(lambda *args: None)
-    return model
-
-
-FUSED = {  # model: number of activations that become part of their batch norm
-    "relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
-    "silu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), 1),
-    "leaky_relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.3)), 1),
-    "a batch norm with a forward of its own": (lambda: nn.Sequential(Doubling(4), nn.ReLU()), 0),
-    "two": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU()), 2),
-    "an activation of another kind": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), 0),
-    "a shared activation": (Block, 0),
-    "a feature tap": (Tap, 0),
-    "a path that eval does not take": (OnlyInTraining, 0),
-    "a hook in between": (hooked, 0),
-    "identities in between": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.Identity(), nn.ReLU()), 1),
-    "a hook on an identity in between": (lambda: hooked(1, nn.Identity()), 0),
-    "a feature tap on an identity in between": (TappedIdentity, 0),
-    "a path for an optional argument": (OptionalTap, 0),
-}
-
-
-@pytest.mark.parametrize("name", FUSED)
-def test_fusing_changes_nothing_but_the_number_of_layers(name):
-    make, count = FUSED[name]
-    plain = make()
-    fused = convert_sync_batchnorm(copy.deepcopy(plain), fuse_activation=True)
-    assert sum(isinstance(m, SyncBatchNorm) and m.activation is not None for m in fused.modules()) == count
-    assert list(fused.state_dict()) == list(plain.state_dict())
-    for training in (True, False):
-        x = torch.randn(3, 4, 5, 5, requires_grad=True)
-        other = x.detach().clone().requires_grad_()
-        y, want = fused.train(training)(x), plain.train(training)(other)
-        dy = torch.randn_like(y)
-        y.backward(dy)
-        want.backward(dy)
-        assert_close(y, want.double().detach(), 2e-6, "y")
-        assert_close(x.grad, other.grad.double(), 1e-5, "dx")  # through two layers where there are two
-    classes = [type(m) for m in plain.modules()]
-    assert [type(m) for m in revert_sync_batchnorm(fused).modules()] == classes
-    x = torch.randn(3, 4, 5, 5)
-    assert_close(fused.eval()(x), plain.eval()(x).double(), 1e-5, "y after the reversal")
-
-
-def test_what_cannot_be_traced_is_not_fused_and_the_warning_names_the_line():
-    with pytest.warns(UserWarning, match=r"fuse_activation: torch.fx cannot trace .*Untraceable, test_convert.py:\d+ .*x.sum\(\) > 0"):
-        model = convert_sync_batchnorm(Untraceable(), fuse_activation=True)
-    assert model.bn.activation is None and type(model.act) is nn.ReLU and model.training
-
-
-def test_reverting_a_part_brings_its_activation_back():
-    """Reverting the batch norm alone must not lose the ReLU that it took over."""
-    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), fuse_activation=True)
-    revert_sync_batchnorm(model[0])
-    assert type(model[0]) is nn.BatchNorm2d and type(model[1]) is nn.ReLU
-
-
-def test_a_fused_activation_stays_a_node_of_fx_graphs_and_is_in_both_reprs():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
-    nodes = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
-    convert_sync_batchnorm(model, fuse_activation=True)
-    traced = torch.fx.symbolic_trace(model)
-    assert [node.target for node in traced.graph.nodes] == nodes
-    assert "activation='relu'" in repr(model[1]) and repr(model[2]) == "FusedActivation(ReLU)"
-    x = torch.randn(2, 3, 5, 5)
-    assert torch.equal(traced.eval()(x), model.eval()(x))
-
-
-def test_layer_names_are_dotted_paths():
-    model = syncbn.convert_sync_batchnorm(nn.ModuleDict({"stem": nn.Sequential(nn.BatchNorm2d(4))}))
-    assert model["stem"][0].layer_name == "stem.0"

@@ -88,7 +88,7 @@ def test_every_kind_of_layer_and_batch_norm(layer, norm, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("convert", [False, True, "fused"])
-def test_residual_network(convert, dtype):
+def test_a_folded_residual_network_computes_the_same(convert, dtype):
     model = randomized(ResNet(), dtype)
     if convert:
         syncbn.convert_sync_batchnorm(model, fuse_activation=convert == "fused")
@@ -108,7 +108,7 @@ class AddingBlock(nn.Module):
         return self.bn(self.conv(x), residual=x)
 
 
-def test_residual_of_the_batch_norm():
+def test_a_batch_norm_with_a_residual_folds():
     check(randomized(AddingBlock()), torch.randn(2, 4, 5, 5))
 
 

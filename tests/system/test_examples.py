@@ -33,14 +33,14 @@ def test_torchrun_port_learns(subprocess_env, tmp_path):
     assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
 
 
-def test_moving_statistics(subprocess_env, tmp_path):
+def test_the_example_of_moving_statistics_draws_its_plot(subprocess_env, tmp_path):
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
     output([*torchrun(), EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_fold(subprocess_env, tmp_path):
+def test_the_example_of_folding_prints_its_table(subprocess_env, tmp_path):
     for module in ("rich", "tqdm"):
         pytest.importorskip(module)
     out = output([sys.executable, EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)

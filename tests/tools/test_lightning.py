@@ -51,7 +51,7 @@ def net():
 @pytest.mark.process_group
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("fuse_activation", [False, True], ids=["plain", "fused"])
-def test_trainer(world, tmp_path, pl, fuse_activation):
+def test_trainer_trains_like_one_process(world, tmp_path, pl, fuse_activation):
     data = torch.randn(STEPS, world.size, ROWS, 2, 5, dtype=torch.float64) + torch.arange(world.size)[:, None, None, None]
     model = module(pl)
     trainer = pl.Trainer(

@@ -42,7 +42,7 @@ def test_deepcopy_is_independent_and_keeps_the_group(world, model, x):
     assert torch.equal(other.eval()(x), copy.deepcopy(other)(x))
 
 
-def test_pickle_and_save(x):
+def test_a_saved_model_computes_the_same(x):
     """A model without an explicit process group can be pickled as a whole."""
     model = syncbn.convert_sync_batchnorm(net(), fuse_activation=True)
     model(x)
@@ -67,7 +67,7 @@ def test_state_dicts_are_weights_only(model, x):
 
 
 @pytest.mark.process_group
-def test_distributed_checkpoint(world, model, x, tmp_path_factory):
+def test_a_distributed_checkpoint_loads_into_the_plain_model(world, model, x, tmp_path_factory):
     """Saved with synchronized layers, loaded by the plain model."""
     name = [str(tmp_path_factory.mktemp("checkpoint")) if world.rank == 0 else None]
     torch.distributed.broadcast_object_list(name)
@@ -96,7 +96,7 @@ def test_averaged_model_and_update_bn(world, x):
         assert_close(got, want.double(), FLOAT, name)
 
 
-def test_averaged_buffers(model, x):
+def test_an_averaged_model_averages_buffers(model, x):
     average = AveragedModel(model, use_buffers=True)
     model(x)
     average.update_parameters(model)
@@ -104,7 +104,7 @@ def test_averaged_buffers(model, x):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-def test_export_of_an_eval_model(world, x, residual):
+def test_an_exported_eval_model_needs_no_syncbn(world, x, residual):
     """Into torch's own operators only: the program needs no syncbn where it runs."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, activation="silu").eval()
     inputs = (x, x.sin()) if residual else (x,)
@@ -136,7 +136,7 @@ def test_onnx_export_of_a_reverted_model(model, x):
     assert domains <= {"", "ai.onnx"}
 
 
-def test_meta_device_and_to_empty(world, x):
+def test_a_model_without_memory_converts_and_trains(world, x):
     """A model without memory is converted, gets its memory, and trains."""
     with torch.device("meta"):
         model = net()
@@ -149,7 +149,7 @@ def test_meta_device_and_to_empty(world, x):
     assert layer(x).isfinite().all()
 
 
-def test_lazy_layers(world, x):
+def test_lazy_layers_convert_before_their_features_are_known(world, x):
     """Conversion before the number of features is known."""
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     model = syncbn.convert_sync_batchnorm(model, world.group)
@@ -167,7 +167,7 @@ class Positive(nn.Module):
 
 
 @pytest.mark.parametrize("when", ["before conversion", "after conversion"])
-def test_parametrized_weight(world, x, when):
+def test_a_parametrized_weight_gets_its_gradient(world, x, when):
     """The weight is a function of another parameter, which gets the gradient. Conversion and parametrization undo in any order."""
     layer = nn.BatchNorm2d(3)
     if when.startswith("before"):
@@ -193,7 +193,7 @@ def test_weight_norm_of_the_layer_before(world, x):
     assert model[1].weight.grad is not None
 
 
-def test_functional_call(world, model, x):
+def test_functional_call_takes_parameters_from_outside(world, model, x):
     """Parameters from outside, as in meta-learning."""
     state = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in model.state_dict().items()}
     state = {name: t.detach() if "running" in name else t for name, t in state.items()}

@@ -1,11 +1,9 @@
-"""Keras' and Horovod's conventions: the published worked example, and what else their users rely on."""
+"""The layer keeps Keras' conventions, in a call and in a model."""
 
 from __future__ import annotations
 
 import copy
-import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,141 +12,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from support.oracle import assert_close, rank_weighted_moments, relative_error
-from syncbn import SyncBatchNorm, SyncBatchNormalization, ops, reference
-
-EXAMPLE = json.loads(Path(__file__).with_name("keras_horovod_worked_example.json").read_text())
-STATISTIC = 1.2e-7  # half of the last printed digit, and one float32 rounding in TensorFlow
-OUTPUT = 2e-6  # TensorFlow computes x * scale + shift in float32: at scale 28 that rounds at 18, not at 1
-
-
-def tensor(values, dtype=torch.float32):
-    return torch.tensor(values, dtype=dtype)
-
-
-def assert_printed(got, want, tolerance, what):
-    error = (got.detach().double() - tensor(want, torch.float64)).abs().max().item()
-    assert error <= tolerance, f"{what}: off by {error:.1e} > {tolerance:.0e}"
-
-
-def example_layer(world, **options):
-    return SyncBatchNormalization(momentum=0.5, epsilon=1e-3, moving_mean_initializer="ones", process_group=world.group, **options)
-
-
-# ---- The worked example -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.world_size(1)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_worked_example_on_one_process(world, dtype):
-    """Two training steps, then inference with the frozen ("estimated") values."""
-    data, printed = EXAMPLE["single_process"], EXAMPLE["single_process"]["printed"]
-    layer = example_layer(world, dtype=dtype)
-    x = tensor(data["x_step0"], dtype)
-    mean, var, _ = reference.finalize(ops.stats(x.movedim(-1, 1), True), layer.epsilon)
-    assert_printed(mean, printed["batch_mean_step0"], STATISTIC, "batch mean")
-    assert_printed(var, printed["batch_var_step0"], STATISTIC, "batch variance")
-    assert_printed(layer(x, training=True), printed["y_step0"], OUTPUT, "outputs")
-    assert_printed(layer.moving_mean, printed["moving_mean_step0"], STATISTIC, "moving mean after one step")
-    assert_printed(layer.moving_variance, printed["moving_var_step0"], STATISTIC, "moving variance after one step")
-    layer(tensor(data["x_step1"], dtype), training=True)
-    assert_printed(layer.moving_mean, printed["moving_mean_step1"], STATISTIC, "moving mean after two steps")
-    assert_printed(layer.moving_variance, printed["moving_var_step1"], STATISTIC, "moving variance after two steps")
-    assert_printed(layer(tensor(data["x_infer"], dtype), training=False), printed["y_infer"], OUTPUT, "inference")
-
-
-@pytest.mark.world_size(1)
-def test_worked_example_of_the_fused_operation(world):
-    """torch's convention, through SyncBatchNorm: the moving variance takes the Bessel-corrected one."""
-    x, printed = tensor(EXAMPLE["single_process"]["x_step0"]).movedim(-1, 1), EXAMPLE["single_process"]["fused_printed"]
-    layer = SyncBatchNorm(3, eps=1e-3, momentum=0.5)
-    nn.init.ones_(layer.running_mean)
-    y = layer(x)
-    mean, _, invstd = reference.finalize(ops.stats(x, False), layer.eps)
-    assert_printed(y.movedim(1, -1), EXAMPLE["single_process"]["printed"]["y_step0"], OUTPUT, "outputs")
-    assert_printed(layer.running_mean, printed["moving_mean"], STATISTIC, "moving mean")
-    assert_printed(layer.running_var, printed["moving_var"], STATISTIC, "moving variance")
-    assert_printed(mean, printed["saved_mean"], STATISTIC, "saved mean")
-    for got, want in zip(invstd, printed["saved_inv_std"], strict=True):
-        assert_printed(got, want, STATISTIC * want, "saved inverse standard deviation")
-
-
-@pytest.mark.world_size(2)
-@pytest.mark.parametrize("weighting", ["ranks", "samples"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_worked_example_on_two_ranks(world, dtype, weighting):
-    data, printed = EXAMPLE["two_ranks"], EXAMPLE["two_ranks"]["printed"]
-    layer = example_layer(world, dtype=dtype, weighting=weighting)
-    x = tensor(data[f"x_rank{world.rank}"], dtype)
-    stats = sum(world.all_gather(ops.stats(x.movedim(-1, 1), weighting == "ranks")))
-    mean, var, _ = reference.finalize(stats, layer.epsilon)
-    layer(x, training=True)
-    assert_printed(mean, printed["group_mean"], STATISTIC, "group mean")
-    assert_printed(var, printed["group_var"], STATISTIC, "group variance")
-    assert_printed(layer.moving_mean, printed["moving_mean"], STATISTIC, "moving mean")
-    assert_printed(layer.moving_variance, printed["moving_var"], STATISTIC, "moving variance")
-
-
-@pytest.mark.world_size(2)
-def test_gradients_of_the_worked_example_are_tensorflows(world):
-    data = EXAMPLE["two_ranks"]
-    want = {key: tensor(value, torch.float64) for key, value in data["computed_with_gamma_beta"].items()}
-    layer = example_layer(world, num_features=3, dtype=torch.float64)
-    with torch.no_grad():
-        layer.gamma.copy_(want["gamma"])
-        layer.beta.copy_(want["beta"])
-    x = tensor(data[f"x_rank{world.rank}"], torch.float64).requires_grad_()
-    y = layer(x)
-    y.backward(want[f"dy_rank{world.rank}"])
-    # 16 digits are given: float64 sums of eight values, a variance of 0.005 beneath a square of 0.4
-    assert_close(y, want[f"y_rank{world.rank}"], 1e-12, "y")
-    assert_close(x.grad, want[f"dx_rank{world.rank}"], 1e-12, "dx")
-    assert_close(sum(world.all_gather(layer.gamma.grad)), want["dgamma_sum_over_ranks"], 1e-12, "dgamma")
-    assert_close(sum(world.all_gather(layer.beta.grad)), want["dbeta_sum_over_ranks"], 1e-12, "dbeta")
-
-
-# ---- Weighting --------------------------------------------------------------------------------------------------------------------
-
-COUNTS = {1: (7,), 2: (6, 1), 3: (4, 2, 1), 4: (3, 0, 2, 2)}
-
-
-@pytest.mark.parametrize("weighting", ["ranks", "samples"])
-def test_unequal_batches_against_autograd_of_the_formula(world, weighting):
-    counts = COUNTS[world.size]
-    rows = torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
-    whole = torch.randn(sum(counts), 5, 3, dtype=torch.float64) + rows  # a rank's place in the batch shows in its mean
-    dy = torch.randn_like(whole)
-    layer = SyncBatchNormalization(momentum=0.75, weighting=weighting, num_features=3, dtype=torch.float64, process_group=world.group)
-    with torch.no_grad():
-        layer.gamma.copy_(torch.randn(3))
-        layer.beta.copy_(torch.randn(3))
-    x = world.mine(whole, counts).requires_grad_()
-    y = layer(x)
-    y.backward(world.mine(dy, counts))
-
-    whole.requires_grad_()
-    gamma, beta = (t.detach().clone().requires_grad_() for t in (layer.gamma, layer.beta))
-    mean, var = rank_weighted_moments(whole.movedim(-1, 1), counts if weighting == "ranks" else (sum(counts),))
-    want = (whole - mean) / (var + 1e-3).sqrt() * gamma + beta
-    want.backward(dy)
-    assert_close(y, world.mine(want.detach(), counts), 1e-10, "y", want.detach())
-    assert_close(x.grad, world.mine(whole.grad, counts), 1e-10, "dx", whole.grad)
-    assert_close(sum(world.all_gather(layer.gamma.grad)), gamma.grad, 1e-10, "dgamma")
-    assert_close(sum(world.all_gather(layer.beta.grad)), beta.grad, 1e-10, "dbeta")
-    assert_close(layer.moving_mean, 0.25 * mean.detach(), 1e-10, "moving mean")
-    assert_close(layer.moving_variance, 0.75 + 0.25 * var.detach(), 1e-10, "moving variance")
-    if world.size > 1:  # the two weightings are told apart by this data
-        other = rank_weighted_moments(whole.detach().movedim(-1, 1), (sum(counts),) if weighting == "ranks" else counts)
-        assert relative_error(layer.moving_mean, 0.25 * other[0]) > 0.01
-
-
-# ---- The layer --------------------------------------------------------------------------------------------------------------------
+from support.oracle import assert_close
+from syncbn import SyncBatchNormalization, ops
 
 
 @pytest.mark.parametrize(
     "shape, axis", [((4, 3), -1), ((4, 3), 1), ((2, 3, 4, 5), 1), ((2, 3, 4, 5), -2), ((2, 3, 4, 5, 6), 3), ((3, 4), 0)]
 )
-def test_axis(world, shape, axis):
+def test_features_may_be_on_any_axis(world, shape, axis):
     """Features on any dimension: the others are reduced."""
     x = torch.randn(shape, dtype=torch.float64)
     layer = SyncBatchNormalization(axis, dtype=torch.float64, process_group=world.group)
@@ -211,7 +82,7 @@ def test_a_frozen_layer_runs_in_inference_mode_and_does_not_train(world, make, n
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("center", [True, False])
 @pytest.mark.parametrize("scale", [True, False])
-def test_center_and_scale(center, scale):
+def test_center_and_scale_choose_the_parameters(center, scale):
     layer = SyncBatchNormalization(center=center, scale=scale)
     x = torch.randn(6, 3, requires_grad=True)
     layer(x).sum().backward()
@@ -251,7 +122,7 @@ BAD_ARGUMENTS = {
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_bad_arguments(name):
+def test_bad_arguments_are_named(name):
     options, error, message = BAD_ARGUMENTS[name]
     with pytest.raises(error, match=message):
         SyncBatchNormalization(**options)
@@ -265,7 +136,7 @@ def test_defaults_are_horovods():
 
 
 @pytest.mark.world_size(1)
-def test_bad_input():
+def test_bad_input_is_an_error_that_names_it():
     with pytest.raises(ValueError, match=r"axis 4 among them, got \[2, 3, 4, 5\]"):
         SyncBatchNormalization(axis=4)(torch.randn(2, 3, 4, 5))
     with pytest.raises(ValueError, match=r"^SyncBatchNormalization\(\): inputs must have 2 or more dimensions"):
@@ -278,7 +149,7 @@ def test_bad_input():
         layer(torch.randn(2, 3))
 
 
-def test_activation(world):
+def test_fused_activation_equals_one_after_the_layer(world):
     x = torch.randn(4, 3)
     plain = SyncBatchNormalization(process_group=world.group)
     fused = SyncBatchNormalization(process_group=world.group, activation="leaky_relu", negative_slope=0.3)
@@ -312,7 +183,7 @@ def test_partial_state_dict_keeps_what_it_brought():
 
 @pytest.mark.parametrize("build", [True, False], ids=["built", "not built"])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies(world, build, duplicate):
+def test_copies_compute_the_same_and_share_no_tensor(world, build, duplicate):
     if world.group is not None and duplicate is not copy.deepcopy:
         pytest.skip("communicators do not travel")
     layer = SyncBatchNormalization(process_group=world.group)
@@ -326,7 +197,7 @@ def test_copies(world, build, duplicate):
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3)
-def test_distributed_data_parallel(world):
+def test_gradients_under_ddp_are_those_of_the_whole_batch(world):
     with pytest.raises(RuntimeError, match="uninitialized parameters"):
         DistributedDataParallel(nn.Sequential(SyncBatchNormalization()))
     model = nn.Sequential(nn.Linear(4, 3), SyncBatchNormalization(num_features=3, momentum=0.9)).double()
@@ -360,51 +231,3 @@ def test_compiles_in_one_graph(num_features):
     x = torch.randn(2, 4, 3)
     for mode in (True, False):
         assert_close(torch.compile(layer.train(mode), fullgraph=True, backend="eager")(x), other.train(mode)(x).double().detach(), 0, "y")
-
-
-# ---- Weights of a Keras layer -----------------------------------------------------------------------------------------------------
-
-
-def keras_weights(center=True, scale=True):
-    names = ["gamma"] * scale + ["beta"] * center + ["moving_mean", "moving_variance"]
-    return {name: np.random.default_rng(i).random(3, dtype=np.float32) + 0.5 for i, name in enumerate(names)}
-
-
-@pytest.mark.world_size(1)
-@pytest.mark.parametrize("center", [True, False])
-@pytest.mark.parametrize("scale", [True, False])
-@pytest.mark.parametrize("form", ["dict", "list", "names of a saved model"])
-def test_weights_from_keras_and_back(form, center, scale):
-    weights = keras_weights(center, scale)
-    given = {
-        "dict": weights,
-        "list": list(weights.values()),
-        "names of a saved model": {f"bn_1/{k}:0": v for k, v in weights.items()},
-    }[form]
-    torchs = SyncBatchNorm.from_keras(given, 0.9, 1e-2, center=center, scale=scale)
-    keras = SyncBatchNormalization.from_keras(given, 0.9, 1e-2, center=center, scale=scale, axis=1)
-    for layer in (torchs, keras):
-        back = layer.to_keras()
-        assert list(back) == list(weights)
-        for name, array in weights.items():
-            assert np.array_equal(back[name], array) and back[name].dtype == array.dtype
-    assert torchs.momentum == pytest.approx(0.1) and torchs.eps == keras.epsilon == 1e-2 and keras.momentum == 0.9
-    x = torch.randn(4, 3, 5)
-    for mode in (True, False, False):  # the second eval sees the statistics of one more training step
-        assert_close(torchs.train(mode)(x), keras.train(mode)(x).double().detach(), 2e-6, "y")
-    assert_close(torchs.running_var, keras.moving_variance.double(), 1e-7, "running_var")
-
-
-@pytest.mark.world_size(1)
-def test_bad_keras_weights():
-    weights = keras_weights()
-    with pytest.raises(ValueError, match=r"weights must be .* for center=False and scale=True, got 4 arrays"):
-        SyncBatchNorm.from_keras(list(weights.values()), center=False)
-    with pytest.raises(ValueError, match="must have moving_mean and moving_variance"):
-        SyncBatchNorm.from_keras({"gamma": weights["gamma"]})
-    with pytest.raises(ValueError, match=r"gamma must be \[C\] like moving_mean \[3\], got \[2\]"):
-        SyncBatchNorm.from_keras(weights | {"gamma": np.ones(2)})
-    with pytest.raises(ValueError, match="need running statistics"):
-        SyncBatchNorm(3, track_running_stats=False).to_keras()
-    with pytest.raises(ValueError, match="need running statistics"):
-        SyncBatchNormalization().to_keras()

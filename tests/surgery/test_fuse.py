@@ -1,0 +1,140 @@
+"""A fused activation changes nothing but the number of layers, and comes back when the conversion is undone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from support.models import Doubling
+from support.oracle import assert_close
+from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+
+pytestmark = pytest.mark.world_size(1)
+
+
+class Block(nn.Module):
+    """A residual block as torchvision writes it: one ReLU called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + x)
+
+
+class Tap(nn.Module):
+    """The value between batch norm and activation is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn, self.act = nn.BatchNorm2d(4), nn.ReLU()
+
+    def forward(self, x):
+        y = self.bn(x)
+        return self.act(y) + y
+
+
+class OnlyInTraining(Tap):
+    def forward(self, x):
+        y = self.bn(x)
+        return self.act(y) if self.training else y
+
+
+class OptionalTap(Tap):
+    def forward(self, x, taps=None):
+        y = self.bn(x)
+        return self.act(y) if taps is not None else y
+
+
+class Untraceable(Tap):
+    def forward(self, x):
+        return self.act(self.bn(x)) if x.sum() > 0 else x
+
+
+class TappedIdentity(Tap):
+    """As timm's ResNets have it, an identity in between, whose output is used twice here."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Identity()
+
+    def forward(self, x):
+        y = self.drop(self.bn(x))
+        return self.act(y) + y
+
+
+def hooked(i=0, *between):
+    model = nn.Sequential(nn.BatchNorm2d(4), *between, nn.ReLU())
+    model[i].register_forward_hook(lambda *args: None)
+    return model
+
+
+FUSED = {  # model: number of activations that become part of their batch norm
+    "relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
+    "silu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), 1),
+    "leaky_relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.3)), 1),
+    "a batch norm with a forward of its own": (lambda: nn.Sequential(Doubling(4), nn.ReLU()), 0),
+    "two": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU()), 2),
+    "an activation of another kind": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), 0),
+    "a shared activation": (Block, 0),
+    "a feature tap": (Tap, 0),
+    "a path that eval does not take": (OnlyInTraining, 0),
+    "a hook in between": (hooked, 0),
+    "identities in between": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.Identity(), nn.ReLU()), 1),
+    "a hook on an identity in between": (lambda: hooked(1, nn.Identity()), 0),
+    "a feature tap on an identity in between": (TappedIdentity, 0),
+    "a path for an optional argument": (OptionalTap, 0),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fusing_changes_nothing_but_the_number_of_layers(name):
+    make, count = FUSED[name]
+    plain = make()
+    fused = convert_sync_batchnorm(copy.deepcopy(plain), fuse_activation=True)
+    assert sum(isinstance(m, SyncBatchNorm) and m.activation is not None for m in fused.modules()) == count
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for training in (True, False):
+        x = torch.randn(3, 4, 5, 5, requires_grad=True)
+        other = x.detach().clone().requires_grad_()
+        y, want = fused.train(training)(x), plain.train(training)(other)
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        want.backward(dy)
+        assert_close(y, want.double().detach(), 2e-6, "y")
+        assert_close(x.grad, other.grad.double(), 1e-5, "dx")  # through two layers where there are two
+    classes = [type(m) for m in plain.modules()]
+    assert [type(m) for m in revert_sync_batchnorm(fused).modules()] == classes
+    x = torch.randn(3, 4, 5, 5)
+    assert_close(fused.eval()(x), plain.eval()(x).double(), 1e-5, "y after the reversal")
+
+
+def test_what_cannot_be_traced_is_not_fused_and_the_warning_names_the_line():
+    with pytest.warns(UserWarning, match=r"fuse_activation: torch.fx cannot trace .*Untraceable, test_fuse.py:\d+ .*x.sum\(\) > 0"):
+        model = convert_sync_batchnorm(Untraceable(), fuse_activation=True)
+    assert model.bn.activation is None and type(model.act) is nn.ReLU and model.training
+
+
+def test_reverting_a_part_brings_its_activation_back():
+    """Reverting the batch norm alone must not lose the ReLU that it took over."""
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), fuse_activation=True)
+    revert_sync_batchnorm(model[0])
+    assert type(model[0]) is nn.BatchNorm2d and type(model[1]) is nn.ReLU
+
+
+def test_a_fused_activation_stays_a_node_of_fx_graphs_and_is_in_both_reprs():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    nodes = [node.target for node in torch.fx.symbolic_trace(model).graph.nodes]
+    convert_sync_batchnorm(model, fuse_activation=True)
+    traced = torch.fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes] == nodes
+    assert "activation='relu'" in repr(model[1]) and repr(model[2]) == "FusedActivation(ReLU)"
+    x = torch.randn(2, 3, 5, 5)
+    assert torch.equal(traced.eval()(x), model.eval()(x))
