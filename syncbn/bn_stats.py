@@ -201,7 +201,7 @@ def _summed(totals: list[Tensor], shifts: list[Tensor], exchange: Exchange) -> l
     """The totals of all ranks about these shifts, in one exchange."""
     sums = [rebase(total, shift)[len(shift) :] for total, shift in zip(totals, shifts, strict=True)]
     try:
-        summed = exchange.all_reduce_(torch.cat(sums), "statistics")
+        summed = exchange.sum(torch.cat(sums), "statistics")
     except RankMismatchError:
         raise
     except RuntimeError as error:

@@ -16,7 +16,7 @@ from . import checkpoint, ops, recompute
 from .activation import Activation, activate, keeps_mask, keeps_residual, parse
 from .arguments import check, check_count, check_memory, check_transforms, plain
 from .comm import Communicator, resolve
-from .comm.exchange import Exchange
+from .comm.exchange import NO_TICKET, Exchange
 from .comm.identity import LayerRecord
 from .double_backward import differentiable_backward
 from .layout import dense, dense_like
@@ -88,12 +88,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         options: Options,
     ) -> Tensor:
         activation = options.fused
+        ticket = NO_TICKET
         stats = checkpoint.replay(options.layer, x.shape[1])
         if stats is not None or checkpoint.is_recomputation():
             running_mean = running_var = num_batches_tracked = None  # the forward pass has updated them
         if stats is None:
             shifted = exchange.merges(x)
-            stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted), x.shape[1], shifted)
+            ticket = exchange.ticket(x, "forward", 2 * x.shape[1] + 2)
+            stats = exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted, ticket.tag), x.shape[1], shifted)
         checkpoint.record(options.layer, stats)
         check_count(options.layer, stats, x, exchange.comm)
         if torch.compiler.is_compiling():
@@ -103,7 +105,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y, mask = ops.normalize(
             x, stats, weight, bias, residual,
             running_mean, running_var, num_batches_tracked, options.momentum,
-            options.eps, options.unbiased, activation, options.negative_slope,
+            options.eps, options.unbiased, activation, options.negative_slope, *ticket,
         )  # fmt: skip
         _changed(running_mean, running_var, num_batches_tracked)
         if recompute.is_active():
@@ -130,13 +132,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
         dy = dense_like(dy, x)
 
         how = (weight, bias, residual, mask, options.eps, activation, options.negative_slope)
-        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
+        ticket = ctx.exchange.ticket(x, "backward", 2 * x.shape[1])
+        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how, ticket.tag)
         sums = ctx.exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
         dz = dy if ctx.has_residual else None
         needs_dz = ctx.needs_input_grad[1] and activation != Activation.none
         if ctx.needs_input_grad[0] or needs_dz:
-            dx, written = ops.backward_input(dy, x, stats, sums, *how, options.rank_weighted)
+            dx, written = ops.backward_input(dy, x, stats, sums, *how, options.rank_weighted, *ticket)
             dz = written if needs_dz else dz
         return (
             dx if ctx.needs_input_grad[0] else None,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +22,25 @@ from .. import environment
 from .._torch_private import is_batched, is_fake, is_profiling
 from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
+from .alarms import Alarms
 from .identity import GroupState, LayerRecord, Membership, state_of
 from .shared_memory import Mismatch
 from .shared_memory import digest as digest_of
-from .sharing import Sharing, set_up_sharing
+from .sharing import Sharing, set_up_sharing, sums_of_tags
+from .sharing import tag as tag_of
+
+
+class Ticket(NamedTuple):
+    """How an exchange is verified: the ops write the tag and its square at the end of their sums; where only the device sees the total,
+    the op that uses it sets the alarm unless all `ranks` have had this tag."""
+
+    tag: int = 0
+    ranks: int = 0
+    alarm: Tensor | None = None
+
+
+NO_TICKET = Ticket()
+TAGS = 2  # values at the end of a payload
 
 
 class Exchange:
@@ -56,8 +71,40 @@ class Exchange:
     def _channels(self) -> int | None:
         return None if self.shape is None else self.shape[1]
 
-    def all_reduce_(self, tensor: Tensor, kind: str = "exchange") -> Tensor:
-        """`Communicator.all_reduce_`. `kind` is the exchange's name, such as "forward".
+    def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
+        """What the payload of an exchange of this many values on x's device has to end with. Raises as `all_reduce_`.
+
+        It may be the group's first exchange."""
+        if self.comm is LOCAL or not self.comm.compares or torch.compiler.is_compiling():
+            return NO_TICKET
+        if self._state is None:
+            try:
+                self._enter(x)
+            except _NO_FAILURES:
+                raise
+            except Exception as error:
+                raise self._failure(error, values, kind) from error
+        if self.sharing is not None and self.sharing.in_memory:
+            return NO_TICKET  # the ranks compare the whole digest
+        if environment.settings.check == "off":
+            return Ticket(tag_of(_UNVERIFIED))
+        tag = tag_of(self._digest(kind, values))
+        return Ticket(tag, self.comm.world_size, self._alarm(kind, values)) if self._is_verified_later(x) else Ticket(tag)
+
+    def sum(self, values: Tensor, kind: str) -> Tensor:
+        """The sum of `values` over the ranks, which no kernel of the package has given a tag, or verifies. Raises as `all_reduce_`."""
+        ticket = self.ticket(values, kind, values.numel())
+        payload = torch.cat([values.flatten(), *(values.new_full((1,), t) for t in (ticket.tag, ticket.tag * ticket.tag))])
+        total = self.all_reduce_(payload, kind)
+        if ticket.alarm is not None:
+            self._alarms().compare(self._key(kind, values.numel()), total[-TAGS:], sums_of_tags(ticket.ranks, ticket.tag))
+        return total[:-TAGS].view_as(values)
+
+    def all_reduce_(self, tensor: Tensor, kind: str) -> Tensor:
+        """`Communicator.all_reduce_` of values that end with a tag and its square, those of the `ticket` for them.
+
+        Args:
+            kind: the exchange's name, such as "forward".
 
         Raises:
             RankMismatchError: the ranks disagree about the exchange; raised on every rank.
@@ -92,7 +139,7 @@ class Exchange:
 
     def signature(self, kind: str, values: int) -> str:
         """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
-        return _signature(self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels)
+        return _signature(*self._key(kind, values))
 
     def details(self) -> str:
         """What may differ between ranks, for errors."""
@@ -109,9 +156,22 @@ class Exchange:
             group = self.comm.group
             state = self._state = state_of(group)
             self.membership = None if self.record is None else self.record.memberships.get(group)
-        if tensor.is_cpu and self.comm.compares:
+        if self.comm.compares and not self._is_verified_later(tensor):
             self.sharing = self._sharing_in(state)
         return state
+
+    def _is_verified_later(self, tensor: Tensor) -> bool:
+        """By the kernel that uses the sums, since this process would have to wait for them."""
+        return not tensor.is_cpu
+
+    def _alarm(self, kind: str, values: int) -> Tensor:
+        return self._alarms().word(self._key(kind, values))
+
+    def _alarms(self) -> Alarms:
+        assert self._state is not None
+        if self._state.alarms is None:
+            self._state.alarms = Alarms(_signature)
+        return self._state.alarms
 
     def _sharing_in(self, state: GroupState) -> Sharing:
         sharing = state.sharing
@@ -126,9 +186,11 @@ class Exchange:
         """Of statistics, if `channels` is not 0."""
         if self.comm is LOCAL or torch.compiler.is_compiling():
             return self._over_the_group(tensor, channels)
-        values = tensor.numel() - channels  # all shifts are known, or merged away
+        values = tensor.numel() - channels - TAGS  # all shifts are known, or merged away
         try:
             state = self._enter(tensor)
+            if state.alarms is not None:
+                state.alarms.check()
             if self.sharing is None or not self.sharing.in_memory:
                 self._verify(tensor.device, values, kind)
             reduce = self._logged if environment.settings.debug else self._sum
@@ -197,7 +259,10 @@ class Exchange:
         return f"the {failures.ordinal(exchanges + 1)} exchange since the group was made"
 
     def _digest(self, kind: str, values: int) -> int:
-        return _digest(self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels)
+        return _digest(*self._key(kind, values))
+
+    def _key(self, kind: str, values: int) -> tuple[Any, ...]:
+        return self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels
 
     def _logged(self, tensor: Tensor, channels: int, kind: str, values: int) -> Tensor:
         start = _now(tensor)

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 if TYPE_CHECKING:
+    from .alarms import Alarms
     from .sharing import Sharing
 
 
@@ -25,6 +26,7 @@ class GroupState:
         self.verifications = 0  # a rank that has missed one is at another count
         self.unnamed_layers = 0
         self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None before the first exchange
+        self.alarms: Alarms | None = None  # of exchanges that kernels verify; None before the first
 
 
 _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()

@@ -67,10 +67,11 @@ class Sharing:
                 self.ready = True
         return self
 
-    def all_reduce_(self, comm: Communicator, values: Tensor, digest: int, channels: int = 0) -> Tensor:
-        """The sum of `values`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `values` itself, overwritten.
+    def all_reduce_(self, comm: Communicator, payload: Tensor, digest: int, channels: int = 0) -> Tensor:
+        """The sum of `payload`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `payload` itself, overwritten.
 
         Args:
+            payload: ends with `tag(digest)` and its square.
             digest: of what this rank is about to exchange.
             channels: not 0, where `in_memory`, for statistics about different shifts.
 
@@ -78,22 +79,20 @@ class Sharing:
             Mismatch: on every rank, if they do not exchange the same.
         """
         if self.reason:
-            return verified(comm, values, digest)
+            return checked(comm.all_reduce_(payload), comm.world_size, digest)
         if self.hosts > 1:
-            return self._over_hosts(values, digest)
+            return self._over_hosts(comm, payload, digest)
         assert self.memory is not None
-        return self.memory.all_reduce_(values, digest, self.timeout, channels)
+        return self.memory.all_reduce_(payload, digest, self.timeout, channels)
 
-    def _over_hosts(self, values: Tensor, digest: int) -> Tensor:
-        n, t = values.numel(), tag(digest)
-        payload = torch.cat([values.flatten(), values.new_tensor([t, t * t])])
+    def _over_hosts(self, comm: Communicator, payload: Tensor, digest: int) -> Tensor:
         mismatch: Mismatch | None = None
         if self.memory is not None:
             try:
-                self.memory.all_reduce_(payload[:n], digest, self.timeout)
+                self.memory.all_reduce_(payload, digest, self.timeout)
             except Mismatch as error:  # the other hosts have to hear of it
                 mismatch = error
-                payload[n:] = torch.nan
+                payload[-2:] = torch.nan
         if self.first_ranks is not None:
             self._send(payload)
         if mismatch is not None:
@@ -102,8 +101,7 @@ class Sharing:
             if self.first_ranks is None:
                 payload.zero_()
             self.memory.all_reduce_(payload, _RESULTS, self.timeout)
-        _check(payload[n:], self.hosts, t)
-        return payload[:n].view_as(values)
+        return checked(payload, comm.world_size, digest)
 
     def _send(self, payload: Tensor) -> None:
         """The sum over the hosts, on the first rank of each."""
@@ -129,21 +127,20 @@ def set_up_sharing(comm: Communicator) -> Sharing:
     return state.sharing.set_up(comm)
 
 
-def verified(comm: Communicator, values: Tensor, digest: int) -> Tensor:
-    """The sum over the group. Raises Mismatch on every rank if their tags differ; where lengths differ, the group's backend decides."""
-    n, t = values.numel(), tag(digest)
-    payload = comm.all_reduce_(torch.cat([values.flatten(), values.new_tensor([t, t * t])]))
-    _check(payload[n:], comm.world_size, t)
-    return payload[:n].view_as(values)
-
-
 def tag(digest: int) -> int:
     return digest & ((1 << TAG_BITS) - 1)
 
 
-def _check(sums: Tensor, parts: int, t: int) -> None:
-    if sums.tolist() != [parts * t, parts * t * t]:
+def sums_of_tags(ranks: int, tag: int) -> tuple[float, float]:
+    """What a payload ends with after an exchange in which all ranks had this tag."""
+    return float(ranks * tag), float(ranks * tag * tag)
+
+
+def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
+    """`payload`. Raises Mismatch, on every rank, if the ranks' tags differ."""
+    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag(digest)):
         raise Mismatch
+    return payload
 
 
 def gather(comm: Communicator, row: bytes) -> list[bytes]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from support.collectives import collectives
+from support.divergence import DIVERGENCES, anew, batch, named
 from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import exchange, resolve, shared_memory, sharing
@@ -21,20 +22,6 @@ from syncbn.comm.identity import state_of
 
 several = pytest.mark.world_size(2, 3, 4)
 pytestmark = [several, pytest.mark.skipif(shared_memory.library() is None, reason="no compiled library with shared memory")]
-
-
-def named(name: str, world, channels: int = 3, **options) -> SyncBatchNorm:
-    layer = SyncBatchNorm(channels, process_group=world.group, **options)
-    layer.layer_name = name
-    return layer
-
-
-def batch(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
-
-
-def anew(world) -> object:
-    return torch.distributed.new_group() if world.group is None else world.group.Dup()
 
 
 def test_the_ranks_of_a_host_share_memory(world):
@@ -82,15 +69,6 @@ def test_float64_far_from_zero_is_as_good_as_torch(world):
         torchs = (F.batch_norm(whole, None, None, training=True) - want).abs().max()
         y = SyncBatchNorm(3, process_group=world.group, dtype=torch.float64)(world.mine(whole, counts))
         assert (y - world.mine(want, counts)).abs().max() <= 10 * torchs + 1e-14
-
-
-DIVERGENCES = {  # in the fourth step, of the last rank
-    "layers of equal C in another order": lambda odd, a, b: a(b(batch())) if odd else b(a(batch())),
-    "a skipped layer": lambda odd, a, b: b(batch()) if odd else b(a(batch())),
-    "another dtype": lambda odd, a, b: a(batch(torch.float64 if odd else torch.float32)),
-    "another eps": lambda odd, a, b: setattr(a, "eps", 1e-3 if odd else 1e-5) or a(batch()),
-    "backward against backward of another": lambda odd, a, b: torch.autograd.grad((b if odd else a).kept.sum(), (b if odd else a).input),
-}
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -183,10 +161,10 @@ def test_workers_of_a_data_loader_come_and_go(world):
 def test_a_tag_is_exact_for_thousands_of_ranks():
     ranks = 8192
     for t in (1, 2, (1 << sharing.TAG_BITS) - 1):
-        sums = torch.full((ranks,), float(t)).double()
-        assert [sums.sum().item(), sums.square().sum().item()] == [ranks * t, ranks * t * t]
-        sums[5] -= 1
-        assert [sums.sum().item(), sums.square().sum().item()] != [ranks * t, ranks * t * t]
+        tags = torch.full((ranks,), float(t)).double()
+        assert (tags.sum().item(), tags.square().sum().item()) == sharing.sums_of_tags(ranks, t)
+        tags[5] -= 1
+        assert (tags.sum().item(), tags.square().sum().item()) != sharing.sums_of_tags(ranks, t)
 
 
 def test_the_path_is_logged(world, monkeypatch, caplog):

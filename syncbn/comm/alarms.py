@@ -1,0 +1,61 @@
+"""Exchanges of which only the device sees the sums: its kernels compare the ranks' tags, and the next exchange reads what they found.
+
+A rank that waited for the device after each exchange would lose more than the exchange takes. So each exchange of a layer has a word in
+pinned memory, which the kernel that uses the sums sets if another rank has added something else. No rank's comparison holds then, so
+every rank raises: at its next exchange, or one of those after it, whenever the device has come to the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .agreement import RankMismatchError
+
+CAPACITY = 1024  # words of a page; a page is allocated for as many exchanges
+
+
+class Alarms:
+    """The words of a group's exchanges."""
+
+    def __init__(self, signature: Callable[..., str]) -> None:
+        self._signature = signature  # of an exchange's key, for errors
+        self._pages: list[Tensor] = []
+        self._words: dict[tuple[Any, ...], Tensor] = {}
+        self._flags: dict[tuple[Any, ...], Tensor] = {}
+
+    def word(self, key: tuple[Any, ...]) -> Tensor:
+        """[1] int32 on the CPU, in pinned memory if there is a GPU: 0 until ranks have mixed this exchange with another. The same for the
+        same exchange, as a captured graph needs it."""
+        word = self._words.get(key)
+        if word is None:
+            number = len(self._words)
+            if number == len(self._pages) * CAPACITY:
+                self._pages.append(torch.zeros(CAPACITY, dtype=torch.int32, pin_memory=torch.cuda.is_available()))
+            word = self._words[key] = self._pages[-1][number % CAPACITY :][:1]
+        return word
+
+    def compare(self, key: tuple[Any, ...], sums: Tensor, expected: tuple[float, float]) -> None:
+        """What the kernels do, for sums [2] of a tag and its square that none of them uses."""
+        word = self.word(key)
+        mixed = (sums != sums.new_tensor(expected)).any().to(torch.int32)
+        flag = self._flags.get(key)
+        self._flags[key] = flag = mixed if flag is None else torch.maximum(flag, mixed)
+        word.copy_(flag.view(1), non_blocking=True)
+
+    def check(self) -> None:
+        """Raises RankMismatchError if a word is set, and clears the words. Does not wait for the device."""
+        if not any(page.numpy().any() for page in self._pages):
+            return
+        mixed = [key for key, word in self._words.items() if word.item()]
+        for page in self._pages:
+            page.zero_()
+        self._flags.clear()
+        raise RankMismatchError(
+            "the ranks have exchanged different things: another rank has added something else to"
+            + "".join(f"\n  {self._signature(*key)}" for key in mixed)
+            + "\nThe sums have been used: go on from a checkpoint. SYNCBN_CHECK=always compares before each exchange, and names each rank's"
+        )

@@ -1,0 +1,105 @@
+"""Exchanges that kernels verify, as on a GPU: ranks that have mixed them get an error at their next exchange, and wait for nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from support.divergence import DIVERGENCES, anew, batch, named
+from support.world import World
+from syncbn import RankMismatchError, environment
+from syncbn.comm import resolve
+from syncbn.comm.alarms import CAPACITY, Alarms
+from syncbn.comm.exchange import Exchange
+from syncbn.comm.identity import state_of
+
+several = pytest.mark.world_size(2, 3)
+
+
+@pytest.fixture(autouse=True)
+def verified_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process never looks at sums, as if they were on a GPU."""
+    monkeypatch.setattr(Exchange, "_is_verified_later", lambda self, tensor: True)
+
+
+def differentiate_twice(x: torch.Tensor, y: torch.Tensor) -> None:
+    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+CASES = {
+    **DIVERGENCES,
+    "second derivatives of another": lambda odd, a, b: differentiate_twice((b if odd else a).input, (b if odd else a).kept),
+}
+
+
+@several
+@pytest.mark.parametrize("name", CASES)
+def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: World, name: str) -> None:
+    fresh = dataclasses.replace(world, group=anew(world))
+    a, b = named("a", fresh), named("b", fresh)
+    for layer in (a, b, a, b):
+        layer.input = batch()
+        layer.kept = layer(layer.input)
+        differentiate_twice(layer.input, layer(layer.input))
+    odd = world.rank == world.size - 1
+
+    def diverge() -> None:
+        CASES[name](odd, a, b)
+        a(batch())
+
+    with pytest.raises(RankMismatchError, match='added something else to\n  (forward|backward|double backward) of layer "[ab]"'):
+        diverge()
+    a.eps = 1e-5
+    assert torch.isfinite(a(batch())).all()  # the ranks go on together
+
+
+@several
+def test_ranks_that_agree_get_no_error(world: World) -> None:
+    fresh = dataclasses.replace(world, group=anew(world))
+    layer = named("a", fresh)
+    for _ in range(3):
+        x = batch()
+        layer(x).sum().backward()
+        differentiate_twice(x, layer(x))
+    alarms = state_of(resolve(layer.process_group).group).alarms
+    assert alarms is not None
+    alarms.check()
+    assert len(alarms._words) == 3  # forward, backward, and the sums of second derivatives
+
+
+@several
+def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = dataclasses.replace(world, group=anew(world))
+    layer = named("a", fresh)
+    layer(batch())
+    if world.rank == 0:
+        monkeypatch.setattr(environment, "settings", environment.settings._replace(check="off"))
+    layer(batch())
+    if world.rank > 0:  # the others would not exchange with rank 0 again
+        with pytest.raises(RankMismatchError, match="added something else"):
+            layer(batch())
+
+
+@pytest.mark.world_size(1)
+def test_every_mixed_exchange_is_named_once() -> None:
+    alarms = Alarms(lambda name: f"exchange {name}")
+    words = {name: alarms.word((name,)) for name in range(CAPACITY + 2)}
+    alarms.check()
+    assert alarms.word((3,)).data_ptr() == words[3].data_ptr()
+    words[3][0] = words[CAPACITY + 1][0] = 1
+    with pytest.raises(RankMismatchError, match=f"to\n  exchange 3\n  exchange {CAPACITY + 1}\n"):
+        alarms.check()
+    alarms.check()
+
+
+@pytest.mark.world_size(1)
+def test_a_comparison_of_other_sums_is_not_undone_by_a_later_one() -> None:
+    alarms = Alarms(str)
+    alarms.compare(("a",), torch.tensor([2.0, 4.0]).double(), (2.0, 4.0))
+    assert alarms.word(("a",)).item() == 0
+    for sums in ([2.0, 5.0], [2.0, 4.0]):
+        alarms.compare(("a",), torch.tensor(sums).double(), (2.0, 4.0))
+        assert alarms.word(("a",)).item() == 1
