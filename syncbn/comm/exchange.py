@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,22 +25,8 @@ from . import LOCAL, Communicator, agreement, failures
 from .alarms import Alarms
 from .identity import GroupState, LayerRecord, Membership, state_of
 from .shared_memory import Mismatch
-from .shared_memory import digest as digest_of
-from .sharing import Sharing, set_up_sharing, sums_of_tags
-from .sharing import tag as tag_of
-
-
-class Ticket(NamedTuple):
-    """How an exchange is verified: the ops write the tag and its square at the end of their sums; where only the device sees the total,
-    the op that uses it sets the alarm unless all `ranks` have had this tag."""
-
-    tag: int = 0
-    ranks: int = 0
-    alarm: Tensor | None = None
-
-
-NO_TICKET = Ticket()
-TAGS = 2  # values at the end of a payload
+from .sharing import Sharing, set_up_sharing
+from .signatures import NO_TICKET, TAGS, UNVERIFIED, Ticket, digest, signature, size, sums_of_tags, tag_of
 
 
 class Exchange:
@@ -87,8 +73,8 @@ class Exchange:
         if self.sharing is not None and self.sharing.in_memory:
             return NO_TICKET  # the ranks compare the whole digest
         if environment.settings.check == "off":
-            return Ticket(tag_of(_UNVERIFIED))
-        tag = tag_of(self._digest(kind, values))
+            return Ticket(tag_of(UNVERIFIED))
+        tag = tag_of(digest(*self._key(kind, values)))
         return Ticket(tag, self.comm.world_size, self._alarm(kind, values)) if self._is_verified_later(x) else Ticket(tag)
 
     def sum(self, values: Tensor, kind: str) -> Tensor:
@@ -139,7 +125,7 @@ class Exchange:
 
     def signature(self, kind: str, values: int) -> str:
         """What this rank is about to do, equal on all ranks. `values` is the number of elements."""
-        return _signature(*self._key(kind, values))
+        return signature(*self._key(kind, values))
 
     def details(self) -> str:
         """What may differ between ranks, for errors."""
@@ -170,7 +156,7 @@ class Exchange:
     def _alarms(self) -> Alarms:
         assert self._state is not None
         if self._state.alarms is None:
-            self._state.alarms = Alarms(_signature)
+            self._state.alarms = Alarms(signature)
         return self._state.alarms
 
     def _sharing_in(self, state: GroupState) -> Sharing:
@@ -212,12 +198,12 @@ class Exchange:
         sharing, verifies = self.sharing, environment.settings.check != "off"
         if sharing is None or (sharing.reason and not verifies):
             return self._over_the_group(tensor, channels)
-        digest = self._digest(kind, values) if verifies else _UNVERIFIED
+        expected = digest(*self._key(kind, values)) if verifies else UNVERIFIED
         try:
             if sharing.in_memory:
                 assert sharing.memory is not None
-                return sharing.memory.all_reduce_(tensor, digest, sharing.timeout, channels)
-            total = sharing.all_reduce_(self.comm, tensor[channels:], digest)
+                return sharing.memory.all_reduce_(tensor, expected, sharing.timeout, channels)
+            total = sharing.all_reduce_(self.comm, tensor[channels:], expected)
             return torch.cat([tensor[:channels], total]) if channels else total
         except Mismatch:  # on every rank, so that all of them can compare signatures over the group
             agreement.verify(self.comm, self.signature(kind, values), self.details(), tensor.device)
@@ -245,7 +231,7 @@ class Exchange:
     def _failure(self, error: Exception, values: int, kind: str) -> RuntimeError:
         description = "" if self.record is None else self.record.description()
         layer = self._identity() + (f" ({description})" if description else "")
-        exchange = f"{kind} exchange of {_size(values, self._channels)} ({self._position()})"
+        exchange = f"{kind} exchange of {size(values, self._channels)} ({self._position()})"
         return failures.explained(error, layer, self.comm.rank, self.comm.world_size, exchange)
 
     def _identity(self) -> str:
@@ -257,9 +243,6 @@ class Exchange:
     def _position(self) -> str:
         exchanges = 0 if self._state is None else self._state.exchanges
         return f"the {failures.ordinal(exchanges + 1)} exchange since the group was made"
-
-    def _digest(self, kind: str, values: int) -> int:
-        return _digest(*self._key(kind, values))
 
     def _key(self, kind: str, values: int) -> tuple[Any, ...]:
         return self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels
@@ -275,22 +258,6 @@ class Exchange:
 
 # Of an exchange, which need no explanation: the ranks disagree, or this one is the cause.
 _NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
-
-
-def _signature(identity: str, kind: str, values: int, dtype: torch.dtype, weighting: str, eps: float, channels: int | None) -> str:
-    return f"{kind} of {identity}, {_size(values, channels)}, {dtype}, weighting {weighting}, eps {eps}"
-
-
-def _size(values: int, channels: int | None) -> str:
-    return f"{values} values" if channels is None else f"{channels} channels"
-
-
-@functools.lru_cache(4096)  # of what a model exchanges in every step: to compose it would cost more than the exchange
-def _digest(*arguments: Any) -> int:
-    return digest_of(_signature(*arguments))
-
-
-_UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
 def check_possible(tensor: Tensor) -> None:

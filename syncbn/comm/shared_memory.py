@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import mmap
 import os
 import threading
@@ -42,11 +41,6 @@ class SharedExchangeError(Incomplete):
 
 class Mismatch(Exception):
     """The ranks do not exchange the same. Every rank gets this."""
-
-
-def digest(signature: str) -> int:
-    """64 bits of what a rank is about to exchange."""
-    return int.from_bytes(hashlib.sha256(signature.encode()).digest()[:8], "little")
 
 
 @functools.cache

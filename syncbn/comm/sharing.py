@@ -22,12 +22,10 @@ from . import agreement
 from .identity import state_of
 from .meeting import PAYLOAD, REASON, Unusable, meet
 from .shared_memory import Mismatch, SharedMemory
-from .shared_memory import digest as digest_of
+from .signatures import digest_of, sums_of_tags, tag_of
 
 if TYPE_CHECKING:
     from . import Communicator
-
-TAG_BITS = 20  # t * t summed over up to 8192 ranks is an integer that float64 holds
 
 
 class Sharing:
@@ -71,7 +69,7 @@ class Sharing:
         """The sum of `payload`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `payload` itself, overwritten.
 
         Args:
-            payload: ends with `tag(digest)` and its square.
+            payload: ends with `tag_of(digest)` and its square.
             digest: of what this rank is about to exchange.
             channels: not 0, where `in_memory`, for statistics about different shifts.
 
@@ -127,18 +125,9 @@ def set_up_sharing(comm: Communicator) -> Sharing:
     return state.sharing.set_up(comm)
 
 
-def tag(digest: int) -> int:
-    return digest & ((1 << TAG_BITS) - 1)
-
-
-def sums_of_tags(ranks: int, tag: int) -> tuple[float, float]:
-    """What a payload ends with after an exchange in which all ranks had this tag."""
-    return float(ranks * tag), float(ranks * tag * tag)
-
-
 def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
     """`payload`. Raises Mismatch, on every rank, if the ranks' tags differ."""
-    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag(digest)):
+    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest)):
         raise Mismatch
     return payload
 

@@ -14,7 +14,7 @@ from support.shared_memory import TIMEOUT, WHY_NOT, gather, set_up
 from syncbn import environment
 from syncbn.comm import meeting, shared_memory
 from syncbn.comm.meeting import Unusable, meet
-from syncbn.comm.shared_memory import digest
+from syncbn.comm.signatures import digest_of as digest
 
 pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 

@@ -13,7 +13,8 @@ import torch
 
 from support.shared_memory import TIMEOUT, WHY_NOT, gather, set_up
 from syncbn.comm import shared_memory
-from syncbn.comm.shared_memory import Forked, Mismatch, SharedExchangeError, SharedMemory, digest
+from syncbn.comm.shared_memory import Forked, Mismatch, SharedExchangeError, SharedMemory
+from syncbn.comm.signatures import digest_of as digest
 
 pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 LENGTHS = (1, 5, 129, 1025, 8192, 8193, 20000)  # 8192 fill a slot

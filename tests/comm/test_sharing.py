@@ -17,7 +17,7 @@ from support.collectives import collectives
 from support.divergence import DIVERGENCES, anew, batch, named
 from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
-from syncbn.comm import exchange, resolve, shared_memory, sharing
+from syncbn.comm import exchange, resolve, shared_memory, signatures
 from syncbn.comm.identity import state_of
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -160,11 +160,11 @@ def test_workers_of_a_data_loader_come_and_go(world):
 
 def test_a_tag_is_exact_for_thousands_of_ranks():
     ranks = 8192
-    for t in (1, 2, (1 << sharing.TAG_BITS) - 1):
+    for t in (1, 2, (1 << signatures.TAG_BITS) - 1):
         tags = torch.full((ranks,), float(t)).double()
-        assert (tags.sum().item(), tags.square().sum().item()) == sharing.sums_of_tags(ranks, t)
+        assert (tags.sum().item(), tags.square().sum().item()) == signatures.sums_of_tags(ranks, t)
         tags[5] -= 1
-        assert (tags.sum().item(), tags.square().sum().item()) != sharing.sums_of_tags(ranks, t)
+        assert (tags.sum().item(), tags.square().sum().item()) != signatures.sums_of_tags(ranks, t)
 
 
 def test_the_path_is_logged(world, monkeypatch, caplog):

@@ -23,7 +23,7 @@ LIMIT = 60
 SCRIPT = f"""
 import os, signal, sys, time, torch
 from pathlib import Path
-from syncbn.comm import meeting, shared_memory
+from syncbn.comm import meeting, shared_memory, signatures
 folder, rank, fault = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rounds = 0
 def gather(row):
@@ -40,9 +40,9 @@ def gather(row):
             raise TimeoutError("set-up")
     return [(folder / f"{{rounds}} {{r}}").read_bytes() for r in range(2)]
 def exchange(n, timeout={TIMEOUT}):
-    return memory.all_reduce_(torch.ones(20000).double(), shared_memory.digest(f"exchange {{n}}"), timeout)[0].item()
+    return memory.all_reduce_(torch.ones(20000).double(), signatures.digest_of(f"exchange {{n}}"), timeout)[0].item()
 def publish(n):  # and return before the other rank, which is late, has come
-    values, digest = torch.ones(20000).double(), shared_memory.digest(f"exchange {{n}}")
+    values, digest = torch.ones(20000).double(), signatures.digest_of(f"exchange {{n}}")
     assert memory._all_reduce(memory._address, 1, values.data_ptr(), 20000, 0, digest) == shared_memory._WAITING
 began = time.time()
 try:

@@ -1,0 +1,57 @@
+"""What an exchange is: a signature in words, its digest, and the tag of it that travels with the values."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TAG_BITS = 20  # tag * tag summed over up to 8192 ranks is an integer that float64 holds
+TAGS = 2  # values at the end of a payload: the tag and its square
+
+
+class Ticket(NamedTuple):
+    """How an exchange is verified: the ops write the tag and its square at the end of their sums; where only the device sees the total,
+    the op that uses it sets the alarm unless all `ranks` have had this tag."""
+
+    tag: int = 0
+    ranks: int = 0
+    alarm: Tensor | None = None
+
+
+NO_TICKET = Ticket()
+
+
+def signature(identity: str, kind: str, values: int, dtype: torch.dtype, weighting: str, eps: float, channels: int | None) -> str:
+    """What a rank is about to exchange, equal on all ranks. `identity` is the layer's in the group; `values` are without the tag."""
+    return f"{kind} of {identity}, {size(values, channels)}, {dtype}, weighting {weighting}, eps {eps}"
+
+
+def size(values: int, channels: int | None) -> str:
+    return f"{values} values" if channels is None else f"{channels} channels"
+
+
+@functools.lru_cache(4096)  # of what a model exchanges in every step: to compose it would cost more than the exchange
+def digest(*arguments: Any) -> int:
+    """64 bits of `signature(*arguments)`."""
+    return digest_of(signature(*arguments))
+
+
+def digest_of(text: str) -> int:
+    """64 bits of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
+
+
+def tag_of(digest: int) -> int:
+    return digest & ((1 << TAG_BITS) - 1)
+
+
+def sums_of_tags(ranks: int, tag: int) -> tuple[float, float]:
+    """What a payload ends with after an exchange in which all ranks had this tag."""
+    return float(ranks * tag), float(ranks * tag * tag)
