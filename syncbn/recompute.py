@@ -81,18 +81,18 @@ class _Recipe:
     def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | _View | None, ...], output: Tensor, chain: int) -> None:
         self.compute, self.inputs, self.chain = compute, inputs, chain
         self.versions = [version_of(t) if isinstance(t, Tensor) else None for t in inputs]
-        self.version, self.dtype = version_of(output), output.dtype
+        self.version, self.dtype, self.device = version_of(output), output.dtype, output.device
         self.lock = threading.Lock()  # the backward passes of several devices run in threads
-        self.last: Callable[[], Tensor | None] = lambda: None
+        self.last: Callable[[], torch.UntypedStorage | None] = lambda: None
 
-    def output(self) -> Tensor:
-        """The output, shared by all who hold it at the same time."""
+    def memory(self) -> torch.UntypedStorage:
+        """That of the output, shared by all who hold it at the same time."""
         with self.lock:
-            output = self.last()
-            if output is None:
-                output = self._compute()
-                self.last = weakref.ref(output)
-            return output
+            memory = self.last()
+            if memory is None:
+                memory = self._compute().untyped_storage()
+                self.last = weakref.ref(memory)
+            return memory
 
     def _compute(self) -> Tensor:
         for t, version in zip(self.inputs, self.versions, strict=True):
@@ -131,8 +131,9 @@ def _pack(tensor: Tensor) -> Tensor | _View:
 def _unpack(packed: Any) -> Any:
     if not isinstance(packed, _View):
         return packed
+    recipe = packed.recipe
     with torch.no_grad():
-        return packed.recipe.output().as_strided(packed.size, packed.stride, packed.offset)
+        return torch.empty(0, dtype=recipe.dtype, device=recipe.device).set_(recipe.memory(), packed.offset, packed.size, packed.stride)
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
