@@ -149,3 +149,11 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
     parts = [part.strip(" :,") for message in told for part in message.split("…") if part.strip(" :,")]
     known = messages()
     assert [part for part in parts if part not in known] == []
+
+
+def test_files_named_in_the_architecture_exist():
+    """By their path, or by their name next to one with a path."""
+    names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / "docs/architecture.md").read_text())
+    tracked = {path.name for folder in ("syncbn", "csrc", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
+    assert len(names) > 20
+    assert [name for name in names if "NAME" not in name and not (ROOT / name).exists() and name.rpartition("/")[2] not in tracked] == []
