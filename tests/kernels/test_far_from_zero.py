@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from support.op_cases import check_moved_all_the_way
+from support.op_checks import check_moved_all_the_way
 from syncbn import SyncBatchNorm, ops, reference
 from syncbn.activation import Activation
 

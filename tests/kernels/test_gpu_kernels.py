@@ -7,7 +7,8 @@ import inspect
 import pytest
 import torch
 
-from support.op_cases import CHECKS, EPS, SLOPE, Case, check_moved_all_the_way, check_stats, make, table
+from support.op_cases import EPS, SLOPE, Case, make, table
+from support.op_checks import CHECKS, check_moved_all_the_way, check_stats
 from syncbn import native, ops, reference
 from syncbn.activation import Activation, keeps_residual
 

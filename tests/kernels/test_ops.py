@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import syncbn
-from support.op_cases import CHECKS, TAGGED
+from support.op_cases import TAGGED
+from support.op_checks import CHECKS
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
 from syncbn import moments, ops, reference
 from syncbn.activation import Activation, keeps_residual

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from support import ROOT
+from support.emulated_args import ARGS, Layout, Stats, Vector, Verification
 from support.objects import compile_once
 from support.ptx import translate
 from syncbn.activation import keeps_mask, writes_dz
@@ -114,43 +115,6 @@ def _run(command: list) -> None:
     assert result.returncode == 0, result.stderr
 
 
-# ---- The structs of csrc/args.h ------------------------------------------------------------------------------------------------
-
-c_dtype = c_activation = ctypes.c_int
-c_bool, c_double, c_pointer, c_int64 = ctypes.c_bool, ctypes.c_double, ctypes.c_void_p, ctypes.c_int64
-
-
-def _struct(name: str, **fields: type) -> type[ctypes.Structure]:
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
-
-
-Layout = _struct("Layout", outer=c_int64, C=c_int64, inner=c_int64)
-Vector = _struct("Vector", data=c_pointer, dtype=c_dtype, stride=c_int64)
-Stats = _struct("Stats", data=c_pointer, eps=c_double)
-Activated = dict(activation=c_activation, negative_slope=c_double)
-Verification = _struct("Verification", tag=c_double, tag_squared=c_double, alarm=c_pointer)
-Affine = dict(stats=Stats, weight=Vector, bias=Vector)
-
-ARGS = {
-    "stats": _struct("StatsArgs", dtype=c_dtype, layout=Layout, x=c_pointer, rank_weighted=c_bool, shifted=c_bool, tag=c_double,
-                     stats=c_pointer),
-    "normalize": _struct(
-        "NormalizeArgs", dtype=c_dtype, layout=Layout, x=c_pointer, **Affine, residual=c_pointer,
-        running_mean=Vector, running_var=Vector, num_batches_tracked=c_pointer,
-        cumulative=c_bool, momentum=c_double, unbiased=c_bool, **Activated, y=c_pointer, mask=c_pointer,
-        verification=Verification,
-    ),
-    "backward_reduce": _struct(
-        "BackwardReduceArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, **Affine, residual=c_pointer, mask=c_pointer,
-        **Activated, tag=c_double, sums=c_pointer, dweight=Vector, dbias=Vector,
-    ),
-    "backward_input": _struct(
-        "BackwardInputArgs", dtype=c_dtype, layout=Layout, dy=c_pointer, x=c_pointer, stats=Stats, sums=c_pointer,
-        weight=Vector, bias=Vector, residual=c_pointer, mask=c_pointer, **Activated, rank_weighted=c_bool,
-        dx=c_pointer, dz=c_pointer, verification=Verification,
-    ),
-}  # fmt: skip
-
 # ---- Calling ------------------------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +174,8 @@ class Emulated:
         library = ctypes.CDLL(str(path))
         for name in (*OPS, "fault"):
             getattr(library, f"emulate_{name}").restype = ctypes.c_char_p
+        sizes = [*(ctypes.c_size_t * len(OPS)).in_dll(library, "emulated_sizes")]
+        assert sizes == [ctypes.sizeof(ARGS[op]) for op in OPS], "the structs of csrc/args.h are not those of ARGS"
         return Emulated(library)
 
     def varied(self, op: str, case: object) -> Emulated:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from support import emulated
-from support.op_cases import CHECKS, EXTREMES, TAGGED, Case
+from support.op_cases import EXTREMES, TAGGED, Case
+from support.op_checks import CHECKS
 
 # On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
 MANY_BLOCKS = (40, Case((4500, 64), dtype=torch.bfloat16, activation="relu", residual=True))

@@ -1,11 +1,8 @@
-"""What every compiled kernel is compared with the float64 reference on: shapes, layouts, types and fusions, edges first.
-
-A check_OP takes `ops`, anything with the four ops as methods (torch.ops.syncbn, the emulated kernels), and one Case. Each op
-gets its inputs from the reference, so that one op's error is not another's.
-"""
+"""The test cases shared by all compiled kernels: shapes, layouts, types and fusions, edges first. op_checks.py says what must hold."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from dataclasses import dataclass, field
@@ -17,7 +14,6 @@ from torch import Tensor
 
 from syncbn import moments, reference
 from syncbn.activation import Activation, keeps_mask, keeps_residual
-from syncbn.layout import is_channels_last
 
 SHAPES = [
     (0, 3, 4),  # no samples
@@ -89,8 +85,8 @@ class Case:
         return Activation[self.activation]
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
-        """Of a result of this dtype. About 0, Σx²/n - mean² has mean² roundings of float64 too many or too few, as a compiler fuses
-        them or not: that is all that can be asked of two sums where the mean is that far from 0."""
+        """Of a result of this dtype. Depending on FMA contraction, Σx²/n - mean² is off by about mean² float64 roundings; no tighter
+        bound is possible."""
         return max(tolerances[dtype or self.dtype], 0.0 if self.shifted else 2.0**-51 * self.mean**2)
 
     @property
@@ -98,21 +94,27 @@ class Case:
         return keeps_mask(self.fused, self.residual)
 
 
+def in_turn(n: int, *choices: Any, each: int = 1) -> Any:
+    """The choice of case n, if each choice serves this many cases in a row."""
+    return choices[n // each % len(choices)]
+
+
 def table() -> list[Case]:
-    """Every shape in both layouts and every type, with the fusions and types of the parameters taken in turn."""
-    cases: list[Case] = []
-    for shape in SHAPES:
-        for channels_last in (False, True):
-            for dtype in DTYPES:
-                for _ in range(2):
-                    n = len(cases)
-                    activation, residual = FUSIONS[(n + n // 8) % len(FUSIONS)]
-                    cases.append(Case(
-                        shape, channels_last, dtype, activation, residual,
-                        weight=(torch.float32, dtype, torch.float64, None)[n // 2 % 4], bias=(torch.float32, None, dtype)[n % 3],
-                        running=(torch.float32, torch.float64, torch.bfloat16, torch.float16, None)[n % 5],
-                        momentum=(0.1, None, 0.3)[n % 3], unbiased=n % 4 != 3, rank_weighted=n % 7 == 3, shifted=n % 2 == 1,
-                    ))  # fmt: skip
+    """Every shape in both layouts and every type, twice. The other axes take turns, in periods of different lengths. A new axis is one
+    line, and a new choice one argument."""
+    cases = []
+    for n, (shape, channels_last, dtype, _) in enumerate(itertools.product(SHAPES, (False, True), DTYPES, range(2))):
+        activation, residual = in_turn(n + n // 8, *FUSIONS)
+        cases.append(Case(
+            shape, channels_last, dtype, activation, residual,
+            weight=in_turn(n, torch.float32, dtype, torch.float64, None, each=2),
+            bias=in_turn(n, torch.float32, None, dtype),
+            running=in_turn(n, torch.float32, torch.float64, torch.bfloat16, torch.float16, None),
+            momentum=in_turn(n, 0.1, None, 0.3),
+            unbiased=in_turn(n, True, True, True, False),
+            rank_weighted=in_turn(n, False, False, False, True, False, False, False),
+            shifted=in_turn(n, False, True),
+        ))  # fmt: skip
     return cases + EXTREMES + TAGGED
 
 
@@ -121,14 +123,14 @@ EXTREMES = [
     Case((0, 3, 4), activation="relu", residual=True, group="nobody"),
     Case((0, 11), activation="silu", momentum=None, rank_weighted=True, shifted=True, group="nobody"),
     Case((2, 3, 0), True, torch.bfloat16, rank_weighted=True, group="nobody"),
-    Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="nobody"),  # nor where x denies it
+    Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="nobody"),  # also when x itself is not empty
     Case((9, 70), True, torch.float64, momentum=None, rank_weighted=True, group="nobody"),
     Case((1, 5), group="alone"),  # one sample has no unbiased variance
     Case((2, 5), momentum=None, group="alone"),
     Case((4, 3, 1), momentum=None, rank_weighted=True, group="alone"),
     Case((4, 3, 20, 25), dtype=torch.bfloat16, group="negative"),  # as Σx² / n - mean² is by rounding where all x are the same
     Case((40, 256), dtype=torch.float64, rank_weighted=True, group="negative"),
-    Case((70, 8, 3, 3), dtype=torch.float64, momentum=0.0, nan=True),  # what has no weight does not come in
+    Case((70, 8, 3, 3), dtype=torch.float64, momentum=0.0, nan=True),  # momentum 0 ignores the batch, NaN included
     Case((4, 3, 20, 25), mean=1e3, activation="relu"),  # sums of squares in float32 would leave no digit of the variance
     Case((300, 16), True, mean=1e3, residual=True, activation="relu"),
     Case((300, 9), mean=3e4),
@@ -142,7 +144,7 @@ EXTREMES = [
     Case((300, 16), True, torch.bfloat16, weight=torch.float64, bias=torch.bfloat16, running=torch.float16, momentum=None, strided=True),
     Case((70, 8, 3, 3), activation="relu", nan=True),  # NaN passes through relu, and stays in its channel
     Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
-    Case((4, 3, 20, 25), activation="relu", inf=True),  # what relu has cut off does not come back
+    Case((4, 3, 20, 25), activation="relu", inf=True),  # relu blocks infinite gradients of zeroed outputs
     Case((300, 16), True, torch.bfloat16, activation="relu", residual=True, inf=True),
 ]
 
@@ -223,7 +225,7 @@ def make(case: Case, device: str = "cpu") -> Data:
         dy[y == 0] = torch.inf
     tracked = torch.tensor(4)
     data = Data(x, dy, residual, weight, bias, running_mean, running_var, tracked, stats, mask, torch.empty(0))
-    data.sums = reference.backward_reduce(*_backward_arguments(data, case, doubled))[0] + F.pad(
+    data.sums = reference.backward_reduce(*backward_arguments(data, case, doubled))[0] + F.pad(
         torch.randn(2 * c, generator=random, device=where).double(), (0, moments.SUMS_TAIL)
     )
     _fill_tags(case, *moments.parts_of_sums(data.sums)[-2:])
@@ -263,124 +265,10 @@ class Alarm:
             assert self.word.tolist() == [7 if self.holds else 1], f"alarm: {self.word.tolist()} for the tags {self.case.tags}"
 
 
-def _backward_arguments(d: Data, case: Case, of: Any, *sums: Tensor) -> tuple[Any, ...]:
+def backward_arguments(d: Data, case: Case, of: Any, *sums: Tensor) -> tuple[Any, ...]:
     residual = d.residual if keeps_residual(case.fused, True) else None
     return (of(d.dy), of(d.x), d.stats, *sums, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.fused, SLOPE)
 
 
 def as_is(t: Tensor | None) -> Tensor | None:
     return t
-
-
-# ---- One check for each op ------------------------------------------------------------------------------------------------------
-
-
-def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | float = 0.0) -> None:
-    """|got - want| <= tolerance * max(|want|, scale, 1), and NaN only where NaN is wanted."""
-    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} instead of {tuple(want.shape)}"
-    bound = tolerance * torch.maximum(want.abs(), torch.as_tensor(scale, dtype=want.dtype, device=want.device).expand_as(want)).clamp(min=1)
-    wrong = ~((got.double() - want).abs() <= bound) & ~(got.isnan() & want.isnan())
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        first = f"{got[tuple(where)]} instead of {want[tuple(where)]} at {where}"
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}")
-
-
-def per_channel(t: Tensor) -> Tensor:
-    """Sum over all dimensions but the second."""
-    return t.movedim(1, 0).flatten(1).sum(1)
-
-
-def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
-    x = make(case, device).x
-    got, want = (f.stats(t, case.rank_weighted, case.shifted, TAG) for f, t in ((ops, x), (reference, x.double())))
-    assert got.dtype == torch.float64
-    divisor = max(x.numel() // x.shape[1], 1) if case.rank_weighted else 1
-    s, c = moments.parts(want), x.shape[1]
-    d = x.double() - reference._per_channel(s.shift, x)
-    terms = torch.cat([per_channel(d.abs()), per_channel(d.square())]) / divisor
-    assert_close(got[c : 3 * c] / terms.clamp(min=1), want[c : 3 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
-    assert torch.allclose(got[:c], s.shift, rtol=0, atol=0, equal_nan=True), f"shift: {got[:c]} instead of {s.shift}"
-    (mean, var, _), (want_mean, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
-    # Sums of deviations keep their digits whatever the mean; in float64 the square of its distance from the shift costs what it costs.
-    assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
-    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", (want_mean - s.shift).square() * 1e-15 / SUM_TOLERANCE[x.dtype])
-    assert torch.equal(got[3 * c :], want[3 * c :]), f"weight, samples, tags: {got[3 * c :]} instead of {want[3 * c :]}"
-
-
-def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
-    d = make(case, device)
-    state = (d.running_mean, d.running_var, d.tracked)
-    how = (case.momentum, EPS, case.unbiased, case.fused, SLOPE)
-    alarm = Alarm(case, device)
-    wanted = [None if t is None else t.clone().to(torch.float64 if t.is_floating_point() else t.dtype) for t in state]
-    want_y, want_mask = reference.normalize(d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), *wanted, *how)
-    y, mask = ops.normalize(d.x, d.stats, d.weight, d.bias, d.residual, *state, *how, *alarm.arguments)
-    alarm.check()
-    assert y.dtype == case.dtype and (not case.channels_last or is_channels_last(y))
-    assert_close(y, want_y, case.tolerance(TOLERANCE), "y")
-    for name, got, want in zip(("running_mean", "running_var"), state, wanted, strict=False):
-        if got is not None and want is not None:
-            assert_close(got, want, case.tolerance(TOLERANCE, got.dtype), name)
-    assert int(d.tracked) == int(wanted[2]), "num_batches_tracked"
-    assert mask.shape == want_mask.shape, "mask"
-    if case.keeps_mask:
-        got_bits, want_bits = reference._unpack_bits(mask, d.x), reference._unpack_bits(want_mask, d.x)
-        z, _ = reference.normalize(
-            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, Activation.none, SLOPE
-        )
-        # The sign of a z that is 0 within its rounding is undecided: of 25 million values that happens to one or two.
-        wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(TOLERANCE, reference.acc_type(case.dtype)))
-        assert not wrong.any(), f"mask: {int(wrong.sum())} bits differ"
-
-
-def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
-    d = make(case, device)
-    sums, dweight, dbias = ops.backward_reduce(*_backward_arguments(d, case, as_is), TAG)
-    want_sums, want_dweight, want_dbias = reference.backward_reduce(*_backward_arguments(d, case, doubled), TAG)
-    assert sums.dtype == torch.float64
-    mean, _, invstd = reference.finalize(d.stats, EPS)
-    xhat = (d.x.double() - reference._per_channel(mean, d.x)) * reference._per_channel(invstd, d.x)
-    terms = torch.cat([per_channel(d.dy.double().abs()), per_channel((d.dy.double() * xhat).abs())])
-    c = d.x.shape[1]
-    assert_close(sums[: 2 * c], want_sums[: 2 * c], case.tolerance(SUM_TOLERANCE), "sums", terms)
-    assert torch.equal(sums[2 * c :], want_sums[2 * c :]), f"tags: {sums[2 * c :]} instead of {want_sums[2 * c :]}"
-    for name, got, want, of, scale in (
-        ("dweight", dweight, want_dweight, d.weight, terms[c:]),
-        ("dbias", dbias, want_dbias, d.bias, terms[:c]),
-    ):
-        assert got.dtype == (case.dtype if of is None else of.dtype)
-        if of is not None:
-            assert_close(got, want, max(TOLERANCE[of.dtype], case.tolerance(SUM_TOLERANCE)), name, scale)
-
-
-def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
-    d = make(case, device)
-    alarm = Alarm(case, device)
-    dx, dz = ops.backward_input(*_backward_arguments(d, case, as_is, d.sums), case.rank_weighted, *alarm.arguments)
-    alarm.check()
-    want_dx, want_dz = reference.backward_input(*_backward_arguments(d, case, doubled, d.sums), case.rank_weighted)
-    assert dx.dtype == dz.dtype == case.dtype and (not case.channels_last or is_channels_last(dx))
-    # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
-    assert_close(dx, want_dx, case.tolerance(TOLERANCE), "dx", 10.0)
-    assert_close(dz, want_dz, case.tolerance(TOLERANCE), "dz")
-
-
-def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:
-    """Where momentum is 1, and in the first step of a cumulative average, the moving statistics are the batch's: to half an ulp,
-    however small they are beside those before."""
-    x = 1e-8 * torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).to(device)
-    stats = reference.stats(x.double(), False, True)
-    mean, var, _ = reference.finalize(stats, 0.0)
-    for momentum in (1.0, None):
-        state = (torch.ones(5, device=device), torch.ones(5, device=device), torch.tensor(0, device=device))
-        ops.normalize(x, stats, None, None, None, *state, momentum, EPS, False, Activation.none, SLOPE)
-        assert torch.equal(state[0], mean.float()) and torch.allclose(state[1], var.float(), rtol=2e-7, atol=0), momentum
-
-
-CHECKS = {
-    "stats": check_stats,
-    "normalize": check_normalize,
-    "backward_reduce": check_backward_reduce,
-    "backward_input": check_backward_input,
-}

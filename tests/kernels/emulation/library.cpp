@@ -34,6 +34,9 @@ const char* run(cudaError_t (*op)(const Args&, const Target&), const Args& args,
 
 extern "C" {
 
+// For support/emulated.py, which mirrors the structs.
+size_t emulated_sizes[] = {sizeof(StatsArgs), sizeof(NormalizeArgs), sizeof(BackwardReduceArgs), sizeof(BackwardInputArgs)};
+
 const char* emulate_stats(const StatsArgs* args, int sm_count, uint64_t seed) { return run(stats, *args, sm_count, seed); }
 const char* emulate_normalize(const NormalizeArgs* args, int sm_count, uint64_t seed) { return run(normalize, *args, sm_count, seed); }
 const char* emulate_backward_reduce(const BackwardReduceArgs* args, int sm_count, uint64_t seed) {

@@ -9,7 +9,8 @@ import torch
 
 from support import emulated
 from support.mutants import MANY_BLOCKS
-from support.op_cases import CHECKS, Case, check_moved_all_the_way, table
+from support.op_cases import Case, table
+from support.op_checks import CHECKS, check_moved_all_the_way
 from syncbn import reference
 
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]

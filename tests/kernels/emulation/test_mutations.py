@@ -199,11 +199,8 @@ def test_unmodified_kernels_pass(library, op):
     assert not is_noticed(library, op)
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [*deleted_barriers(), *overlooked_tensors(), *(pytest.param(mutant, marks=pytest.mark.nightly) for mutant in CHANGED)],
-    ids=str,
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("mutant", [*deleted_barriers(), *overlooked_tensors(), *CHANGED], ids=str)
 def test_mutant_is_killed(library, tmp_path, mutant):
     sources = shutil.copytree(emulated.KERNELS.parent, tmp_path / "csrc") / "cuda"
     parts = (sources / mutant.file).read_text().split(mutant.old)

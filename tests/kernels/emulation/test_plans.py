@@ -10,7 +10,8 @@ import torch
 
 from support import ROOT, emulated
 from support.mutants import MANY_BLOCKS
-from support.op_cases import CHECKS, Case
+from support.op_cases import Case
+from support.op_checks import CHECKS
 
 pytestmark = [pytest.mark.nightly, pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 

@@ -11,7 +11,8 @@ import torch
 
 from support import emulated
 from support.mutants import survives
-from support.op_cases import CHECKS, table
+from support.op_cases import table
+from support.op_checks import CHECKS
 
 pytestmark = [
     pytest.mark.nightly,

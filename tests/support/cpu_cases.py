@@ -1,0 +1,121 @@
+"""Each op of the CPU kernels against `reference.py` in float64.
+
+Tolerances: a kernel computes in float32 (float64 for float64) and rounds once to the type of its output. So an element may be off
+by half an ulp of that type, plus a few float32 roundings of the terms that it is made of; `close` writes that down once.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from syncbn import ops, reference
+from syncbn.activation import Activation, keeps_mask
+from syncbn.layout import samples_per_channel
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "channels_last"]
+FUSIONS = [(activation, add) for activation in Activation for add in (False, True)]
+SLOPE, EPS = 0.1, 1e-5
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def laid(t: Tensor, layout: str) -> Tensor:
+    return t.contiguous() if layout == "contiguous" else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+class CpuCase:
+    """Arguments of the four ops for one shape; `exact` gives the same in float64."""
+
+    def __init__(self, shape, dtype, layout, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        random = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
+        draws = (2 * random(*shape) + 3, random(*shape), random(*shape))
+        self.x, self.residual, self.dy = (laid(draw.to(dtype), layout) for draw in draws)
+        self.weight, self.bias = random(shape[1]) + 0.5, random(shape[1])
+        self.stats = reference.stats(self.x.double())
+
+
+def exact(args):
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
+def close(got: Tensor, want: Tensor, terms: float, name: str = "") -> None:
+    """Half an ulp of got's type, and 8 roundings in the type of computation of terms as large as `terms`."""
+    assert got.shape == want.shape, name
+    acc = torch.finfo(reference.acc_type(got.dtype)).eps
+    tolerance = torch.finfo(got.dtype).eps / 2 * want.abs() * (got.dtype.itemsize == 2) + 8 * acc * terms
+    tolerance = tolerance + (6e-8 if got.dtype == torch.float16 else 0)  # half of its smallest subnormal
+    error = (got.double() - want).abs()
+    assert (error <= tolerance).all(), f"{name}: off by {(error / tolerance).max():.2f} times the tolerance"
+
+
+def normalize_args(case, activation, add, running=(None, None, None), momentum=0.1, unbiased=True):
+    residual = case.residual if add else None
+    return (case.x, case.stats, case.weight, case.bias, residual, *running, momentum, EPS, unbiased, activation, SLOPE)
+
+
+def kept_mask(case, activation, add):
+    mask = ops.normalize(*normalize_args(case, activation, add))[1]
+    return mask if keeps_mask(activation, add) else None
+
+
+def backward_args(case, activation, add, *, stats=None, sums=None):
+    """Of backward_reduce; of backward_input where sums are given."""
+    residual = case.residual if add else None
+    stats = case.stats if stats is None else stats
+    how = (case.weight, case.bias, residual, kept_mask(case, activation, add), EPS, activation, SLOPE)
+    return (case.dy, case.x, stats, *([] if sums is None else [sums]), *how)
+
+
+def check_stats(shape, dtype, layout):
+    x = CpuCase(shape, dtype, layout).x
+    for rank_weighted, shifted in itertools.product((False, True), repeat=2):
+        got, want = (f.stats(t, rank_weighted, shifted) for f, t in ((ops, x), (reference, x.double())))
+        # The sums come from chunks of at most 1024 additions for each lane, as a tree, whose errors do not grow with mean / std.
+        tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+        assert torch.allclose(got, want, rtol=tolerance, atol=tolerance * max(samples_per_channel(x), 1))
+        assert got[: shape[1]].tolist() == want[: shape[1]].tolist() and got[3 * shape[1] :].tolist() == want[3 * shape[1] :].tolist()
+
+
+def check_normalize(shape, dtype, layout, fusions=FUSIONS):
+    case = CpuCase(shape, dtype, layout)
+    for activation, add in fusions:
+        args = normalize_args(case, activation, add)
+        (y, mask), (want, want_mask) = ops.normalize(*args), reference.normalize(*exact(args))
+        close(y, want, 10, f"{activation} {add}")
+        assert y.stride() == case.x.stride() and mask.shape == want_mask.shape
+        # A sign may differ only where z is within rounding of 0, which these seeds do not hit in float64. Both write idle bits as zeros.
+        assert (mask != want_mask).sum() <= (0 if dtype == torch.float64 else 1)
+
+
+def check_backward_reduce(shape, dtype, layout, fusions=FUSIONS):
+    case = CpuCase(shape, dtype, layout)
+    n = max(samples_per_channel(case.x), 1)
+    for activation, add in fusions:
+        args = backward_args(case, activation, add)
+        got, want = ops.backward_reduce(*args), reference.backward_reduce(*exact(args))
+        # n terms of size 1 in chunks of at most 1024 for each lane, as a tree: its roundings are far below n eps 8.
+        assert got[0][2 * shape[1] :].tolist() == want[0][2 * shape[1] :].tolist() == [0, 0]
+        assert ((got[0] - want[0]).abs() <= 8 * n * torch.finfo(reference.acc_type(dtype)).eps).all(), (activation, add)
+        for gradient, parameter, part in ((got[1], case.weight, got[0][shape[1] : 2 * shape[1]]), (got[2], case.bias, got[0][: shape[1]])):
+            assert gradient.dtype == parameter.dtype and torch.equal(gradient, part.to(parameter.dtype))
+
+
+def check_backward_input(shape, dtype, layout, fusions=FUSIONS):
+    case = CpuCase(shape, dtype, layout)
+    for activation, add in fusions:
+        sums = reference.backward_reduce(*exact(backward_args(case, activation, add)))[0]
+        weighted = 3 * reference.stats(case.x.double(), True)
+        for stats, rank_weighted in ((case.stats, False), (3 * case.stats, False), (weighted, True)):  # 1 rank, 3 equal ones, weighted
+            args = (*backward_args(case, activation, add, stats=stats, sums=sums), rank_weighted)
+            (dx, dz), (want, want_dz) = ops.backward_input(*args), reference.backward_input(*exact(args))
+            invstd = reference.finalize(stats, EPS)[2]  # with a single sample, dz and its mean cancel, each scaled by 1 / sqrt(eps)
+            close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
+            close(dz, want_dz, 4, f"dz {activation} {add}")
+            assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
