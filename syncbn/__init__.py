@@ -1,7 +1,7 @@
 """Synchronized batch normalization for PyTorch: `BatchNorm` over the batches of all ranks."""
 
+from . import environment, native
 from . import lightning as lightning
-from . import native
 from .bn_stats import update_bn_stats
 from .checkpoint import checkpoint_contexts
 from .comm.agreement import RankMismatchError
@@ -15,6 +15,7 @@ from .recompute import recompute_outputs
 from .surgery.convert import convert_sync_batchnorm, revert_sync_batchnorm
 from .surgery.fold import fold_batchnorm
 from .surgery.freeze import freeze_bn, unfreeze_bn
+from .surgery.replace import replace_torch, restore_torch
 
 __all__ = [
     "RankMismatchError",
@@ -31,6 +32,8 @@ __all__ = [
     "join",
     "new_group",
     "recompute_outputs",
+    "replace_torch",
+    "restore_torch",
     "revert_sync_batchnorm",
     "sync_batch_norm",
     "unfreeze_bn",
@@ -38,6 +41,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 native.warn()  # here, where an error that a filter makes of it leaves nothing half imported
+if environment.settings.replace_torch:
+    replace_torch()
+    environment.announce("syncbn: SYNCBN_REPLACE_TORCH=1 makes torch.nn.SyncBatchNorm the layer of this package")
 
 
 def __dir__() -> list[str]:

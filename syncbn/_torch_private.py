@@ -171,6 +171,31 @@ def change_class(module: nn.Module, cls: Any) -> None:
     module.__class__ = cls
 
 
+# ---- torch.nn.SyncBatchNorm, for replace_torch -------------------------------------------------------------------------------
+
+_refuses_cpu = vars(nn.parallel.DistributedDataParallel).get("_passing_sync_batchnorm_handle")
+
+
+def is_torchs_layer_replaced() -> bool:
+    return nn.SyncBatchNorm.__bases__ != (_BatchNorm,)
+
+
+def set_base_of_torchs_layer(base: Any) -> None:
+    """Gives torch.nn.SyncBatchNorm another base; None for its own. To change a class's bases is CPython's, and in no contract.
+
+    No fallback: a TypeError where the classes' layouts differ, after which nothing has changed."""
+    nn.SyncBatchNorm.__bases__ = (_BatchNorm if base is None else base,)
+
+
+def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
+    """Whether DistributedDataParallel refuses a model on the CPU that has instances of torch.nn.SyncBatchNorm: its method does only this.
+
+    Fallback, without the method: nothing, there is no refusal to turn off."""
+    if _refuses_cpu is not None:
+        accept = lambda self, module: None  # noqa: E731
+        nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = _refuses_cpu if refuse else accept  # type: ignore[method-assign]
+
+
 # ---- torch.distributed -------------------------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from . import environment, native
+from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
 from .comm.exchange import Exchange
 from .comm.identity import state_of
@@ -32,6 +33,7 @@ from .modules import SyncBatchNorm
 # Relative to the largest magnitude: rounding of float64 sums; a few float32 roundings; one 16-bit rounding.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 CHANNELS = 16
+AUTOLOAD = "syncbn_autoload:autoload"  # the entry point that torch calls
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,6 +81,7 @@ def collect_versions() -> dict[str, str]:
         "MPI": mpi,
         "GPUs": ", ".join(gpus) or "none",
         "threads": str(torch.get_num_threads()),
+        "torch.nn": f"SyncBatchNorm is {'this package' if is_torchs_layer_replaced() else 'torch'}'s layer",
     }
 
 
@@ -155,6 +158,18 @@ def describe_problems() -> list[str]:
         problems.append("OMP_NUM_THREADS is not set: each rank may use all cores; set it to the cores of a rank.")
     if gpus and "mpi4py" in sys.modules and not environment.settings.mpi_cuda_aware:
         problems.append("MPI exchanges go through host memory: with a CUDA-aware MPI set SYNCBN_MPI_CUDA_AWARE=1.")
+    return problems + _replacement_problems()
+
+
+def _replacement_problems() -> list[str]:
+    """Why SYNCBN_REPLACE_TORCH=1 may have no effect in a process that does not import syncbn."""
+    if not environment.settings.replace_torch:
+        return []
+    problems = []
+    if environment.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        problems.append("TORCH_DEVICE_BACKEND_AUTOLOAD=0 makes torch ignore SYNCBN_REPLACE_TORCH=1: unset it, or import syncbn first.")
+    if not any(point.value == AUTOLOAD for point in importlib.metadata.entry_points(group="torch.backends")):
+        problems.append("torch ignores SYNCBN_REPLACE_TORCH=1, because syncbn is not installed with its entry point: reinstall it.")
     return problems
 
 

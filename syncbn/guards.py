@@ -57,7 +57,7 @@ def check_no_other_converter(layer: nn.Module) -> None:
         return
     tensors = [t for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var) if t is not None]
     for value in sys._getframe(2).f_locals.values():
-        if not isinstance(value, _BatchNorm) or hasattr(value, "weighting"):
+        if not isinstance(value, _BatchNorm) or (hasattr(value, "weighting") and options_of_ours(value) == lost):
             continue
         if any(t is other for t in tensors for other in (value.weight, value.bias, value.running_mean, value.running_var)):
             raise RuntimeError(

@@ -30,6 +30,7 @@ import torch.distributed as dist
 
 import syncbn
 from support import ROOT
+from support.installed import with_entry_point
 from support.paths import over_the_group
 from support.step import SPLITS
 from support.world import HERE, TIMEOUT, UNDER_MPI, World
@@ -196,3 +197,9 @@ def subprocess_env() -> dict[str, str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
     return env | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def installed(subprocess_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+    """The environment for a process in which `import torch` finds this package's entry point."""
+    return with_entry_point(subprocess_env, tmp_path / "installed")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import environment
+from .._torch_private import is_torchs_layer_replaced
 from . import agreement
 from .identity import state_of
 from .meeting import PAYLOAD, REASON, Unusable, meet
@@ -49,11 +50,13 @@ class Sharing:
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
 
     def set_up(self, comm: Communicator) -> Sharing:
-        """Every rank calls it. Raises RankMismatchError on every rank if their SYNCBN_CHECK differ: then they would not compare alike."""
+        """Every rank calls it. Raises RankMismatchError on every rank if they differ in SYNCBN_CHECK, and so would not verify alike, or in
+        `replace_torch`, and so would have layers of different kinds."""
         with self._lock:
             if not self.ready:
                 check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
-                agreement.verify(comm, check, "", torch.device("cpu"))
+                layer = "replaced" if is_torchs_layer_replaced() else "torch's own"
+                agreement.verify(comm, f"{check}, like SYNCBN_REPLACE_TORCH (torch.nn.SyncBatchNorm is {layer})", "", torch.device("cpu"))
                 try:
                     ranks, self.memory = meet(lambda row: gather(comm, row), comm.rank, comm.world_size)
                     self.hosts, self.timeout = len(ranks), comm.timeout

@@ -13,6 +13,7 @@ the launchers' variables, when a process group is made.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 
 from .launchers import JOB_IDS, LAUNCHERS, RankInfo, read_rank_info
@@ -28,6 +29,7 @@ __all__ = [
     "VARIABLES",
     "RankInfo",
     "Settings",
+    "announce",
     "export",
     "get",
     "markdown",
@@ -36,6 +38,9 @@ __all__ = [
     "reload",
     "visible_devices",
 ]
+
+
+_ANNOUNCED = "SYNCBN_ANNOUNCED"  # set for the processes that this one starts
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
@@ -66,6 +71,17 @@ def get(name: str) -> str | None:
 def visible_devices() -> str | None:
     """CUDA_VISIBLE_DEVICES; the empty text, which leaves no GPU, is another value than None, which leaves all."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def announce(line: str) -> None:
+    """Prints a line to stderr once in a job, as far as its processes know each other: on rank 0, and in no process that this one starts."""
+    try:
+        rank = rank_info().rank
+    except ValueError:  # variables of a launcher that sets the others later; an exchange would name them
+        rank = 0
+    if rank == 0 and os.environ.get(_ANNOUNCED) != line:
+        os.environ[_ANNOUNCED] = line
+        print(line, file=sys.stderr, flush=True)
 
 
 def export(values: Mapping[str, object]) -> None:

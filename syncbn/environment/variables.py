@@ -20,6 +20,7 @@ class Settings(NamedTuple):
     mpi_timeout: float
     mpi_cuda_aware: bool
     shared_memory: bool
+    replace_torch: bool
 
 
 class Variable(NamedTuple):
@@ -78,6 +79,10 @@ VARIABLES = (
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
     Variable("mpi_cuda_aware", "0", "0 or 1", _switch, "1: hand CUDA tensors to MPI directly, instead of a copy in host memory"),
     Variable("shared_memory", "1", "0 or 1", _switch, "0: the ranks of a host exchange over their group, not in memory that they share"),
+    Variable(
+        "replace_torch", "0", "0 or 1", _switch,
+        "1: `import torch` makes torch.nn.SyncBatchNorm this package's layer; the same on all ranks",
+    ),
 )  # fmt: skip
 
 # ---- Variables of others, of the build and of the tests --------------------------------------------------------------------------
@@ -92,6 +97,7 @@ MEETING = {
     "SLURM_GPUS_PER_TASK": "whether each task has GPUs of its own",
     "SLURM_TRES_PER_TASK": "the same, as newer versions of SLURM write it",
     **dict.fromkeys(JOB_IDS, "identifies the job, to choose a port"),
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "whether `python -m syncbn.check` reports that torch ignores SYNCBN_REPLACE_TORCH",
     "OMP_NUM_THREADS": "whether `python -m syncbn.check` reports that each rank uses all cores",
 }
 DEVICES = {

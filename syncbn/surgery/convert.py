@@ -85,6 +85,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
             with thawed(child):
+                if isinstance(child, nn.SyncBatchNorm):  # by replace_torch: torch's layer, as it was before
+                    continue
                 if options_of_ours(child) or _is_of_a_users_class(child):
                     left_alone.append(name or type(child).__name__)
                 else:
@@ -109,7 +111,7 @@ def _conflicting_names(child: _BatchNorm) -> set[str]:
     """Attributes that `child` or its class already uses with a different meaning than SyncBatchNorm."""
     in_use = {*vars(child), *registered_names(child)}
     if not tail_of_class(type(child)):
-        in_use |= set(dir(type(child))) - set(dir(nn.SyncBatchNorm))
+        in_use |= set(dir(type(child))) - set(dir(_BatchNorm))
     return {"forward", "activation", "negative_slope", "weighting", "unbiased", "layer_name"} & in_use
 
 
@@ -129,6 +131,13 @@ def _synchronize(child: _BatchNorm) -> None:
     original = class_below_parametrization(child)
     attributes["_conversion"] = Conversion(original, {key: attributes[key] for key in ("process_group",) if key in attributes})
     change_class(child, synchronized_class(original))  # type: ignore[arg-type]  # mypy believes that a class is not hashable
+
+
+def name_layers(module: nn.Module) -> None:
+    """Gives each synchronized layer its dotted name in `module`, for messages and so that ranks recognize it."""
+    for name, child in _batch_norms(module):
+        if isinstance(child, SyncBatchNorm):
+            _set_name(child, name)
 
 
 def _set_name(child: Any, name: str) -> None:
