@@ -89,7 +89,7 @@ def test_recomputation_exchanges_nothing(world, method):
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     with collectives() as seen:
         train(model, method, x, steps=1)
-    assert [length for _, length, _ in seen] == [10, 8, 6, 8]  # 2C + 2 twice forward, 2C twice backward
+    assert [length for _, length, _ in seen] == [12, 10, 8, 10]  # 2C + 4 twice forward, 2C + 2 twice backward
 
 
 @pytest.mark.process_group
