@@ -104,7 +104,8 @@ def test_two_collectives_suffice_for_a_model(world):
     model = ResNet(SyncBatchNorm)
     ddp = DistributedDataParallel(model)
     each, _ = batches(ROWS[world.size], 3, 8, 8)
-    numbers = sum(2 * m.num_features + 4 for m in model.modules() if isinstance(m, _BatchNorm))
+    tagged = 2  # the exchange adds its tag and the square of it
+    numbers = tagged + sum(2 * m.num_features + 4 for m in model.modules() if isinstance(m, _BatchNorm))
     with collectives() as seen:
         update_bn_stats(ddp, [batch.float() for batch in each[world.rank]], progress=False)
     assert seen == [("allreduce", numbers, torch.float64)] * 2  # the means, then the sums about them
