@@ -135,7 +135,7 @@ def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
 def build_info(cxx: list[str], temp: Path, *flags: str) -> list[str]:
     """The command for what syncbn/build_info.py reads in a library."""
     schemas = f'-DSYNCBN_SCHEMAS="{schemas_digest()}"'
-    return [*cxx, *CXXFLAGS, *flags, schemas, "-c", "csrc/build_info.cpp", "-o", str(temp / "build_info.o")]
+    return [*cxx, *CXXFLAGS, *flags, schemas, "-c", "csrc/bindings/build_info.cpp", "-o", str(temp / "build_info.o")]
 
 
 def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
@@ -248,7 +248,12 @@ def dependencies(made: Path, source: Path) -> list[Path]:
     """The source of an object and the headers that it includes, as the compiler wrote them down; else all that it might."""
     if made.with_suffix(".d").exists():
         return [Path(name) for name in made.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()]
-    headers = [path for folder in {Path("csrc"), source.parent} for path in folder.iterdir() if path.suffix in (".h", ".cuh")]
+    headers = [
+        path
+        for folder in {Path("csrc"), Path("csrc/bindings"), source.parent}
+        for path in folder.iterdir()
+        if path.suffix in (".h", ".cuh")
+    ]
     return [source, *headers, *other_plans()]
 
 

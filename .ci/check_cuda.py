@@ -78,7 +78,7 @@ def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
     """What is wrong with the loads and stores of one op."""
     problems = []
     for scalar, vector in VECTORS.items():
-        for layout in ("Planes", "Pixels"):
+        for layout in ("Planes", "Columns"):
             start = f"{op}_kernel<{scalar}, {layout}<{vector}>, "
             name = next((name for name in kernels if name.startswith(start)), None)
             if name is None:

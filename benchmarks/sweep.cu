@@ -31,7 +31,7 @@ constexpr bool SUMS = std::is_same_v<Args, StatsArgs> || std::is_same_v<Args, Ba
 template <int blocks, int unroll, int width = 8>
 struct SweptPlan {
   static constexpr int planes_blocks = blocks, planes_unroll = unroll;
-  static constexpr int pixels_blocks = blocks, pixels_unroll = unroll, pixels_width = width;
+  static constexpr int columns_blocks = blocks, columns_unroll = unroll, columns_width = width;
   static constexpr bool sums = SUMS, reversed = !SUMS;
 };
 
@@ -67,8 +67,8 @@ cudaError_t contiguous(const Args& args, const Target& target) {
 
 template <class Plan16, class Plan32 = Plan16>
 cudaError_t channels_last(const Args& args, const Target& target) {
-  if (args.dtype == DType::float32) return launch_walk<PixelsOf<VECTOR<float>, Plan32>, float>(args, target);
-  return launch_walk<PixelsOf<VECTOR<__nv_bfloat16>, Plan16>, __nv_bfloat16>(args, target);
+  if (args.dtype == DType::float32) return launch_walk<ColumnsOf<VECTOR<float>, Plan32>, float>(args, target);
+  return launch_walk<ColumnsOf<VECTOR<__nv_bfloat16>, Plan16>, __nv_bfloat16>(args, target);
 }
 
 struct Entry {
@@ -76,14 +76,18 @@ struct Entry {
   cudaError_t (*launch)(const Args&, const Target&);
 };
 const std::vector<Entry> CONTIGUOUS = {
-    {"built", contiguous<BuiltPlan<2>, BuiltPlan<4>>}, {"2 x 2", contiguous<SweptPlan<2, 2>>}, {"2 x 4", contiguous<SweptPlan<2, 4>>},
-    {"3 x 2", contiguous<SweptPlan<3, 2>>},      {"3 x 4", contiguous<SweptPlan<3, 4>>}, {"4 x 2", contiguous<SweptPlan<4, 2>>},
+    {"built", contiguous<BuiltPlan<2>, BuiltPlan<4>>},
+    {"2 x 2", contiguous<SweptPlan<2, 2>>},
+    {"2 x 4", contiguous<SweptPlan<2, 4>>},
+    {"3 x 2", contiguous<SweptPlan<3, 2>>},
+    {"3 x 4", contiguous<SweptPlan<3, 4>>},
+    {"4 x 2", contiguous<SweptPlan<4, 2>>},
     {"4 x 4", contiguous<SweptPlan<4, 4>>},
 };
 const std::vector<Entry> CHANNELS_LAST = {
-    {"built", channels_last<BuiltPlan<2>, BuiltPlan<4>>},    {"2 x 2 / 8", channels_last<SweptPlan<2, 2>>},
-    {"2 x 4 / 8", channels_last<SweptPlan<2, 4>>},     {"3 x 2 / 8", channels_last<SweptPlan<3, 2>>},
-    {"3 x 4 / 8", channels_last<SweptPlan<3, 4>>},     {"2 x 2 / 4", channels_last<SweptPlan<2, 2, 4>>},
+    {"built", channels_last<BuiltPlan<2>, BuiltPlan<4>>}, {"2 x 2 / 8", channels_last<SweptPlan<2, 2>>},
+    {"2 x 4 / 8", channels_last<SweptPlan<2, 4>>},        {"3 x 2 / 8", channels_last<SweptPlan<3, 2>>},
+    {"3 x 4 / 8", channels_last<SweptPlan<3, 4>>},        {"2 x 2 / 4", channels_last<SweptPlan<2, 2, 4>>},
     {"2 x 4 / 4", channels_last<SweptPlan<2, 4, 4>>},
 };
 
@@ -205,8 +209,8 @@ void run(const sweep::Options& options) {
   CHECK(cudaGetDeviceProperties(&properties, 0));
   const sweep::Stopwatch stopwatch(options.repeats);
   const Memory memory(options, properties.multiProcessorCount, stopwatch.stream);
-  const double copy_us = stopwatch.microseconds(
-      4, [&](int) { LAUNCH(copy, memory.every_sm(), stopwatch.stream, memory.out, memory.x, memory.bytes / 16); });
+  const double copy_us =
+      stopwatch.microseconds(4, [&](int) { LAUNCH(copy, memory.every_sm(), stopwatch.stream, memory.out, memory.x, memory.bytes / 16); });
   const double rate = 2.0 * static_cast<double>(memory.bytes) / copy_us;  // bytes in a microsecond
   std::printf("# %s, %d SMs, copy %.3g TB/s\n", properties.name, properties.multiProcessorCount, rate / 1e6);
   std::printf("op,layout,dtype,shape,MB,plan,us,share\n");

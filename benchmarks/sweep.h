@@ -34,8 +34,8 @@ struct Shape {
 
 struct Options {
   size_t pool_bytes = size_t{3} << 30;  // of each of three tensors
-  int calls = 100;  // at most, in a graph
-  int repeats = 5;  // of a graph
+  int calls = 100;                      // at most, in a graph
+  int repeats = 5;                      // of a graph
   std::vector<Shape> shapes;
 };
 

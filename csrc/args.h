@@ -1,16 +1,19 @@
-// The arguments of the four ops as plain data: what the bindings have checked, and what the kernels of every device read. No torch
-// header. What the ops compute: syncbn/reference.py.
+// The arguments of the four ops as plain data: the bindings check them, the kernels of every device read them. It includes no torch
+// header. syncbn/reference.py says what the ops compute.
 #pragma once
 
 #include <cstdint>
 
 namespace syncbn {
 
-// For functions that run on both sides of a CUDA launch.
+// For functions of both devices. On the CPU they are always inlined: one of a name that several instruction sets share could be linked in
+// a version that this CPU cannot run.
 #ifdef __CUDACC__
-#define SYNCBN_HOST_DEVICE __host__ __device__
+#define SYNCBN_HOST_DEVICE __host__ __device__ inline
+#define SYNCBN_SQRT(value) sqrt(value)
 #else
-#define SYNCBN_HOST_DEVICE
+#define SYNCBN_HOST_DEVICE inline __attribute__((always_inline))
+#define SYNCBN_SQRT(value) __builtin_sqrt(value)
 #endif
 
 enum class DType : int { float32, float16, bfloat16, float64 };
@@ -23,7 +26,7 @@ SYNCBN_HOST_DEVICE constexpr bool needs_only_sign(Activation activation) {
 }
 
 // Memory read as [outer, C, inner]: contiguous is (N, C, spatial), channels-last is (N * spatial, C, 1). Element i of channel c of
-// sample o has index (o * C + c) * inner + i. Without elements it is (0, C, 1), whatever the shape.
+// sample o has index (o * C + c) * inner + i. Empty tensors are always (0, C, 1).
 struct Layout {
   int64_t outer, C, inner;
 };
@@ -61,7 +64,7 @@ struct Verification {
 };
 
 struct StatsArgs {
-  DType dtype;  // of x, as in all of them
+  DType dtype;  // dtype of x; the same field in every struct
   Layout layout;
   const void* x;
   bool rank_weighted;  // sums over this rank's samples per channel, weight 1
@@ -126,8 +129,8 @@ static inline int64_t sums_numel(int64_t channels) { return 2 * channels + sums_
 
 // Bytes of the bit mask: see syncbn/layout.py.
 static inline int64_t mask_bytes(const Layout& layout) {
-  const bool pixels = layout.inner == 1;
-  const int64_t rows = pixels ? layout.outer : layout.outer * layout.C, length = pixels ? layout.C : layout.inner;
+  const bool by_rows = layout.inner == 1;
+  const int64_t rows = by_rows ? layout.outer : layout.outer * layout.C, length = by_rows ? layout.C : layout.inner;
   return (rows * (length + 8) + 7) / 8;
 }
 

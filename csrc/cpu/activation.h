@@ -1,12 +1,12 @@
 // Activations and their derivatives on packs.
 #pragma once
 
-#include "simd.h"
+#include "memory.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
 // e^x to 1 ulp or 2: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent.
-LONG Pack<float> exp(Pack<float> x) {
+INLINE_IF_ONE_REGISTER Pack<float> exp(Pack<float> x) {
   using P = Pack<float>;
   return P::map([&](int r) {
     auto v = x.v[r] > 88.0f ? 88.0f - P::V{} : x.v[r];
@@ -25,42 +25,45 @@ LONG Pack<float> exp(Pack<float> x) {
     return (P::V)((P::I)p + ((P::I)biased << 23));
   });
 }
-RARE Pack<double> exp(Pack<double> x) {
+NOINLINE Pack<double> exp(Pack<double> x) {
   for (int r = 0; r < Pack<double>::REGISTERS; ++r)
     for (int k = 0; k < Pack<double>::LANES; ++k) x.v[r][k] = __builtin_exp(x.v[r][k]);
   return x;
 }
 
-// 0 where exp(-z) would overflow: times a huge z, the least number would not be small.
-template <typename T> INLINE Pack<T> sigmoid(Pack<T> z) {
+// 0 where exp(-z) would overflow: otherwise a tiny nonzero sigmoid times a huge z would not be negligible.
+template <typename T>
+INLINE Pack<T> sigmoid(Pack<T> z) {
   Pack<T> s = Pack<T>(1) / (Pack<T>(1) + exp(Pack<T>(0) - z));
   return Pack<T>::map([&](int r) { return z.v[r] < T(-87) ? typename Pack<T>::V{} : s.v[r]; });
 }
 
-template <Activation activation, typename T> INLINE Pack<T> activate(Pack<T> z, Pack<T> negative_slope) {
+template <Activation activation, typename T>
+INLINE Pack<T> activate(Pack<T> z, Pack<T> negative_slope) {
   if constexpr (activation == Activation::relu) return select_positive(z, z, Pack<T>(0));
   if constexpr (activation == Activation::leaky_relu) return select_positive(z, z, z * negative_slope);
   if constexpr (activation == Activation::silu) return z * sigmoid(z);
   return z;
 }
 
-// How dz follows from dy. Relu is a leaky relu of slope 0, but it takes an infinite dy to 0 as well.
+// How dz follows from dy. relu is leaky_relu with slope 0, except that an infinite dy also becomes 0.
 enum class Backward { identity, sloped, sloped_by_mask, silu };
 
-template <typename T> class Slope {
+template <typename T>
+class Slope {
   Pack<T> factor_;
-  typename Pack<T>::Int bits_;  // of the product that stay: all, or none
+  typename Pack<T>::Int bits_;  // mask for the product: all ones, or zero for relu
 
  public:
-  Slope(Activation activation, double negative_slope)
-      : factor_(T(negative_slope)), bits_(activation == Activation::leaky_relu ? -1 : 0) {}
+  Slope(Activation activation, double negative_slope) : factor_(T(negative_slope)), bits_(activation == Activation::leaky_relu ? -1 : 0) {}
   INLINE Pack<T> operator()(Pack<T> dy) const {
     return Pack<T>::map([&](int r) { return (typename Pack<T>::V)((typename Pack<T>::I)(dy.v[r] * factor_.v[r]) & bits_); });
   }
 };
 
 // z is unused by sloped_by_mask, bits by the others.
-template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack<T> z, uint32_t bits, const Slope<T>& slope) {
+template <Backward backward, typename T>
+INLINE Pack<T> gradient(Pack<T> dy, Pack<T> z, uint32_t bits, const Slope<T>& slope) {
   if constexpr (backward == Backward::sloped) return select_positive(z, dy, slope(dy));
   if constexpr (backward == Backward::sloped_by_mask) return select(bits, dy, slope(dy));
   if constexpr (backward == Backward::silu) {
@@ -70,8 +73,9 @@ template <Backward backward, typename T> INLINE Pack<T> through(Pack<T> dy, Pack
   return dy;
 }
 
-// dz of a pack, for what a kernel is told: z is recomputed by the expression of the forward pass, or its sign comes from the mask.
-template <typename scalar_t, Backward way, bool has_residual> class Gradient {
+// Computes dz for one pack: z is recomputed by the expression of the forward pass, or its sign comes from the mask.
+template <typename scalar_t, Backward way, bool has_residual>
+class ActivationGradient {
   using acc_t = acc_type<scalar_t>;
   const scalar_t *dy_, *residual_;
   const uint8_t* mask_;
@@ -80,8 +84,11 @@ template <typename scalar_t, Backward way, bool has_residual> class Gradient {
  public:
   static constexpr bool masked = way == Backward::sloped_by_mask, adds = masked || has_residual;
 
-  template <class Args> explicit Gradient(const Args& args)
-      : dy_(static_cast<const scalar_t*>(args.dy)), residual_(static_cast<const scalar_t*>(args.residual)), mask_(args.mask),
+  template <class Args>
+  explicit ActivationGradient(const Args& args)
+      : dy_(static_cast<const scalar_t*>(args.dy)),
+        residual_(static_cast<const scalar_t*>(args.residual)),
+        mask_(args.mask),
         slope_(args.activation, args.negative_slope) {}
   // bits(mask) reads those of the pack; z is scale * xmu + shift before a residual is added.
   template <typename Lanes, typename Bits>
@@ -89,20 +96,21 @@ template <typename scalar_t, Backward way, bool has_residual> class Gradient {
     Pack<acc_t> dy = load(dy_ + e, lanes), z(acc_t(0));
     if constexpr (way == Backward::sloped || way == Backward::silu) z = xmu * scale + shift;
     if constexpr (has_residual) z += load(residual_ + e, lanes);
-    return through<way>(dy, z, masked ? bits(mask_) : 0, slope_);
+    return gradient<way>(dy, z, masked ? bits(mask_) : 0, slope_);
   }
 };
 
-// f(the Gradient for x's type and what is told of activation, residual and mask).
-template <typename scalar_t, class Args, typename F> void with_gradient(const Args& args, F f) {
+// Calls f with the Gradient specialized for the activation, residual and mask.
+template <typename scalar_t, class Args, typename F>
+void with_gradient(const Args& args, F f) {
   switch (args.activation) {
-    case Activation::none: return f(Gradient<scalar_t, Backward::identity, false>(args));
+    case Activation::none: return f(ActivationGradient<scalar_t, Backward::identity, false>(args));
     case Activation::silu:
-      if (args.residual) return f(Gradient<scalar_t, Backward::silu, true>(args));
-      return f(Gradient<scalar_t, Backward::silu, false>(args));
+      if (args.residual) return f(ActivationGradient<scalar_t, Backward::silu, true>(args));
+      return f(ActivationGradient<scalar_t, Backward::silu, false>(args));
     default:
-      if (args.mask) return f(Gradient<scalar_t, Backward::sloped_by_mask, false>(args));
-      return f(Gradient<scalar_t, Backward::sloped, false>(args));
+      if (args.mask) return f(ActivationGradient<scalar_t, Backward::sloped_by_mask, false>(args));
+      return f(ActivationGradient<scalar_t, Backward::sloped, false>(args));
   }
 }
 

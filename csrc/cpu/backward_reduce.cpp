@@ -9,7 +9,8 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-template <typename scalar_t, class Gradient> void run(const BackwardReduceArgs& args, const Gradient& gradient) {
+template <typename scalar_t, class ActivationGradient>
+void run(const BackwardReduceArgs& args, const ActivationGradient& gradient) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   auto x = static_cast<const scalar_t*>(args.x);
@@ -18,14 +19,14 @@ template <typename scalar_t, class Gradient> void run(const BackwardReduceArgs& 
     Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  auto add_pack = [=](int64_t e, auto lanes, const auto& p, auto place, P& s1, P& s2) INLINED {
+  auto add_pack = [=](int64_t e, auto lanes, const auto& p, auto position, P& s1, P& s2) INLINED {
     P xmu = load(x + e, lanes) - p.v[HI];
-    auto bits = [&](const uint8_t* mask) INLINED { return read_bits(mask, e, place, lanes); };
+    auto bits = [&](const uint8_t* mask) INLINED { return read_bits(mask, e, position, lanes); };
     P dz = keep(gradient(e, lanes, xmu, p.v[SCALE], p.v[SHIFT], bits), lanes);
     s1 += dz;
     s2 += dz * keep(xmu, lanes);
   };
-  sum_packs<acc_t, 3, Gradient::masked>(args.layout, args.sums, coefficients, add_pack);
+  sum_packs<acc_t, 3, ActivationGradient::masked>(args.layout, args.sums, coefficients, add_pack);
   double *sum_dy = args.sums, *sum_dy_xhat = args.sums + args.layout.C;
 #pragma GCC ivdep
   for (int64_t c = 0; c < args.layout.C; ++c) {
@@ -37,9 +38,8 @@ template <typename scalar_t, class Gradient> void run(const BackwardReduceArgs& 
 }  // namespace
 
 void backward_reduce(const BackwardReduceArgs& args) {
-  with_dtype(args.dtype, [&](auto type) {
-    with_gradient<decltype(type)>(args, [&](const auto& gradient) { run<decltype(type)>(args, gradient); });
-  });
+  with_dtype(args.dtype,
+             [&](auto type) { with_gradient<decltype(type)>(args, [&](const auto& gradient) { run<decltype(type)>(args, gradient); }); });
   args.sums[2 * args.layout.C + sums_tail::tag] = args.tag;
   args.sums[2 * args.layout.C + sums_tail::tag_squared] = args.tag * args.tag;
   const double *sum_dy = args.sums, *sum_dy_xhat = args.sums + args.layout.C;

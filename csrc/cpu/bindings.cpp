@@ -1,5 +1,5 @@
 // The four ops for CPU tensors, on torch's own threads.
-#include "../bindings.h"
+#include "../bindings/ops.h"
 #include "ops.h"
 
 namespace syncbn::cpu {
@@ -13,7 +13,7 @@ namespace {
 struct Cpu {
   static constexpr const char* out_of_memory = "DefaultCPUAllocator: can't allocate memory.";
   static void check_usable() {}
-  static void check(const char* name, const Tensor& t, const Tensor&) { SYNCBN_CHECK(t.is_cpu(), name, " must be on the CPU, as x"); }
+  static void check(const char* name, const Tensor& t, const Tensor&) { SYNCBN_REQUIRE(t.is_cpu(), name, " must be on the CPU, as x"); }
 
   static int32_t* writable_alarm(int32_t* alarm) { return alarm; }
 

@@ -1,22 +1,28 @@
-// Loops over whole tensors whose arithmetic has a few numbers for each channel.
+// Elementwise and reduction loops with per-channel parameters.
 #pragma once
 
+#include "columns.h"
 #include "mask.h"
-#include "traverse.h"
+#include "planes.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
-template <typename acc_t, int K> struct Packs { Pack<acc_t> v[K]; };
+template <typename acc_t, int K>
+struct Packs {
+  Pack<acc_t> v[K];
+};
 
 // The first n lanes of a, the rest of b.
-template <typename acc_t, int K> INLINE Packs<acc_t, K> join(int n, Packs<acc_t, K> a, const Packs<acc_t, K>& b) {
+template <typename acc_t, int K>
+INLINE Packs<acc_t, K> join(int n, Packs<acc_t, K> a, const Packs<acc_t, K>& b) {
 #pragma GCC unroll 8
   for (int k = 0; k < K; ++k) a.v[k] = join(n, a.v[k], b.v[k]);
   return a;
 }
 
-// K numbers of acc_t for each channel, where somebody else keeps them.
-template <typename acc_t, int K> struct Coefficients {
+// A non-owning view of K parameters per channel.
+template <typename acc_t, int K>
+struct Coefficients {
   const acc_t* values;
   int64_t width;
 
@@ -26,7 +32,8 @@ template <typename acc_t, int K> struct Coefficients {
     for (int k = 0; k < K; ++k) p.v[k] = Pack<acc_t>(values[k * width + j]);
     return p;
   }
-  template <typename Lanes> INLINE Packs<acc_t, K> at(int64_t j, Lanes lanes) const {
+  template <typename Lanes>
+  INLINE Packs<acc_t, K> at(int64_t j, Lanes lanes) const {
     Packs<acc_t, K> p;
 #pragma GCC unroll 8
     for (int k = 0; k < K; ++k) p.v[k] = load(values + k * width + j, lanes);
@@ -34,14 +41,16 @@ template <typename acc_t, int K> struct Coefficients {
   }
 };
 
-// The same, repeated over `inner` columns and then over the channels again up to `width`.
-template <typename acc_t, int K> class PerChannel {
+// Owns the parameters, expanded to one entry per column and tiled up to `width`.
+template <typename acc_t, int K>
+class PerChannel {
   int64_t width_;
   Buffer<acc_t> values_;
 
  public:
   // coefficients(c, v) sets v[0 .. K), float64.
-  template <typename F> PerChannel(int64_t C, int64_t inner, int64_t width, F coefficients) : width_(width), values_(K * width) {
+  template <typename F>
+  PerChannel(int64_t C, int64_t inner, int64_t width, F coefficients) : width_(width), values_(K * width) {
     acc_t* values = values_;
 #pragma GCC ivdep
     for (int64_t c = 0; c < C; ++c) {
@@ -55,8 +64,9 @@ template <typename acc_t, int K> class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// Where packs that follow each other are written, to each of the outputs.
-template <typename scalar_t, int OUTPUTS> class Output {
+// The outputs, written one pack at a time.
+template <typename scalar_t, int OUTPUTS>
+class Output {
   scalar_t* to_[OUTPUTS];
   bool stream_ = true;
 
@@ -64,10 +74,11 @@ template <typename scalar_t, int OUTPUTS> class Output {
   Output(scalar_t* const (&to)[OUTPUTS], int64_t n) {
     for (int k = 0; k < OUTPUTS; ++k) {
       to_[k] = to[k];
-      stream_ = stream_ && streams(to[k], n);
+      stream_ = stream_ && non_temporal(to[k], n);
     }
   }
-  template <int N> INLINE void write(int64_t e, const Packs<acc_type<scalar_t>, OUTPUTS> (&packs)[N]) const {
+  template <int N>
+  INLINE void write(int64_t e, const Packs<acc_type<scalar_t>, OUTPUTS> (&packs)[N]) const {
 #pragma GCC unroll 2
     for (int k = 0; k < OUTPUTS; ++k)
 #pragma GCC unroll 4
@@ -78,11 +89,10 @@ template <typename scalar_t, int OUTPUTS> class Output {
   }
 };
 
-// outputs[k] = f(element, lanes, coefficients, place).v[k] on packs that cover everything, in parallel and backwards; the place is that
-// in the mask.
+// outputs[k] = f(element, lanes, coefficients, place).v[k] for all packs, in parallel, from the end towards the start.
 //
-// Packs follow each other wherever planes and rows end, so that an aligned output has aligned stores, and lines past the cache are whole.
-// Where a line is several packs these are written one behind the other: two outputs in turns would be sent off as halves.
+// Packs cross plane and row boundaries, so stores to an aligned output stay aligned and non-temporal stores fill whole lines.
+// If a line is several packs, they are written consecutively: alternating between two outputs would flush half-filled lines.
 template <typename scalar_t, int K, int OUTPUTS, typename Set, typename F>
 void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficients, F f) {
   using acc_t = acc_type<scalar_t>;
@@ -96,59 +106,60 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   Output<scalar_t, OUTPUTS> output(outputs, all);
 
   for_runs(all, [&](int64_t e, int64_t end) {
-    // Copies, which no store can change.
+    // Local copies, so that the compiler knows no store can alias them.
     auto map = f;
     auto to = output;
     Coefficients<acc_t, K> values = table;
-    auto map_line = [=](int64_t e, auto values_at, auto place_at) INLINED {
+    auto map_line = [=](int64_t e, auto values_at, auto position_at) INLINED {
       Out packs[PACKS];
 #pragma GCC unroll 4
-      for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), place_at(e + k * PACK));
+      for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), position_at(e + k * PACK));
       to.write(e, packs);
     };
     // Packs from e on that begin before `until` and end by `stop`; returns where the next one begins.
-    auto map_until = [=](int64_t e, int64_t until, int64_t stop, auto values_at, auto place_at) INLINED {
+    auto map_until = [=](int64_t e, int64_t until, int64_t stop, auto values_at, auto position_at) INLINED {
       auto one = [=](int64_t e) INLINED {
-        Out packs[] = {map(e, Whole{}, values_at(e), place_at(e))};
+        Out packs[] = {map(e, Whole{}, values_at(e), position_at(e))};
         to.write(e, packs);
       };
       int64_t last = min(until - 1, stop - PACK), last_line = min(until - 1, stop - LONGEST);
       for (; e % LONGEST != 0 && e <= last; e += PACK) one(e);
-      for (; e <= last_line; e += LONGEST) map_line(e, values_at, place_at);
+      for (; e <= last_line; e += LONGEST) map_line(e, values_at, position_at);
       for (; e <= last; e += PACK) one(e);
       return e;
     };
     if (columns) {
-      Place place{row, e / row, row - e % row};
-      auto next_place = [&](int64_t) INLINED {
-        Place here = place;
-        place.next_pack();
+      MaskPosition position{row, e / row, row - e % row};
+      auto next_position = [&](int64_t) INLINED {
+        MaskPosition here = position;
+        position.next_pack();
         return here;
       };
       for (int64_t start = e - e % width; e < end; start += width) {
-        // Rows whose coefficients do not stay in L1 go side by side: what is loaded for one is there for the others.
-        for (; wide && e == start && end - e >= WIDE_ROWS * C; e = start += WIDE_ROWS * C, place.row += WIDE_ROWS)
+        // If a row's coefficients overflow L1, process several rows per coefficient load.
+        for (; wide && e == start && end - e >= WIDE_ROWS * C; e = start += WIDE_ROWS * C, position.row += WIDE_ROWS)
           for (int64_t c = 0; c < C; c += LONGEST)
             for (int64_t r = 0; r < WIDE_ROWS; ++r) {
               auto values_at = [=](int64_t i) INLINED { return values.at(i - start - r * C, Whole{}); };
-              map_line(start + r * C + c, values_at, [=](int64_t i) INLINED { return Place{C, place.row + r, C - (i - start - r * C)}; });
+              map_line(start + r * C + c, values_at,
+                       [=](int64_t i) INLINED { return MaskPosition{C, position.row + r, C - (i - start - r * C)}; });
             }
-        auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };  // the table goes on behind its width
-        e = map_until(e, start + width, end, values_at, next_place);
+        auto values_at = [=](int64_t i) INLINED { return values.at(i - start, Whole{}); };  // the table is padded beyond its width
+        e = map_until(e, start + width, end, values_at, next_position);
         Partial rest{int(end - e)};
-        if (e < min(start + width, end)) return to.write(e, map(e, rest, values_at(e), place), rest);
+        if (e < min(start + width, end)) return to.write(e, map(e, rest, values_at(e), position), rest);
       }
     } else {
       int64_t plane = e / inner, next = (plane + 1) * inner;
       for (int64_t c = plane % C; e < end; ++plane, next += inner) {
         auto p = values.splat(c);
-        auto place_at = [=](int64_t i) INLINED { return Place{inner, plane, next - i}; };
-        e = map_until(e, next, min(next, end), [=](int64_t) INLINED { return p; }, place_at);
+        auto position_at = [=](int64_t i) INLINED { return MaskPosition{inner, plane, next - i}; };
+        e = map_until(e, next, min(next, end), [=](int64_t) INLINED { return p; }, position_at);
         c = c + 1 < C ? c + 1 : 0;
         if (e >= min(next, end)) continue;
         Partial rest{int(end - e)};  // shorter than a pack only where everything ends, in the last plane
-        if (rest.last < PACK) return to.write(e, map(e, rest, p, place_at(e)), rest);
-        Out packs[] = {map(e, Whole{}, join(int(next - e), p, values.splat(c)), place_at(e))};
+        if (rest.last < PACK) return to.write(e, map(e, rest, p, position_at(e)), rest);
+        Out packs[] = {map(e, Whole{}, join(int(next - e), p, values.splat(c)), position_at(e))};
         to.write(e, packs);
         e += PACK;
       }
@@ -156,13 +167,14 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   });
 }
 
-// What a pack of columns takes: numbers of its channels, and its place in the mask, a Place or a Row.
-template <typename acc_t, int K, typename Where> struct Column {
+// What a pack of columns takes: numbers of its channels, and its position in the mask, a Place or a Row.
+template <typename acc_t, int K, typename Where>
+struct Column {
   Packs<acc_t, K> p;
-  Where place;
+  Where position;
 };
 
-// Two sums for each channel, float64: f(first element, lanes, coefficients, place in the mask, s1, s2) adds a pack to s1 and s2.
+// Two sums for each channel, float64: f(first element, lanes, coefficients, position in the mask, s1, s2) adds a pack to s1 and s2.
 template <typename acc_t, int K, bool masked, typename Set, typename F>
 void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
   using P = Pack<acc_t>;
@@ -170,7 +182,7 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
     Columns columns(layout, masked);
     PerChannel<acc_t, K> table(layout.C, 1, columns.slots, coefficients);
     uint32_t length = uint32_t(layout.inner > 1 ? layout.inner : layout.C);  // of the mask's rows
-    auto sum_with = [&](auto place_at) {
+    auto sum_with = [&](auto position_at) {
       columns.for_sums(sums, [&](int64_t row, int64_t rows, int64_t slot, int64_t n, double* out) {
         auto add_pack = f;
         int64_t inner = layout.inner, width = columns.width, j = slot * inner, first = row * width + j, mask_rows = width / length;
@@ -180,36 +192,35 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           unfold(n, inner, n * inner, values[k]);
         }
         Coefficients<acc_t, K> near{values[0], STRIP};
-        auto column = [=](int64_t i, auto lanes) INLINED {
-          return Column<acc_t, K, decltype(place_at(0))>{near.at(i, lanes), place_at(uint32_t(j + i))};
-        };
+        auto column = [=](int64_t i, auto lanes)
+                          INLINED { return Column<acc_t, K, decltype(position_at(0))>{near.at(i, lanes), position_at(uint32_t(j + i))}; };
         auto add_at = [=](int64_t e, int64_t r, auto lanes, auto at, P& a1, P& a2) INLINED {
-          at.place.row += r * mask_rows;
-          add_pack(e, lanes, at.p, at.place, a1, a2);
+          at.position.row += r * mask_rows;
+          add_pack(e, lanes, at.p, at.position, a1, a2);
         };
         for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
           alignas(64) acc_t s1[STRIP], s2[STRIP];
           fill(s1, n * inner, acc_t(0));
           fill(s2, n * inner, acc_t(0));
-          auto add = [&](auto abreast) {
-            add_rows<abreast.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
+          auto add = [&](auto streams) {
+            add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           };
-          // Each part of the rows comes with one of the mask; wide rows gain more by the sums that they share.
-          masked && width < STRIP ? add(Number<ABREAST / 2>{}) : add(Number<ABREAST>{});
+          // Each stream also reads the mask, so use half as many, except for wide rows, where sharing the sums pays more.
+          masked&& width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }
       });
     };
     if constexpr (masked) {
       if (length % PACK != 0 && whole_bytes(layout))
-        return sum_with([=](uint32_t j) INLINED { return Place{length, j / length, length - j % length}; });
+        return sum_with([=](uint32_t j) INLINED { return MaskPosition{length, j / length, length - j % length}; });
     }
     sum_with([=](uint32_t j) INLINED { return Row{masked ? j / length : 0}; });
   } else {
     Planes planes(layout);
     PerChannel<acc_t, K> table(layout.C, 1, layout.C, coefficients);
-    planes.for_sums(sums, [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk, auto add) {
-      constexpr int S = abreast.value;
+    planes.for_sums(sums, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+      constexpr int S = streams.value;
       auto add_pack = f;
       Coefficients<acc_t, K> values = table;
       int64_t apart = planes.apart, inner = layout.inner;

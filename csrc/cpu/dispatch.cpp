@@ -3,13 +3,13 @@
 
 #include "ops.h"
 
-#define DECLARE(isa)                                                                              \
-  namespace isa {                                                                                 \
-  void stats(const StatsArgs&);                                                                   \
-  void normalize(const NormalizeArgs&);                                                           \
-  void backward_reduce(const BackwardReduceArgs&);                                                \
-  void backward_input(const BackwardInputArgs&);                                                  \
-  constexpr Kernels table{#isa, stats, normalize, backward_reduce, backward_input};               \
+#define DECLARE(isa)                                                                \
+  namespace isa {                                                                   \
+  void stats(const StatsArgs&);                                                     \
+  void normalize(const NormalizeArgs&);                                             \
+  void backward_reduce(const BackwardReduceArgs&);                                  \
+  void backward_input(const BackwardInputArgs&);                                    \
+  constexpr Kernels table{#isa, stats, normalize, backward_reduce, backward_input}; \
   }
 
 namespace syncbn::cpu {
@@ -29,11 +29,11 @@ const Kernels* const tables[] = {
 #endif
     &baseline::table};
 
-// avx512 is meant for Zen 4 and Sapphire Rapids on: they convert to bfloat16 in one instruction, and do not slow down for it.
+// avx512 targets Zen 4, Sapphire Rapids and later: they convert to bfloat16 in one instruction, and do not slow down for it.
 bool runs_here([[maybe_unused]] const Kernels& table) {
 #if defined(SYNCBN_X86)
-  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-            __builtin_cpu_supports("f16c");
+  bool v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512bf16");
   if (&table == &avx512::table) return v4;

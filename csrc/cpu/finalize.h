@@ -1,7 +1,8 @@
-// From the summed statistics to what the loops need: a few numbers of acc_t for each channel. Where a channel has few samples, this
-// is a good part of an op's time: so the loops over channels are such that they can be vectorized.
+// From the group's sums to the parameters of the loops, in acc_t for each channel (../formulas.h). With few samples per channel this
+// dominates an op's time, so the per-channel loops are written to vectorize.
 #pragma once
 
+#include "../formulas.h"
 #include "traverse.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
@@ -15,8 +16,9 @@ INLINE void assign(double& to, double v) { to = v; }
 INLINE void assign(float16& to, double v) { to = to_float16(float(v)); }
 INLINE void assign(bfloat16& to, double v) { to = to_bfloat16(float(v)); }
 
-// vector[c] = f(c, vector[c]) in float64; nothing where the vector is absent.
-template <typename F> INLINE void update(ChannelVector vector, int64_t C, F f) {
+// vector[c] = f(c, vector[c]) in float64; does nothing if the vector is absent.
+template <typename F>
+INLINE void update(ChannelVector vector, int64_t C, F f) {
   if (!vector.data) return;
   with_dtype(vector.dtype, [&](auto type) {
     auto data = static_cast<decltype(type)*>(vector.data);
@@ -29,7 +31,7 @@ template <typename F> INLINE void update(ChannelVector vector, int64_t C, F f) {
   });
 }
 
-// [C] in float64; `absent` where the vector is absent.
+// A vector [C] in float64; filled with `absent` if it is absent.
 struct Doubles : Buffer<double> {
   Doubles(ChannelVector vector, int64_t C, double absent) : Buffer(C) {
     double* to = *this;
@@ -53,47 +55,40 @@ inline void verify(const Verification& verification, const double* tag_sums) {
   if (verification.alarm && !verification.holds(tag_sums[0], tag_sums[1])) *verification.alarm = 1;
 }
 
-struct Moments {
-  double shift, offset, var, invstd;  // var is biased
-
-  INLINE double mean() const { return shift + offset; }
-};
-
+// The moments of each channel.
 class Finalize {
   const double *shift_, *sum_, *sumsq_;
-  double weight_, eps_;
+  double divisor_, eps_;
 
  public:
   Finalize(const Statistics& stats, int64_t C)
-      : shift_(stats.data), sum_(stats.data + C), sumsq_(stats.data + 2 * C), weight_(stats.data[3 * C + stats_tail::weight]), eps_(stats.eps) {
-    weight_ = weight_ < 1 ? 1 : weight_;
-  }
-  INLINE Moments operator()(int64_t c) const {
-    double offset = sum_[c] / weight_, var = sumsq_[c] / weight_ - offset * offset;
-    var = var < 0 ? 0 : var;  // NaN stays
-    return {shift_[c], offset, var, 1 / __builtin_sqrt(var + eps_)};
-  }
+      : shift_(stats.data),
+        sum_(stats.data + C),
+        sumsq_(stats.data + 2 * C),
+        divisor_(divisor_of(stats.data[3 * C + stats_tail::weight])),
+        eps_(stats.eps) {}
+  INLINE Moments operator()(int64_t c) const { return finalize(shift_[c], sum_[c], sumsq_[c], divisor_, eps_); }
 };
 
-// What z = (x - HI) * SCALE + SHIFT takes. The mean is HI plus a rest that SHIFT takes up: x - HI comes before any product.
+// The parameters of z = (x - HI) * SCALE + SHIFT, in the order of the tables: see AffineParameters.
 enum { HI, SCALE, SHIFT };
 
-struct Affine {
-  double invstd, hi, lo, scale, shift;
+struct Affine : AffineParameters {
+  double invstd;
 };
 
-template <typename acc_t> class Affines {
+template <typename acc_t>
+class Affines {
   Finalize finalize_;
   Doubles weight_, bias_;
 
  public:
-  template <class Args> explicit Affines(const Args& args)
+  template <class Args>
+  explicit Affines(const Args& args)
       : finalize_(args.stats, args.layout.C), weight_(args.weight, args.layout.C, 1), bias_(args.bias, args.layout.C, 0) {}
   INLINE Affine operator()(int64_t c) const {
     Moments m = finalize_(c);
-    double hi = double(acc_t(m.mean())), lo = (m.shift - hi) + m.offset;  // not mean - hi, which is 0 where acc_t is double
-    double scale = m.invstd * weight_[c];
-    return {m.invstd, hi, lo, scale, bias_[c] - lo * scale};
+    return {affine_parameters<acc_t>(m, weight_[c], bias_[c]), m.invstd};
   }
 };
 

@@ -1,6 +1,6 @@
 // normalize: y = activation((x - mean) * invstd * weight + bias + residual), and the moving statistics.
 //
-// Backwards over memory: what stats() read last is still in the cache.
+// Runs from the end of memory, because stats() left that part in cache.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"
@@ -9,26 +9,22 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-// old + factor * (next - old) from the nearer end: exact where the factor is 0 or 1.
-INLINE double moved(double old, double next, double factor) {
-  return factor < 0.5 ? old + factor * (next - old) : next - (1 - factor) * (next - old);
-}
-
 void update_running_stats(const NormalizeArgs& args) {
-  double count = args.stats.data[3 * args.layout.C + stats_tail::samples], factor = args.momentum;
+  double count = args.stats.data[3 * args.layout.C + stats_tail::samples];
   if (!(count > 0)) return;
+  double factor = running_factor(args.cumulative, args.num_batches_tracked ? *args.num_batches_tracked : 0, args.momentum);
   if (args.num_batches_tracked) ++*args.num_batches_tracked;
-  if (args.cumulative) factor = args.num_batches_tracked ? 1.0 / double(max(*args.num_batches_tracked, 1)) : 1;
   if (factor == 0) return;
-  double unbiased = args.unbiased ? count / (count - 1 < 1 ? 1 : count - 1) : 1;
+  double unbiased = args.unbiased ? unbiased_factor(count) : 1;
   Finalize finalize(args.stats, args.layout.C);
   update(args.running_mean, args.layout.C, [=](int64_t c, double old) INLINED { return moved(old, finalize(c).mean(), factor); });
   update(args.running_var, args.layout.C, [=](int64_t c, double old) INLINED { return moved(old, finalize(c).var * unbiased, factor); });
 }
 
-template <typename scalar_t, Activation activation, bool add> void run(const NormalizeArgs& args) {
+template <typename scalar_t, Activation activation, bool has_residual>
+void run(const NormalizeArgs& args) {
   using acc_t = acc_type<scalar_t>;
-  constexpr bool masked = add && needs_only_sign(activation);
+  constexpr bool masked = has_residual && needs_only_sign(activation);
   auto x = static_cast<const scalar_t*>(args.x), residual = static_cast<const scalar_t*>(args.residual);
   scalar_t* outputs[] = {static_cast<scalar_t*>(args.y)};
   uint8_t* mask = args.mask;
@@ -38,20 +34,22 @@ template <typename scalar_t, Activation activation, bool add> void run(const Nor
     Affine a = affine(c);
     v[HI] = a.hi, v[SCALE] = a.scale, v[SHIFT] = a.shift;
   };
-  map_packs<scalar_t, 3>(args.layout, outputs, coefficients, [=](int64_t f, auto lanes, const auto& p, const Place& place) INLINED {
-    Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
-    if constexpr (add) z += load(residual + f, lanes);
-    if constexpr (masked) write_bits(mask, f, place, positive_bits(z), lanes);
-    return Packs<acc_t, 1>{activate<activation>(z, slope)};
-  });
+  map_packs<scalar_t, 3>(args.layout, outputs, coefficients,
+                         [=](int64_t f, auto lanes, const auto& p, const MaskPosition& position) INLINED {
+                           Pack<acc_t> z = (load(x + f, lanes) - p.v[HI]) * p.v[SCALE] + p.v[SHIFT];
+                           if constexpr (has_residual) z += load(residual + f, lanes);
+                           if constexpr (masked) store_bits(mask, f, position, positive_bits(z), lanes);
+                           return Packs<acc_t, 1>{activate<activation>(z, slope)};
+                         });
 }
 
-template <typename scalar_t, bool add> auto choose(Activation activation) {
+template <typename scalar_t, bool has_residual>
+auto choose(Activation activation) {
   switch (activation) {
-    case Activation::relu: return run<scalar_t, Activation::relu, add>;
-    case Activation::leaky_relu: return run<scalar_t, Activation::leaky_relu, add>;
-    case Activation::silu: return run<scalar_t, Activation::silu, add>;
-    default: return run<scalar_t, Activation::none, add>;
+    case Activation::relu: return run<scalar_t, Activation::relu, has_residual>;
+    case Activation::leaky_relu: return run<scalar_t, Activation::leaky_relu, has_residual>;
+    case Activation::silu: return run<scalar_t, Activation::silu, has_residual>;
+    default: return run<scalar_t, Activation::none, has_residual>;
   }
 }
 
@@ -60,7 +58,7 @@ template <typename scalar_t, bool add> auto choose(Activation activation) {
 void normalize(const NormalizeArgs& args) {
   verify(args.verification, args.stats.data + 3 * args.layout.C + stats_tail::tag);
   update_running_stats(args);
-  // Rows are written up to their idle bits; of the byte behind the last one, the rest is nobody's.
+  // Rows are written including their padding; the unused bits of the final byte are zeroed here.
   if (args.mask && numel(args.layout)) args.mask[mask_bytes(args.layout) - 1] = 0;
   with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);

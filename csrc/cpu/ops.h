@@ -1,4 +1,4 @@
-// The four CPU ops as plain functions, and what they need of torch.
+// The four CPU ops as plain functions, and the one torch service that they use.
 #pragma once
 
 #include "../args.h"
@@ -9,7 +9,7 @@ namespace syncbn::cpu {
 using RangeFunction = void (*)(int64_t begin, int64_t end, void* context);
 void parallel_for(int64_t n, int64_t grain, RangeFunction f, void* context);
 
-// The kernel files define these once for each instruction set that they are compiled for.
+// One table per instruction set; each kernel file is compiled once for each.
 struct Kernels {
   const char* name;
   void (*stats)(const StatsArgs&);

@@ -204,7 +204,7 @@ Presence presence(const void* memory, int rank, int other, int fd) {
   const Control& control = m.control(other);
   if (control.abandoned.load(std::memory_order_acquire)) return gave_up;
   if (has_published(control, m.control(rank).epoch.load(std::memory_order_relaxed))) return arrived;
-  struct flock lock {};
+  struct flock lock{};
   lock.l_type = F_WRLCK;
   lock.l_whence = SEEK_SET;
   lock.l_start = other;

@@ -19,7 +19,7 @@
 
 namespace syncbn::shared_memory {
 
-constexpr int kSlotNumbers = 8192;    // 64 KB
+constexpr int kSlotNumbers = 8192;  // 64 KB
 
 // Of one call of all_reduce.
 enum Status : int64_t {

@@ -1,7 +1,7 @@
 // Pack: 8 or 16 values in registers, whole bytes of the mask; with it the loops are written once for all instruction sets.
 //
 // Everything is in the namespace of the instruction set that this file is compiled for, and nothing of the standard library is
-// instantiated: a function shared between two of them could be linked in the version that this CPU cannot run.
+// instantiated: the linker could merge a shared inline function into the version that this CPU cannot execute.
 #pragma once
 
 #include <cstdint>
@@ -13,25 +13,42 @@
 #include "ops.h"
 
 #define INLINE inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // behind a lambda's parameters
-#define RARE inline __attribute__((noinline))  // kept out of the loops' code
+#define INLINED __attribute__((always_inline))     // placed after a lambda's parameter list
+#define NOINLINE inline __attribute__((noinline))  // keep cold code out of the loops
 #if defined(__AVX512F__)
-#define LONG INLINE  // a pack is one register: inlined, a long function costs no more than its arithmetic
+#define INLINE_IF_ONE_REGISTER INLINE  // a pack is one register: so inlining a long function is cheap
 #else
-#define LONG RARE
+#define INLINE_IF_ONE_REGISTER NOINLINE
 #endif
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
-struct float16 { uint16_t bits; };
-struct bfloat16 { uint16_t bits; };
+struct float16 {
+  uint16_t bits;
+};
+struct bfloat16 {
+  uint16_t bits;
+};
 
-template <typename scalar_t> struct AccType { using type = float; };
-template <> struct AccType<double> { using type = double; };
-template <typename scalar_t> using acc_type = typename AccType<scalar_t>::type;
+template <typename scalar_t>
+struct AccType {
+  using type = float;
+};
+template <>
+struct AccType<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_type = typename AccType<scalar_t>::type;
 
-template <typename T> struct IntOf { using type = int32_t; };
-template <> struct IntOf<double> { using type = int64_t; };
+template <typename T>
+struct IntOf {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
 
 #if defined(__AVX512F__)
 constexpr int REGISTER_BYTES = 64;
@@ -43,7 +60,8 @@ constexpr int REGISTER_BYTES = 16;
 
 constexpr int PACK = REGISTER_BYTES > 32 ? 16 : 8;
 
-template <typename T> struct Pack {
+template <typename T>
+struct Pack {
   static constexpr int LANES = REGISTER_BYTES / sizeof(T), REGISTERS = PACK / LANES;
   using Int = typename IntOf<T>::type;
   typedef T V __attribute__((vector_size(REGISTER_BYTES)));
@@ -55,16 +73,18 @@ template <typename T> struct Pack {
     for (int r = 0; r < REGISTERS; ++r) v[r] = value - V{};  // minus zero keeps the sign of zero
   }
 
-  template <typename F> static INLINE void each(F f) {
+  template <typename F>
+  static INLINE void each(F f) {
 #pragma GCC unroll 8
     for (int r = 0; r < REGISTERS; ++r) f(r);
   }
-  template <typename F> static INLINE Pack map(F f) {
+  template <typename F>
+  static INLINE Pack map(F f) {
     Pack result;
     each([&](int r) { result.v[r] = f(r); });
     return result;
   }
-  // The number of each lane, for masks: 0, 1, 2, ...
+  // The index of each lane, used to build masks: 0, 1, 2, ...
   static INLINE I lane(int r) {
     I index;
     for (int k = 0; k < LANES; ++k) index[k] = r * LANES + k;
@@ -72,24 +92,28 @@ template <typename T> struct Pack {
   }
 };
 
-#define OPERATOR(op)                                                          \
-  template <typename T> INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {    \
-    for (int r = 0; r < Pack<T>::REGISTERS; ++r) a.v[r] = a.v[r] op b.v[r];   \
-    return a;                                                                 \
+#define OPERATOR(op)                                                        \
+  template <typename T>                                                     \
+  INLINE Pack<T> operator op(Pack<T> a, Pack<T> b) {                        \
+    for (int r = 0; r < Pack<T>::REGISTERS; ++r) a.v[r] = a.v[r] op b.v[r]; \
+    return a;                                                               \
   }
 OPERATOR(+)
 OPERATOR(-)
 OPERATOR(*)
 OPERATOR(/)
 #undef OPERATOR
-template <typename T> INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) { return a = a + b; }
+template <typename T>
+INLINE Pack<T>& operator+=(Pack<T>& a, Pack<T> b) {
+  return a = a + b;
+}
 
-// ---- Which of a pack's lanes count ------------------------------------------------------------------------------------------
+// ---- Active lanes of a pack ------------------------------------------------------------------------------------------
 
-struct Whole {  // all of them, known when compiled
+struct Whole {  // every lane, known at compile time
   static constexpr int first = 0, last = PACK;
 };
-struct Overlap {  // all can be read and written, but those before `first` belong to another pack
+struct Overlap {  // every lane is addressable, but lanes before `first` were handled by the previous pack
   static constexpr int last = PACK;
   int first;
 };
@@ -98,8 +122,12 @@ struct Partial {  // only [0, last) is in memory
   int last;
 };
 
-template <typename T> INLINE Pack<T> keep(Pack<T> a, Whole) { return a; }
-template <typename T, typename Lanes> INLINE Pack<T> keep(Pack<T> a, Lanes lanes) {
+template <typename T>
+INLINE Pack<T> keep(Pack<T> a, Whole) {
+  return a;
+}
+template <typename T, typename Lanes>
+INLINE Pack<T> keep(Pack<T> a, Lanes lanes) {
   using P = Pack<T>;
   using Int = typename P::Int;
   return P::map([&](int r) {
@@ -109,15 +137,17 @@ template <typename T, typename Lanes> INLINE Pack<T> keep(Pack<T> a, Lanes lanes
 }
 
 // Lanes [0, n) of a, the rest of b.
-template <typename T> INLINE Pack<T> join(int n, Pack<T> a, Pack<T> b) {
+template <typename T>
+INLINE Pack<T> join(int n, Pack<T> a, Pack<T> b) {
   using P = Pack<T>;
   return P::map([&](int r) { return P::lane(r) < typename P::Int(n) ? a.v[r] : b.v[r]; });
 }
 
 // ---- Bits: one for each lane ------------------------------------------------------------------------------------------------
 
-// Lanes that are not <= 0; so NaN counts as positive, as torch's relu lets it through.
-template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
+// One bit per lane, set unless the value is <= 0. NaN therefore counts as positive, as in torch's relu.
+template <typename T>
+INLINE uint32_t positive_bits(Pack<T> a) {
   using P = Pack<T>;
   uint32_t bits = 0;
   P::each([&](int r) {
@@ -140,8 +170,9 @@ template <typename T> INLINE uint32_t positive_bits(Pack<T> a) {
   return bits;
 }
 
-// a where the lane's bit is set, else b.
-template <typename T> INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b) {
+// a if the lane's bit is set, else b.
+template <typename T>
+INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b) {
   using P = Pack<T>;
 #if defined(__AVX512F__)
   return P::map([&](int r) {
@@ -158,178 +189,9 @@ template <typename T> INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b)
 }
 
 // a where z is not <= 0, else b.
-template <typename T> INLINE Pack<T> select_positive(Pack<T> z, Pack<T> a, Pack<T> b) {
+template <typename T>
+INLINE Pack<T> select_positive(Pack<T> z, Pack<T> a, Pack<T> b) {
   return Pack<T>::map([&](int r) { return z.v[r] <= 0 ? b.v[r] : a.v[r]; });
-}
-
-// ---- Conversions ------------------------------------------------------------------------------------------------------------
-
-template <typename To, typename From> INLINE To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "sizes differ");
-  To to;
-  memcpy(&to, &from, sizeof(to));
-  return to;
-}
-
-INLINE float to_float(bfloat16 b) { return bit_cast<float>(uint32_t(b.bits) << 16); }
-INLINE float to_float(float16 h) {
-  uint32_t magnitude = h.bits & 0x7fffu;
-  float f = bit_cast<float>(magnitude << 13) * 0x1p112f;  // rebiases the exponent, subnormals included
-  uint32_t special = magnitude >= 0x7c00u ? 0x7f800000u : 0u;
-  return bit_cast<float>(bit_cast<uint32_t>(f) | special | uint32_t(h.bits & 0x8000u) << 16);
-}
-
-INLINE bfloat16 to_bfloat16(float f) {
-  uint32_t u = bit_cast<uint32_t>(f);
-  return {f != f ? uint16_t(0x7fc0) : uint16_t((u + 0x7fffu + (u >> 16 & 1)) >> 16)};  // to nearest even
-}
-INLINE float16 to_float16(float f) {
-  uint32_t u = bit_cast<uint32_t>(f), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
-  uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;  // to nearest even
-  uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;  // the addition rounds
-  uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
-  uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  return {uint16_t(sign | (magnitude >= 0x477ff000u ? large : finite))};
-}
-
-// ---- Loads and stores -------------------------------------------------------------------------------------------------------
-
-template <typename T> INLINE Pack<T> load(const T* p) {
-  Pack<T> a;
-  memcpy(&a, p, sizeof(a));
-  return a;
-}
-template <typename T> INLINE void store(T* p, Pack<T> a) { memcpy(p, &a, sizeof(a)); }
-
-typedef uint16_t Half16 __attribute__((vector_size(Pack<float>::LANES * 2)));
-typedef uint32_t Word16 __attribute__((vector_size(REGISTER_BYTES)));
-
-INLINE Word16 widen(Half16 half) {
-#if defined(__AVX512F__)
-  return (Word16)_mm512_cvtepu16_epi32((__m256i)half);  // gcc would widen the halves and join them
-#else
-  return __builtin_convertvector(half, Word16);
-#endif
-}
-
-INLINE Pack<float> load(const bfloat16* p) {
-  using P = Pack<float>;
-  return P::map([&](int r) {
-    Half16 half;
-    memcpy(&half, p + r * P::LANES, sizeof(half));
-    return (P::V)(widen(half) << 16);
-  });
-}
-#if defined(__AVX512BF16__)
-// Takes subnormals for zeros, unlike the code below: 1e-38 is no concern of a normalization.
-INLINE void store(bfloat16* p, Pack<float> a) {
-  __m256bh half = _mm512_cvtneps_pbh((__m512)a.v[0]);
-  memcpy(p, &half, sizeof(half));
-}
-#else
-INLINE void store(bfloat16* p, Pack<float> a) {
-  using P = Pack<float>;
-  P::each([&](int r) {
-    Word16 u = (Word16)a.v[r];
-    u = a.v[r] != a.v[r] ? Word16{} + 0x7fc0u : (u + 0x7fffu + (u >> 16 & 1)) >> 16;
-    Half16 half = __builtin_convertvector(u, Half16);
-    memcpy(p + r * P::LANES, &half, sizeof(half));
-  });
-}
-#endif
-
-#if defined(__F16C__)
-#if defined(__AVX512F__)
-INLINE Pack<float>::V load_register(const float16* p) { return (Pack<float>::V)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p)); }
-INLINE void store_register(float16* p, Pack<float>::V v) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#else
-INLINE Pack<float>::V load_register(const float16* p) { return (Pack<float>::V)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-INLINE void store_register(float16* p, Pack<float>::V v) {
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-}
-#endif
-#else
-RARE Pack<float>::V load_register(const float16* p) {
-  Pack<float>::V v;
-  for (int k = 0; k < Pack<float>::LANES; ++k) v[k] = to_float(p[k]);
-  return v;
-}
-RARE void store_register(float16* p, Pack<float>::V v) {
-  for (int k = 0; k < Pack<float>::LANES; ++k) p[k] = to_float16(v[k]);
-}
-#endif
-INLINE Pack<float> load(const float16* p) {
-  return Pack<float>::map([&](int r) { return load_register(p + r * Pack<float>::LANES); });
-}
-INLINE void store(float16* p, Pack<float> a) {
-  Pack<float>::each([&](int r) { store_register(p + r * Pack<float>::LANES, a.v[r]); });
-}
-
-template <typename scalar_t, typename Lanes> INLINE Pack<acc_type<scalar_t>> load(const scalar_t* p, Lanes) { return load(p); }
-template <typename scalar_t> RARE Pack<acc_type<scalar_t>> load(const scalar_t* p, Partial lanes) {
-  scalar_t buffer[PACK] = {};
-  for (int k = 0; k < lanes.last; ++k) buffer[k] = p[k];
-  return load(buffer);
-}
-
-template <typename scalar_t, typename Lanes> INLINE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Lanes) { store(p, a); }
-template <typename scalar_t> RARE void store(scalar_t* p, Pack<acc_type<scalar_t>> a, Partial lanes) {
-  scalar_t buffer[PACK];
-  store(buffer, a);
-  for (int k = 0; k < lanes.last; ++k) p[k] = buffer[k];
-}
-
-template <int BYTES> INLINE void stream_register(void* to, const void* from) {
-#if defined(__AVX512F__)
-  if constexpr (BYTES == 64) return _mm512_stream_si512((__m512i*)to, _mm512_loadu_si512(from));
-#endif
-#if defined(__AVX2__)
-  if constexpr (BYTES == 32) return _mm256_stream_si256((__m256i*)to, _mm256_loadu_si256((const __m256i*)from));
-#endif
-#if defined(__x86_64__)
-  if constexpr (BYTES == 16) return _mm_stream_si128((__m128i*)to, _mm_loadu_si128((const __m128i*)from));
-#endif
-  memcpy(to, from, BYTES);
-}
-INLINE void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
-
-// Past the cache where `stream` is set; p is aligned then.
-template <typename scalar_t> INLINE void store_or_stream(scalar_t* p, Pack<acc_type<scalar_t>> a, bool stream) {
-  constexpr int TOTAL = PACK * sizeof(scalar_t), BYTES = TOTAL < REGISTER_BYTES ? TOTAL : REGISTER_BYTES;
-  if (!stream) return store(p, a);
-  alignas(64) char buffer[TOTAL];
-  store(reinterpret_cast<scalar_t*>(buffer), a);
-#pragma GCC unroll 8
-  for (int k = 0; k < TOTAL; k += BYTES) stream_register<BYTES>(reinterpret_cast<char*>(p) + k, buffer + k);
-}
-
-// The sum of all lanes in float64, as a tree.
-template <typename T> INLINE double sum(Pack<T> a) {
-  T lanes[PACK];
-  store(lanes, a);
-  double total[PACK];
-  for (int k = 0; k < PACK; ++k) total[k] = double(lanes[k]);
-#pragma GCC unroll 4
-  for (int half = PACK / 2; half; half /= 2)
-    for (int k = 0; k < half; ++k) total[k] += total[k + half];
-  return total[0];
-}
-
-// ---- The dtype switch: outermost, once ----------------------------------------------------------------------------------------
-
-template <typename F> void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::float64: return f(double{});
-    case DType::float16: return f(float16{});
-    case DType::bfloat16: return f(bfloat16{});
-  }
 }
 
 }  // namespace syncbn::cpu::SYNCBN_ISA

@@ -4,7 +4,9 @@
 // summed about K in acc_t; then, in float64 and with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Raw squares would
 // cancel where mean >> std. Chunks are added up about the channel's first value, and brought to a shift of 0 at the end if that is
 // wanted: about 0, each addition would round (mean/std)² as much away.
+#include "columns.h"
 #include "finalize.h"
+#include "planes.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
@@ -12,14 +14,15 @@ namespace {
 constexpr int K_VALUES = 128;  // whose mean is K, about
 constexpr int K_ROWS = 16;     // columns where inner is 1: of them, at most
 
-// Adds what s1 = Σ(x - shift) and s2 = Σ(x - shift)² of n values say about the sums of x.
+// Recovers Σx and Σx² of n values from the shifted sums s1 and s2 and adds them.
 INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
   sum_x += n * shift + s1;
   sumsq_x += s2 + shift * (2 * s1 + n * shift);
 }
 
-// The first value of each channel, 0 where there is none.
-template <typename scalar_t> void set_origins(Layout layout, const scalar_t* x, double* origins) {
+// The first value of each channel; 0 if it has none.
+template <typename scalar_t>
+void set_origins(Layout layout, const scalar_t* x, double* origins) {
   if (!layout.outer) return fill(origins, layout.C, 0.0);
   for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
@@ -36,20 +39,23 @@ struct Sample {
     each = max(min(WANTED / taken, n / PACK), 1);
     unit = max(n - PACK, 0) / (PLACES * each);
   }
-  // Where the pack k of the plane taken as the j-th begins, of n values. It may begin before the end of a long plane that is shorter.
-  INLINE int64_t at(int64_t j, int64_t k, int64_t n) const { return min(unit * (PLACES * k + j * 5 % PLACES), n - PACK); }
+  // The first element of pack k in the j-th plane that is sampled, of n values.
+  INLINE int64_t at(int64_t j, int64_t k, int64_t n) const {
+    return min(unit * (PLACES * k + j * 5 % PLACES), n - PACK);
+  }
 
  private:
   static constexpr int64_t PLACES = 8;
 };
 
-template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, const double* origins, double* total) {
+template <typename scalar_t>
+void sum_planes(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
   Planes planes(layout);
   Sample sample(planes);
-  planes.for_sums(total, [&](auto abreast, int64_t c0, int64_t c1, int64_t chunk, auto add) {
-    constexpr int S = abreast.value;
+  planes.for_sums(total, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
+    constexpr int S = streams.value;
     P shift[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
     int64_t apart = planes.apart, stride = apart * layout.inner, taken = 0, count = 0;
     for (int64_t c = 0; c < c1 - c0; ++c) fill(shift[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
@@ -80,10 +86,11 @@ template <typename scalar_t> void sum_planes(Layout layout, const scalar_t* x, c
   });
 }
 
-template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
+template <typename scalar_t>
+void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  constexpr int PLACES = 2 * ABREAST;  // of one tensor; other sums read two
+  constexpr int PLACES = 2 * STREAMS;  // of one tensor; other sums read two
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
@@ -92,7 +99,7 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
     int64_t inner = layout.inner, width = columns.width, wide = n * inner, first = row * width + slot * inner;
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
       int64_t length = min(CHUNK_ROWS, end - row);
-      // K's rows, `step` apart; where inner is 1, those that the parts abreast begin with, so that they are still near then.
+      // K's rows, `step` apart; if inner is 1, the rows with which the streams begin, which are then still in cache.
       int64_t places = min(inner == 1 ? PLACES : ceil_div(K_VALUES, inner), length), step = length / places;
       int64_t turns = inner == 1 ? min(K_ROWS / PLACES, step) : 1;
       alignas(64) acc_t shift[STRIP], s1[STRIP], s2[STRIP];
@@ -101,18 +108,20 @@ template <typename scalar_t> void sum_columns(Layout layout, const scalar_t* x, 
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
       for (int64_t turn = 0; turn < turns; ++turn)
-        add_rows<PLACES>(first + turn * width, step * width, row, places, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
-                         [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
+        add_rows<PLACES>(
+            first + turn * width, step * width, row, places, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+            [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       double values = double(places * turns * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
-      add_rows<PLACES>(first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
-                       [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
-                         P d = keep(load(x + e, lanes) - k, lanes);
-                         a1 += d;
-                         a2 += d * d;
-                       });
+      add_rows<PLACES>(
+          first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+          [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
+            P d = keep(load(x + e, lanes) - k, lanes);
+            a1 += d;
+            a2 += d * d;
+          });
       for_slots(n, inner, s1, s2, [&](int64_t k, double v1, double v2) INLINED {
         unshift(count, shifts[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
       });

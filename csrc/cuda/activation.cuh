@@ -16,8 +16,8 @@ __device__ inline bool positive(acc_t z) {
 }
 
 // The switch is outside the loop: once per vector.
-template <typename acc_t, int N>
-__device__ inline void activate(acc_t (&z)[N], Activation activation, acc_t negative_slope) {
+template <typename acc_t, int WIDTH>
+__device__ inline void activate(acc_t (&z)[WIDTH], Activation activation, acc_t negative_slope) {
   switch (activation) {
     case Activation::none: break;
     case Activation::relu:
@@ -37,27 +37,27 @@ __device__ inline void activate(acc_t (&z)[N], Activation activation, acc_t nega
 
 // The mask's bytes of a step's vectors, 0 without a mask. They are loaded together, before any store that they could alias; gradient()
 // shifts them, for the compiler puts a shift right after its load, and all later loads would wait for it.
-template <int U, class Step>
-__device__ inline void load_bytes(unsigned (&bytes)[U], const uint8_t* mask, const Step& step) {
+template <int UNROLL, class Step>
+__device__ inline void load_bytes(unsigned (&bytes)[UNROLL], const uint8_t* mask, const Step& step) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) bytes[u] = mask && u < step.count ? mask[step.mask_byte(u)] : 0;
+  for (int u = 0; u < UNROLL; ++u) bytes[u] = mask && u < step.count ? mask[step.mask_byte(u)] : 0;
 }
 
 // dz of the vector u of a step. z is recomputed by the expression of the forward pass, or its sign comes from the mask's byte;
 // args.residual is read for silu only.
-template <typename scalar_t, class Args, class Step, class Affines, typename acc_t, int W, int N>
-__device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, const Vec<scalar_t, W>& x, unsigned byte, const Args& args,
-                                const Step& step, int u, const Affines (&affine)[N]) {
+template <typename scalar_t, class Args, class Step, class Affines, typename acc_t, int STEP_WIDTH, int CHANNELS>
+__device__ inline void gradient(acc_t (&dz)[STEP_WIDTH], const Vec<scalar_t, STEP_WIDTH>& dy, const Vec<scalar_t, STEP_WIDTH>& x,
+                                unsigned byte, const Args& args, const Step& step, int u, const Affines (&affine)[CHANNELS]) {
 #pragma unroll
-  for (int j = 0; j < W; ++j) dz[j] = dy.get(j);
+  for (int j = 0; j < STEP_WIDTH; ++j) dz[j] = dy.get(j);
   if (args.activation == Activation::none) return;
   if (args.activation == Activation::silu) {
     const auto* residual = static_cast<const scalar_t*>(args.residual);
-    Vec<scalar_t, W> add;
-    if (residual) add = load<W>(residual + step.index(u));
+    Vec<scalar_t, STEP_WIDTH> add;
+    if (residual) add = load<STEP_WIDTH>(residual + step.index(u));
 #pragma unroll
-    for (int j = 0; j < W; ++j) {
-      acc_t z = affine[j % N](x.get(j));
+    for (int j = 0; j < STEP_WIDTH; ++j) {
+      acc_t z = affine[j % CHANNELS](x.get(j));
       if (residual) z += add.get(j);
       const acc_t s = sigmoid(z);
       dz[j] *= s * (1 + z * (1 - s));
@@ -67,12 +67,12 @@ __device__ inline void gradient(acc_t (&dz)[W], const Vec<scalar_t, W>& dy, cons
   unsigned bits = byte >> (step.index(u) & 7);
   if (!args.mask) {
 #pragma unroll
-    for (int j = 0; j < W; ++j) bits |= unsigned{positive(affine[j % N](x.get(j)))} << j;
+    for (int j = 0; j < STEP_WIDTH; ++j) bits |= unsigned{positive(affine[j % CHANNELS](x.get(j)))} << j;
   }
   const bool leaks = args.activation == Activation::leaky_relu;
   const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
 #pragma unroll
-  for (int j = 0; j < W; ++j) {
+  for (int j = 0; j < STEP_WIDTH; ++j) {
     if (!(bits >> j & 1)) dz[j] = leaks ? dz[j] * negative_slope : acc_t{0};  // not dy * 0: relu keeps an infinite dy out
   }
 }

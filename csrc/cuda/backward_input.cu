@@ -1,7 +1,7 @@
 // backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, where
 // there was one before the activation.
 //
-// Traffic: dy and x once, dx once, dz once where it is asked for. Per channel dx is dz * scale + (x - hi) * of_x + shift, so that
+// Traffic: dy and x once, dx once, dz once if requested. Per channel dx is dz * scale + (x - hi) * of_x + shift, so that
 // all divisions are done in double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read
 // are still in L2.
 
@@ -24,7 +24,7 @@ template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     backward_input_kernel(const BackwardInputArgs args, const Config config, const Workspace) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int N = Walk::channels;
+  constexpr int CHANNELS = Walk::channels;
   const auto* dy = static_cast<const scalar_t*>(args.dy);
   const auto* x = static_cast<const scalar_t*>(args.x);
   auto* dx = static_cast<scalar_t*>(args.dx);
@@ -40,47 +40,45 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   });
   const TagSums tag_sums(args.verification, walk, args.sums + 2 * C + sums_tail::tag);
   const int64_t channel = walk.first_channel() + threadIdx.x;
-  if (threadIdx.x < config.width * N && channel < C) {
+  if (threadIdx.x < config.width * CHANNELS && channel < C) {
     const Channel loaded = load_channel(args, channel);
     const double sum_dy = args.sums[channel], sum_dy_xhat = args.sums[C + channel];
     const Moments m = finalize(loaded, args.stats.eps);
-    const auto affine = make_affine<acc_t>(m, loaded, args);
-    const double n = effective_count(loaded, args.layout, args.rank_weighted);
-    const double scale = scale_of(m, loaded, args);
-    const double slope = scale * m.invstd * sum_dy_xhat / n;
-    const double lo = m.rest(static_cast<double>(affine.hi));
-    affines[threadIdx.x] = affine;
-    rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(lo * slope - scale * sum_dy / n)};
+    const AffineParameters p = affine_parameters<acc_t>(m, loaded, args);
+    const double n = effective_count(loaded.weight_sum, args.layout, args.rank_weighted);
+    const double slope = p.scale * m.invstd * sum_dy_xhat / n;
+    affines[threadIdx.x] = make_affine<acc_t>(p);
+    rests[threadIdx.x] = {static_cast<acc_t>(-slope), static_cast<acc_t>(p.lo * slope - p.scale * sum_dy / n)};
   }
   __syncthreads();
   tag_sums.verify(args.verification);  // after the barrier: the other warps already load dy and x
-  Affine<acc_t> affine[N];
-  Linear<acc_t> rest_of[N];
+  Affine<acc_t> affine[CHANNELS];
+  Linear<acc_t> rest_of[CHANNELS];
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < CHANNELS; ++j) {
     affine[j] = affines[walk.column() + j];
     rest_of[j] = rests[walk.column() + j];
   }
 
   walk.each([&](auto step) {
-    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
-    Vec<scalar_t, W> in_dy[U], in_x[U];
+    constexpr int STEP_WIDTH = decltype(step)::vector, UNROLL = decltype(step)::unroll;
+    Vec<scalar_t, STEP_WIDTH> in_dy[UNROLL], in_x[UNROLL];
     load(in_dy, dy, step);
     load(in_x, x, step);
-    unsigned bytes[U];
+    unsigned bytes[UNROLL];
     load_bytes(bytes, args.mask, step);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+    for (int u = 0; u < UNROLL; ++u) {
       if (u >= step.count) continue;
-      acc_t g[W];
+      acc_t g[STEP_WIDTH];
       gradient(g, in_dy[u], in_x[u], bytes[u], args, step, u, affine);
-      if (dz) store<W>(dz + step.index(u), g);
+      if (dz) store<STEP_WIDTH>(dz + step.index(u), g);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        const acc_t rest = fma(in_x[u].get(j) - affine[j % N].hi, rest_of[j % N].of_x, rest_of[j % N].shift);
-        g[j] = fma(g[j], affine[j % N].scale, rest);
+      for (int j = 0; j < STEP_WIDTH; ++j) {
+        const acc_t rest = fma(in_x[u].get(j) - affine[j % CHANNELS].hi, rest_of[j % CHANNELS].of_x, rest_of[j % CHANNELS].shift);
+        g[j] = fma(g[j], affine[j % CHANNELS].scale, rest);
       }
-      store<W>(dx + step.index(u), g);
+      store<STEP_WIDTH>(dx + step.index(u), g);
     }
   });
 }

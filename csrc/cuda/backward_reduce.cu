@@ -1,6 +1,6 @@
 // backward_reduce: this rank's sum_dy = sum of dz and sum_dy_xhat = sum of dz * xhat, with dweight and dbias.
 //
-// Traffic: dy and x once. Sums are of dz * (x - hi), which does not cancel; the rest of the mean follows in double.
+// Traffic: dy and x once. Sums are of dz * (x - hi), which does not cancel; the remainder of the mean is corrected for in double.
 
 #include "activation.cuh"
 #include "finalize.cuh"
@@ -14,7 +14,7 @@ template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     backward_reduce_kernel(const BackwardReduceArgs args, const Config config, const Workspace workspace) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int N = Walk::channels, S = Walk::sums;
+  constexpr int CHANNELS = Walk::channels, SUMS = Walk::sums;
   const auto* dy = static_cast<const scalar_t*>(args.dy);
   const auto* x = static_cast<const scalar_t*>(args.x);
   const int64_t C = args.layout.C;
@@ -22,9 +22,10 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   SHARED(Affine<acc_t>, table, Walk::max_columns);
   SHARED(Moments, moments, Walk::max_columns);
-  static_assert(Walk::max_columns * (sizeof(Affine<acc_t>) + sizeof(Moments)) + Walk::max_sum_bytes < SHARED_BYTES, "the launch would fail");
+  static_assert(Walk::max_columns * (sizeof(Affine<acc_t>) + sizeof(Moments)) + Walk::max_sum_bytes < SHARED_BYTES,
+                "the launch would fail");
   const int64_t channel = walk.first_channel() + threadIdx.x;
-  const bool owns_channel = threadIdx.x < config.width * N && channel < C;
+  const bool owns_channel = threadIdx.x < config.width * CHANNELS && channel < C;
   walk.first([&](auto step) {
     prefetch(dy, step);
     prefetch(x, step);
@@ -32,41 +33,41 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (owns_channel) {
     const Channel loaded = load_channel(args, channel);
     moments[threadIdx.x] = finalize(loaded, args.stats.eps);
-    table[threadIdx.x] = make_affine<acc_t>(moments[threadIdx.x], loaded, args);
+    table[threadIdx.x] = make_affine<acc_t>(affine_parameters<acc_t>(moments[threadIdx.x], loaded, args));
   }
   __syncthreads();
-  Affine<acc_t> affine[N];
+  Affine<acc_t> affine[CHANNELS];
 #pragma unroll
-  for (int j = 0; j < N; ++j) affine[j] = table[walk.column() + j];
+  for (int j = 0; j < CHANNELS; ++j) affine[j] = table[walk.column() + j];
 
-  acc_t s1[S] = {}, s2[S] = {};
+  acc_t s1[SUMS] = {}, s2[SUMS] = {};
   walk.each([&](auto step) {
-    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
-    Vec<scalar_t, W> in_dy[U], in_x[U];
+    constexpr int STEP_WIDTH = decltype(step)::vector, UNROLL = decltype(step)::unroll;
+    Vec<scalar_t, STEP_WIDTH> in_dy[UNROLL], in_x[UNROLL];
     load(in_dy, dy, step);
     load(in_x, x, step);
-    unsigned bytes[U];
+    unsigned bytes[UNROLL];
     load_bytes(bytes, args.mask, step);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+    for (int u = 0; u < UNROLL; ++u) {
       if (u >= step.count) continue;
-      acc_t g[W];
+      acc_t g[STEP_WIDTH];
       gradient(g, in_dy[u], in_x[u], bytes[u], args, step, u, affine);
 #pragma unroll
-      for (int j = 0; j < W; ++j) {
-        s1[j % S] += g[j];
-        s2[j % S] = fma(g[j], in_x[u].get(j) - affine[j % N].hi, s2[j % S]);
+      for (int j = 0; j < STEP_WIDTH; ++j) {
+        s1[j % SUMS] += g[j];
+        s2[j % SUMS] = fma(g[j], in_x[u].get(j) - affine[j % CHANNELS].hi, s2[j % SUMS]);
       }
     }
   });
 
-  fold<N>(s1);
-  fold<N>(s2);
-  warp_sums<N>(s1, config.width);
-  warp_sums<N>(s2, config.width);
-  Pair sums[N];
+  fold<CHANNELS>(s1);
+  fold<CHANNELS>(s2);
+  warp_sums<CHANNELS>(s1, config.width);
+  warp_sums<CHANNELS>(s2, config.width);
+  Pair sums[CHANNELS];
 #pragma unroll
-  for (int j = 0; j < N; ++j) sums[j] = {s1[j], s2[j]};
+  for (int j = 0; j < CHANNELS; ++j) sums[j] = {s1[j], s2[j]};
   Pair total = block_sum(sums, config.width);
   if (owns_channel) {
     const Moments& m = moments[threadIdx.x];

@@ -12,7 +12,7 @@
 #define SHARED(type, name, n) __shared__ type name[n]
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define LAUNCH(kernel, config, stream, ...) \
-  kernel<<<(config).groups * (config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
+  kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler takes it for another one from here on
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #endif
@@ -31,15 +31,15 @@ constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for
 constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 
 struct Config {
-  int groups;        // of channels: a block works on one group
-  int splits;        // blocks that share a group
-  int width;         // neighbouring threads that lie on neighbouring channels
-  int64_t runs;      // that a group is walked in: a warp's (Planes), or a block's steps (Pixels)
+  int groups;         // of channels: a block works on one group
+  int splits;         // blocks that share a group
+  int width;          // neighbouring threads that have neighbouring channels
+  int64_t runs;       // that a group is walked in: a warp's (Planes), or a block's steps (Columns)
   int64_t runs_each;  // of a warp or a block at least
-  int pieces;        // into which a plane is cut,
-  int piece;         // each of this many elements
-  int lane_bits;     // 2^lane_bits lanes of a warp lie on one plane
-  int samples;       // whose planes a run takes: more than 1 only if planes are not cut
+  int pieces;         // into which a plane is cut,
+  int piece;          // each of this many elements
+  int lane_bits;      // 2^lane_bits lanes of a warp share one plane
+  int samples;        // whose planes a run takes: more than 1 only if planes are not cut
   // From a lane's vector to its next one in a step: either in another sample, or in the same plane.
   int samples_apart, along;
   int64_t vector_stride, row_stride;  // in elements, and in rows of the mask
@@ -55,7 +55,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
 // One wave: as many blocks as are resident at once (rounded down, for one block more would be a second wave), but no block
-// without work. More blocks than that would finalize the statistics more often and leave more partial sums.
+// without work. More blocks would repeat the finalization and add partial sums.
 inline int splits_for(int sm_count, int blocks_per_sm, int64_t groups, int64_t max_splits) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(int64_t{sm_count} * blocks_per_sm / groups, max_splits)));
 }
@@ -84,9 +84,9 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
   return config;
 }
 
-// inner == 1. A group is a tile of channels, `width` vectors wide; the rest of a warp lies on further rows. A tile is at most a memory
-// line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end.
-inline Config pixels_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, int sm_count) {
+// inner == 1. A group is a tile of channels, `width` vectors wide; the remaining lanes of a warp take further rows. A tile is at most a
+// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end.
+inline Config columns_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, int sm_count) {
   const int64_t vectors = ceil_div(layout.C, vector);
   int width = 1;
   while (width < max_width && width < vectors) width *= 2;

@@ -5,15 +5,15 @@
 
 namespace syncbn::cuda {
 
-// Lane i of a warp has V bits of the byte `byte` that start at bit f % 8, or none. Lanes on the same byte are 8 / V neighbours.
-// To be called by all lanes.
-template <int V>
+// Lane i of a warp has VECTOR_WIDTH bits of the byte `byte` that start at bit f % 8, or none. Lanes on the same byte are 8 / VECTOR_WIDTH
+// neighbours. Must be called by all lanes of the warp.
+template <int VECTOR_WIDTH>
 __device__ inline void store_bits(uint8_t* mask, int64_t byte, int64_t f, unsigned bits, bool valid) {
-  constexpr unsigned present = 0x100;  // tells that one of the lanes is valid
+  constexpr unsigned present = 0x100;  // set if any lane is valid
   unsigned word = valid ? bits << (f & 7) | present : 0;
 #pragma unroll
-  for (int offset = 1; offset < 8 / V; offset *= 2) word |= __shfl_xor_sync(ALL_LANES, word, offset);
-  if (word & present && threadIdx.x % (8 / V) == 0) mask[byte] = static_cast<uint8_t>(word);
+  for (int offset = 1; offset < 8 / VECTOR_WIDTH; offset *= 2) word |= __shfl_xor_sync(ALL_LANES, word, offset);
+  if (word & present && threadIdx.x % (8 / VECTOR_WIDTH) == 0) mask[byte] = static_cast<uint8_t>(word);
 }
 
 }  // namespace syncbn::cuda

@@ -13,11 +13,6 @@
 namespace syncbn::cuda {
 namespace {
 
-// old + factor * (next - old) from the nearer end: exact where the factor is 0 or 1.
-__device__ inline double moved(double old, double next, double factor) {
-  return factor < 0.5 ? old + factor * (next - old) : next - (1 - factor) * (next - old);
-}
-
 // What a channel's update of the moving statistics reads.
 struct Running {
   Bits mean, var;
@@ -31,12 +26,11 @@ __device__ Running load_running(const NormalizeArgs& args, int64_t c) {
 }
 
 __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m, const Running& old, int64_t c) {
-  const int64_t tracked = old.tracked > 0 ? old.tracked : 0;
-  const double count = old.count, factor = args.cumulative ? 1.0 / static_cast<double>(tracked + 1) : args.momentum;
+  const double count = old.count, factor = running_factor(args.cumulative, old.tracked, args.momentum);
   if (!(count > 0) || factor == 0) return;
-  const double var = args.unbiased ? m.var * count / (count > 2 ? count - 1 : 1) : m.var;
+  const double var = args.unbiased ? m.var * unbiased_factor(count) : m.var;
   const double old_mean = to_double(args.running_mean.dtype, old.mean), old_var = to_double(args.running_var.dtype, old.var);
-  if (args.running_mean.data) write(args.running_mean, c, moved(old_mean, m.shift + m.offset, factor));
+  if (args.running_mean.data) write(args.running_mean, c, moved(old_mean, m.mean(), factor));
   if (args.running_var.data) write(args.running_var, c, moved(old_var, var, factor));
 }
 
@@ -55,19 +49,19 @@ template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     normalize_kernel(const NormalizeArgs args, const Config config, const Workspace workspace) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int N = Walk::channels;
+  constexpr int CHANNELS = Walk::channels;
   const auto* x = static_cast<const scalar_t*>(args.x);
   const auto* residual = static_cast<const scalar_t*>(args.residual);
   auto* y = static_cast<scalar_t*>(args.y);
   const int64_t C = args.layout.C;
   const Walk walk(args.layout, config);
 
-  // Where threads share a byte of the mask, one of them needs the parameters of the 7 channels behind its own.
-  constexpr int behind = Walk::shares_bytes ? 7 : 0;
-  SHARED(Affine<acc_t>, table, Walk::max_columns + behind);
-  const int t = threadIdx.x, columns = config.width * N;
+  // If threads share a byte of the mask, the thread that writes it needs the parameters of the next 7 channels.
+  constexpr int following = Walk::shares_bytes ? 7 : 0;
+  SHARED(Affine<acc_t>, table, Walk::max_columns + following);
+  const int t = threadIdx.x, columns = config.width * CHANNELS;
   const int64_t channel = walk.first_channel() + t;
-  const bool owns_channel = t < columns + behind && channel < C, updates = owns_channel && walk.split == 0 && t < columns;
+  const bool owns_channel = t < columns + following && channel < C, updates = owns_channel && walk.split == 0 && t < columns;
   walk.first([&](auto step) {
     prefetch(x, step);
     if (residual) prefetch(residual, step);
@@ -79,7 +73,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
     const Channel loaded = load_channel(args, channel);
     if (updates) running = load_running(args, channel);
     moments = finalize(loaded, args.stats.eps);
-    table[t] = make_affine<acc_t>(moments, loaded, args);
+    table[t] = make_affine<acc_t>(affine_parameters<acc_t>(moments, loaded, args));
   }
   __syncthreads();
   // After the barrier: the other warps already load x.
@@ -87,41 +81,41 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (updates) update_running_stats(args, moments, running, channel);
   if (updates && t == 0 && args.num_batches_tracked) count_batch(args, walk, workspace, running.count);
 
-  Affine<acc_t> affine[N];
+  Affine<acc_t> affine[CHANNELS];
 #pragma unroll
-  for (int j = 0; j < N; ++j) affine[j] = table[walk.column() + j];
+  for (int j = 0; j < CHANNELS; ++j) affine[j] = table[walk.column() + j];
   const acc_t negative_slope = static_cast<acc_t>(args.negative_slope);
 
   walk.each([&](auto step) {
-    constexpr int W = decltype(step)::vector, U = decltype(step)::unroll;
-    Vec<scalar_t, W> in[U], add[U];
+    constexpr int STEP_WIDTH = decltype(step)::vector, UNROLL = decltype(step)::unroll;
+    Vec<scalar_t, STEP_WIDTH> in[UNROLL], add[UNROLL];
     load(in, x, step);
     if (residual) load(add, residual, step);
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+    for (int u = 0; u < UNROLL; ++u) {
       unsigned bits = 0;
       if (u < step.count) {
-        acc_t z[W];
+        acc_t z[STEP_WIDTH];
 #pragma unroll
-        for (int j = 0; j < W; ++j) {
-          z[j] = affine[j % N](in[u].get(j));
+        for (int j = 0; j < STEP_WIDTH; ++j) {
+          z[j] = affine[j % CHANNELS](in[u].get(j));
           if (residual) z[j] += add[u].get(j);
         }
         if (args.mask) {
 #pragma unroll
-          for (int j = 0; j < W; ++j) bits |= unsigned{positive(z[j])} << j;
+          for (int j = 0; j < STEP_WIDTH; ++j) bits |= unsigned{positive(z[j])} << j;
         }
         activate(z, args.activation, negative_slope);
-        store<W>(y + step.index(u), z);
+        store<STEP_WIDTH>(y + step.index(u), z);
       }
       if (!args.mask) continue;
       if constexpr (!Walk::shares_bytes) {
-        store_bits<W>(args.mask, step.mask_byte(u), step.index(u), bits, u < step.count);
+        store_bits<STEP_WIDTH>(args.mask, step.mask_byte(u), step.index(u), bits, u < step.count);
       } else if (u < step.count) {
-        // A byte's elements lie in other warps, even in other blocks: its first thread computes them all.
+        // A mask byte spans several warps or even blocks, so the thread that owns its first element computes the whole byte.
         const int64_t f = step.index(u), c = f - (step.row + u * step.row_stride) * C;
         if (f % 8 != 0 && c != 0) continue;
-        #pragma unroll 1
+#pragma unroll 1
         for (int j = 1; j < 8 - f % 8 && c + j < C; ++j) {
           const acc_t z = table[walk.column() + j](to_acc(x[f + j])) + to_acc(residual[f + j]);
           bits |= unsigned{positive(z)} << j;
@@ -137,9 +131,8 @@ std::array<const void*, 3> tensors(const NormalizeArgs& args) { return {args.x, 
 }  // namespace
 
 cudaError_t normalize(const NormalizeArgs& args, const Target& target) {
-  return launch<NormalizePlan>(args, target, tensors(args), args.mask, [](auto value, auto walk) {
-    return normalize_kernel<decltype(value), typename decltype(walk)::type>;
-  });
+  return launch<NormalizePlan>(args, target, tensors(args), args.mask,
+                               [](auto value, auto walk) { return normalize_kernel<decltype(value), typename decltype(walk)::type>; });
 }
 
 bool uses_workspace(const NormalizeArgs& args, int) { return args.num_batches_tracked && args.cumulative; }

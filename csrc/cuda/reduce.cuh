@@ -28,26 +28,26 @@ inline Workspace workspace(const Target& target) {
           reinterpret_cast<Pair*>(static_cast<char*>(target.workspace) + counter_bytes(target.sm_count))};
 }
 
-// S sums of a thread become its N: where all are of one channel, one.
-template <int N, int S, typename T>
-__device__ void fold(T (&sums)[S]) {
+// SUMS sums of a thread become its CHANNELS: where all are of one channel, one.
+template <int CHANNELS, int SUMS, typename T>
+__device__ void fold(T (&sums)[SUMS]) {
 #pragma unroll
-  for (int j = N; j < S; ++j) sums[j % N] += sums[j];
+  for (int j = CHANNELS; j < SUMS; ++j) sums[j % CHANNELS] += sums[j];
 }
 
-// The first N values are joined, each over the lanes of a warp that lie on the same columns: lanes that differ by a multiple of `width`.
-// The N shuffles of one offset are independent of each other, so they share one latency.
-template <int N, typename T, int S, class Join>
-__device__ void warp_join(T (&values)[S], int width, Join&& join) {
+// The first CHANNELS values are joined, each over the lanes of a warp that share columns: lanes that differ by a multiple of
+// `width`. The CHANNELS shuffles of one offset are independent of each other, so they share one latency.
+template <int CHANNELS, typename T, int SUMS, class Join>
+__device__ void warp_join(T (&values)[SUMS], int width, Join&& join) {
   for (int offset = width; offset < WARP; offset *= 2) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) values[j] = join(values[j], __shfl_xor_sync(ALL_LANES, values[j], offset));
+    for (int j = 0; j < CHANNELS; ++j) values[j] = join(values[j], __shfl_xor_sync(ALL_LANES, values[j], offset));
   }
 }
 
-template <int N, typename T, int S>
-__device__ void warp_sums(T (&values)[S], int width) {
-  warp_join<N>(values, width, [](T a, T b) { return a + b; });
+template <int CHANNELS, typename T, int SUMS>
+__device__ void warp_sums(T (&values)[SUMS], int width) {
+  warp_join<CHANNELS>(values, width, [](T a, T b) { return a + b; });
 }
 
 template <typename T>
@@ -57,19 +57,19 @@ __device__ T warp_sum(T value, int width) {
   return values[0];
 }
 
-// Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of N columns in `lane_sums`.
-template <int N>
-__device__ Pair block_sum(const Pair (&lane_sums)[N], int width) {
-  DYNAMIC_SHARED(Pair, sums);  // [warps, N, width + 1]: in no bank do two lanes meet that write, nor two that read
+// Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of CHANNELS columns in `lane_sums`.
+template <int CHANNELS>
+__device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
+  DYNAMIC_SHARED(Pair, sums);  // [warps, CHANNELS, width + 1]: in no bank do two lanes meet that write, nor two that read
   const int stride = width + 1, t = threadIdx.x, lane = t % WARP;
   if (lane < width) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) sums[(t / WARP * N + j) * stride + lane] = lane_sums[j];
+    for (int j = 0; j < CHANNELS; ++j) sums[(t / WARP * CHANNELS + j) * stride + lane] = lane_sums[j];
   }
   __syncthreads();
   Pair total{0, 0};
-  if (t < width * N) {
-    for (int w = 0; w < blockDim.x / WARP; ++w) total.add(sums[(w * N + t % N) * stride + t / N]);
+  if (t < width * CHANNELS) {
+    for (int w = 0; w < blockDim.x / WARP; ++w) total.add(sums[(w * CHANNELS + t % CHANNELS) * stride + t / CHANNELS]);
   }
   return total;
 }

@@ -1,4 +1,4 @@
-// Types: what x is stored in (scalar_t), what it is computed in (acc_t), and 16 bytes of it (Vec).
+// Types: scalar_t, in which x is stored; acc_t, in which the kernels compute; and Vec, 16 bytes of x.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,41 +30,41 @@ __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
-// N neighbours in memory, moved by one instruction.
-template <typename scalar_t, int N>
-struct alignas(sizeof(scalar_t) * N) Vec {
-  scalar_t at[N];
+// WIDTH neighbours in memory, moved by one instruction.
+template <typename scalar_t, int WIDTH>
+struct alignas(sizeof(scalar_t) * WIDTH) Vec {
+  scalar_t at[WIDTH];
 
   __device__ acc_type<scalar_t> get(int j) const { return to_acc(at[j]); }
 };
 
 // A bfloat16 is the upper half of a float: kept as pairs, 8 of them take 4 registers, not 8.
-template <int N>
-struct alignas(2 * N) BfloatPairs {
-  unsigned at[N / 2];
+template <int WIDTH>
+struct alignas(2 * WIDTH) BfloatPairs {
+  unsigned at[WIDTH / 2];
 
   __device__ float get(int j) const { return __uint_as_float(j % 2 ? at[j / 2] & 0xffff0000u : at[j / 2] << 16); }
 };
 template <>
 struct Vec<__nv_bfloat16, 8> : BfloatPairs<8> {};
 
-template <int N, typename scalar_t>
-__device__ inline Vec<scalar_t, N> load(const scalar_t* p) {
-  return *reinterpret_cast<const Vec<scalar_t, N>*>(p);
+template <int WIDTH, typename scalar_t>
+__device__ inline Vec<scalar_t, WIDTH> load(const scalar_t* p) {
+  return *reinterpret_cast<const Vec<scalar_t, WIDTH>*>(p);
 }
 
-template <int N, typename scalar_t>
-__device__ inline void store(scalar_t* p, const acc_type<scalar_t> (&values)[N]) {
-  if constexpr (N == 1) {
+template <int WIDTH, typename scalar_t>
+__device__ inline void store(scalar_t* p, const acc_type<scalar_t> (&values)[WIDTH]) {
+  if constexpr (WIDTH == 1) {
     *p = from_acc<scalar_t>(values[0]);
   } else {
-    scalar_t out[N];
+    scalar_t out[WIDTH];
 #pragma unroll
-    for (int j = 0; j < N; ++j) out[j] = from_acc<scalar_t>(values[j]);
+    for (int j = 0; j < WIDTH; ++j) out[j] = from_acc<scalar_t>(values[j]);
     uint4 bits;
     static_assert(sizeof(out) == sizeof(bits));
     memcpy(&bits, out, sizeof(bits));
-    __stcg(reinterpret_cast<uint4*>(p), bits);  // a plain assignment may be compiled as four stores; nothing here reads it again
+    __stcg(reinterpret_cast<uint4*>(p), bits);  // guarantees one 16-byte store; the data is not reread, so cache it in L2 only
   }
 }
 
@@ -73,7 +73,7 @@ constexpr int VECTOR = 16 / sizeof(scalar_t);
 
 // Runs f with a value of the type that `dtype` names: the one switch over the types of x.
 template <typename F>
-cudaError_t dispatch(DType dtype, F&& f) {
+cudaError_t with_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::float32: return f(float());
     case DType::float16: return f(__half());
@@ -89,7 +89,7 @@ struct Bits {
   uint64_t word;
 };
 
-// Per-channel vectors are read and written once per channel and block: their type is a run-time matter. An absent one has no bits.
+// Per-channel vectors are read and written once per channel and block: so their dtype is resolved at run time. An absent one has no bits.
 __device__ inline Bits load_bits(const ChannelVector& v, int64_t c) {
   if (!v.data) return {0};
   c *= v.stride;

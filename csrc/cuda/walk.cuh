@@ -1,10 +1,23 @@
 // Which thread works on which elements of [outer, C, inner]. The two classes are all that differs between the layouts.
 //
-// each() hands its body one Step after the other, first() only the first run's: up to `unroll` vectors of `vector` neighbours in memory, whose loads are
-// independent. All threads of a warp take the same steps, so a body may use warp primitives. Of a vector's elements, all belong
-// to one channel (channels == 1, Planes), or each to its own (channels == vector, Pixels).
+//   Planes, inner > 1: memory is a row of planes                   Columns, inner == 1: memory is rows of channels
 //
-// A reversed walk starts where a forward one ended, so that its first reads hit what the previous kernel left in L2.
+//     sample 0      sample 1      sample 2                                      channels ->
+//     |ch 0|ch 1|.. |ch 0|ch 1|.. |ch 0|ch 1|..                        row 0  |ccccWWWWcccc
+//      ^^^^          ^^^^          ^^^^                                row 1  |ccccWWWWcccc     WWWW: a tile of `width` vectors, the
+//      the planes of one channel: one group of blocks                  row 2  |ccccWWWWcccc     channels of one group of blocks
+//                                                                        ...
+//     a plane:  eeVVVVVVVVVVVVVVVVVVVVeee                              a lane stays on its vector of channels and takes every
+//     a warp's run: vectors VVV that begin at multiples of 8           `rows`-th row, so it has a sum for each element of the vector
+//     elements, then the edges ee, element by element
+//
+//   group   the channels that a block works on         run    what a warp (Planes) or a block (Columns) takes at a time
+//   split   a block's number among those of its group  step   the loads of a run that a thread issues before it uses the first
+//
+// each() hands its body one Step after the other, first() only the first run's: up to `unroll` vectors of `vector` neighbours in memory,
+// whose loads are independent. All lanes of a warp execute the same steps, so the body may use warp primitives. The elements of a vector
+// either all belong to one channel (channels == 1, Planes), or each to its own (channels == vector, Columns).
+// A reversed walk starts where a forward one ended, so that its first reads hit the elements that the previous kernel left in L2.
 #pragma once
 
 #include <array>
@@ -16,9 +29,9 @@
 
 namespace syncbn::cuda {
 
-template <int V, int U>
+template <int VECTOR_WIDTH, int UNROLL>
 struct Step {
-  static constexpr int vector = V, unroll = U;
+  static constexpr int vector = VECTOR_WIDTH, unroll = UNROLL;
   int64_t first, stride;    // index of the first vector; from one to the next
   int64_t row, row_stride;  // row of the bit mask; from one vector to the next
   int count;                // how many of the `unroll` vectors there are: the first ones
@@ -28,21 +41,21 @@ struct Step {
 };
 
 // Loads the vectors of a step, all independent of each other.
-template <typename scalar_t, int W, int U>
-__device__ inline void load(Vec<scalar_t, W> (&to)[U], const scalar_t* from, const Step<W, U>& step) {
+template <typename scalar_t, int STEP_WIDTH, int UNROLL>
+__device__ inline void load(Vec<scalar_t, STEP_WIDTH> (&to)[UNROLL], const scalar_t* from, const Step<STEP_WIDTH, UNROLL>& step) {
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
-    if (u < step.count) to[u] = load<W>(from + step.index(u));
+  for (int u = 0; u < UNROLL; ++u) {
+    if (u < step.count) to[u] = load<STEP_WIDTH>(from + step.index(u));
   }
 }
 
 // Asks for the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Elements at the
-// edges of planes lie on the same lines.
-template <typename scalar_t, int W, int U>
-__device__ inline void prefetch(const scalar_t* from, const Step<W, U>& step) {
-  if (W == 1) return;
+// edges of planes are in the same lines.
+template <typename scalar_t, int STEP_WIDTH, int UNROLL>
+__device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNROLL>& step) {
+  if (STEP_WIDTH == 1) return;
 #pragma unroll
-  for (int u = 0; u < U; ++u) {
+  for (int u = 0; u < UNROLL; ++u) {
     if (u < step.count) PREFETCH(from + step.index(u));
   }
 }
@@ -65,17 +78,17 @@ struct Walk {
 };
 
 // inner > 1: a block has one channel. A warp takes a piece of a plane in one step or, if a plane is at most a vector for each lane, the
-// planes of several samples, whose edges then share steps, too. Pieces begin and end at multiples of 8 elements, which is the alignment of every vector and a byte of the mask; the edge of a plane
-// is what it has before its first such multiple and after its last.
-template <int V, int U, int B, bool reversed>
+// planes of several samples, whose edges then share steps, too. Pieces begin and end at multiples of 8 elements, which is the alignment of
+// every vector and a byte of the mask; the edges of a plane are its elements before its first such multiple and after its last.
+template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
-  static constexpr int vector = V, channels = 1, max_columns = 1, unroll = U, blocks_per_sm = B;
+  static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
-  static constexpr bool shares_bytes = false;  // of the mask, with threads that are not its neighbours
-  // Sums that a thread keeps: independent ones, for the latency of an addition; fewer where vectors take more registers.
-  static constexpr int sums = V == 8 ? 2 : V < 4 ? V : 4;
+  static constexpr bool shares_bytes = false;  // whether a mask byte is shared with threads outside its own neighbourhood
+  // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
+  static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
 
-  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, V, U, B, sm_count); }
+  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, VECTOR_WIDTH, UNROLL, BLOCKS, sm_count); }
 
   __device__ Planes(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
 
@@ -95,8 +108,8 @@ struct Planes : Walk {
     if (first_run() < config.runs) run(first_run(), body);
   }
 
-  // One vector for each lane, or none, from all over what the warp walks; two neighbours in a run, for they share a sector of memory.
-  __device__ Step<V, 1> spread() const {
+  // At most one vector for each lane, spread over all that the warp walks; two neighbours in a run, because they share a sector of memory.
+  __device__ Step<VECTOR_WIDTH, 1> spread() const {
     int64_t runs_each = config.runs_each;
     FORGET(runs_each);  // or all that follows would be computed outside the body's loop, and kept in registers
     const int64_t i = first_run() + run_stride() * spread_over(runs_each, threadIdx.x % WARP / 2, WARP / 2);
@@ -106,7 +119,7 @@ struct Planes : Walk {
   }
 
  private:
-  static constexpr int E = U < 2 ? U : 2;  // vectors of one element in a step of edges
+  static constexpr int EDGE_UNROLL = UNROLL < 2 ? UNROLL : 2;  // vectors of one element in a step of edges
 
   // A run: a piece of a plane, or the planes of several samples, from each to the next config.sample_stride elements.
   struct Run {
@@ -120,7 +133,7 @@ struct Planes : Walk {
 
   __device__ Run run_at(int64_t i) const {
     const int64_t index = reversed ? config.runs - 1 - i : i;
-    // Where planes are cut at all, 2^32 runs would be more than 2^38 elements.
+    // 32 bits suffice: if planes are split, 2^32 runs would mean more than 2^38 elements.
     const int64_t o = config.pieces == 1 ? index * config.samples : static_cast<uint32_t>(index) / static_cast<uint32_t>(config.pieces);
     const int piece = config.pieces == 1 ? 0 : static_cast<int>(index - o * config.pieces);
     const int64_t row = o * layout.C + group, plane = row * layout.inner;
@@ -139,46 +152,49 @@ struct Planes : Walk {
     edges(run_at(i), body);
   }
 
-  __device__ Step<V, U> vectors_of(const Run& run) const {
-    const int lane = threadIdx.x % WARP, sample = lane >> config.lane_bits, at = (lane & ((1 << config.lane_bits) - 1)) * V;
+  __device__ Step<VECTOR_WIDTH, UNROLL> vectors_of(const Run& run) const {
+    const int lane = threadIdx.x % WARP, sample = lane >> config.lane_bits, at = (lane & ((1 << config.lane_bits) - 1)) * VECTOR_WIDTH;
     int count = 0;
 #pragma unroll
-    for (int u = 0; u < U; ++u) count += sample + u * config.samples_apart < run.samples && at + u * config.along < run.body_length();
+    for (int u = 0; u < UNROLL; ++u) count += sample + u * config.samples_apart < run.samples && at + u * config.along < run.body_length();
     return {run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride, count};
   }
 
-  // Of 16 lanes 0 to 7 lie on the byte of the mask before the vectors, 8 to 15 on the one after them; the other 16 on the next sample.
+  // Of 16 lanes, 0 to 7 take the mask byte before the vectors and 8 to 15 the one after them; the other 16 take the next sample's.
   template <class Body>
   __device__ void edges(const Run& run, Body&& body) const {
     const int lane = threadIdx.x % WARP, at = lane % 16, edge = at < 8 ? at - 8 : run.body_length() + at - 8;
     const int before_end = layout.inner < 8 ? static_cast<int>(layout.inner) - run.head : 1;  // all of such a plane may lie in one byte
     const bool on_edge = at < 8 ? edge >= -run.head && edge < before_end : edge < run.length;
-    for (int begin = 0; begin < run.samples; begin += 2 * E) {
+    for (int begin = 0; begin < run.samples; begin += 2 * EDGE_UNROLL) {
       const int sample = begin + lane / 16;
       int count = 0;
 #pragma unroll
-      for (int u = 0; u < E; ++u) count += on_edge && sample + 2 * u < run.samples;
-      body(Step<1, E>{run.first + sample * config.sample_stride + edge, 2 * config.sample_stride, run.row + sample * layout.C, 2 * layout.C,
-                      count});
+      for (int u = 0; u < EDGE_UNROLL; ++u) count += on_edge && sample + 2 * u < run.samples;
+      const int64_t first = run.first + sample * config.sample_stride + edge, row = run.row + sample * layout.C;
+      body(Step<1, EDGE_UNROLL>{first, 2 * config.sample_stride, row, 2 * layout.C, count});
     }
   }
 };
 
 // inner == 1: a thread owns neighbouring channels and walks along the rows.
-template <int V, int U, int B, int max_width, bool reversed>
-struct Pixels : Walk {
-  static constexpr int vector = V, channels = V, max_columns = max_width * V, unroll = U, blocks_per_sm = B;
-  static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, max_width, V);
+template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, int max_width, bool reversed>
+struct Columns : Walk {
+  static constexpr int vector = VECTOR_WIDTH, channels = VECTOR_WIDTH, max_columns = max_width * VECTOR_WIDTH, unroll = UNROLL,
+                       blocks_per_sm = BLOCKS;
+  static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, max_width, VECTOR_WIDTH);
   static_assert(max_width <= 8 && (max_width & (max_width - 1)) == 0, "a tile is at most a memory line, and divides a warp");
-  static constexpr bool shares_bytes = V == 1;
-  static constexpr int sums = V;
+  static constexpr bool shares_bytes = VECTOR_WIDTH == 1;
+  static constexpr int sums = VECTOR_WIDTH;
 
-  static Config make_config(const Layout& layout, int sm_count) { return pixels_config(layout, V, U, max_width, B, sm_count); }
+  static Config make_config(const Layout& layout, int sm_count) {
+    return columns_config(layout, VECTOR_WIDTH, UNROLL, max_width, BLOCKS, sm_count);
+  }
 
-  __device__ Pixels(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
+  __device__ Columns(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
 
-  __device__ int64_t first_channel() const { return int64_t{group} * config.width * V; }
-  __device__ int column() const { return threadIdx.x % config.width * V; }
+  __device__ int64_t first_channel() const { return int64_t{group} * config.width * VECTOR_WIDTH; }
+  __device__ int column() const { return threadIdx.x % config.width * VECTOR_WIDTH; }
 
   template <class Body>
   __device__ void each(Body&& body) const {
@@ -190,11 +206,11 @@ struct Pixels : Walk {
     if (split < config.runs) run(split, body);
   }
 
-  // One vector for each lane, or none, from all over what the block walks; the lanes of a row together.
-  __device__ Step<V, 1> spread() const {
+  // At most one vector for each lane, spread over all that the block walks; the lanes of a row stay together.
+  __device__ Step<VECTOR_WIDTH, 1> spread() const {
     const int row_of_warp = threadIdx.x % WARP / config.width, rows = blockDim.x / config.width;
     const int64_t i = split + int64_t{config.splits} * spread_over(config.runs_each, row_of_warp, WARP / config.width);
-    const int64_t row = i * rows * U + threadIdx.x / config.width, channel = first_channel() + column();
+    const int64_t row = i * rows * UNROLL + threadIdx.x / config.width, channel = first_channel() + column();
     return {row * layout.C + channel, 0, row, 0, channel < layout.C && row < layout.outer};
   }
 
@@ -203,11 +219,11 @@ struct Pixels : Walk {
   __device__ void run(int64_t i, Body&& body) const {
     const int rows = blockDim.x / config.width;
     const int64_t channel = first_channel() + column();
-    const int64_t row = (reversed ? config.runs - 1 - i : i) * rows * U + threadIdx.x / config.width;
+    const int64_t row = (reversed ? config.runs - 1 - i : i) * rows * UNROLL + threadIdx.x / config.width;
     int count = 0;  // by comparisons: the loads would wait for a division of 64 bits
 #pragma unroll
-    for (int u = 0; u < U; ++u) count += channel < layout.C && row + u * rows < layout.outer;
-    body(Step<V, U>{row * layout.C + channel, rows * layout.C, row, rows, count});
+    for (int u = 0; u < UNROLL; ++u) count += channel < layout.C && row + u * rows < layout.outer;
+    body(Step<VECTOR_WIDTH, UNROLL>{row * layout.C + channel, rows * layout.C, row, rows, count});
   }
 };
 
@@ -216,25 +232,25 @@ struct Type {
   using type = T;
 };
 
-template <int V, class Plan>
-using PlanesOf = Planes<V, Plan::planes_unroll, Plan::planes_blocks, Plan::reversed>;
-template <int V, class Plan>
-using PixelsOf = Pixels<V, Plan::pixels_unroll, Plan::pixels_blocks, Plan::pixels_width, Plan::reversed>;
+template <int VECTOR_WIDTH, class Plan>
+using PlanesOf = Planes<VECTOR_WIDTH, Plan::planes_unroll, Plan::planes_blocks, Plan::reversed>;
+template <int VECTOR_WIDTH, class Plan>
+using ColumnsOf = Columns<VECTOR_WIDTH, Plan::columns_unroll, Plan::columns_blocks, Plan::columns_width, Plan::reversed>;
 
 // Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and if inner is 1, rows of whole vectors,
 // or with a mask of whole bytes of it. Everything else (a view with an offset, 3 channels) is walked element by element.
-template <int V, class Plan, size_t n, class F>
+template <int VECTOR_WIDTH, class Plan, size_t n, class F>
 cudaError_t with_walk(const Layout& layout, const std::array<const void*, n>& tensors, const void* mask, F&& f) {
   bool aligned = true;
   for (const void* p : tensors) aligned = aligned && reinterpret_cast<uintptr_t>(p) % 16 == 0;
-  if (layout.inner != 1) return aligned ? f(Type<PlanesOf<V, Plan>>()) : f(Type<PlanesOf<1, Plan>>());
-  return aligned && layout.C % (mask ? 8 : V) == 0 ? f(Type<PixelsOf<V, Plan>>()) : f(Type<PixelsOf<1, Plan>>());
+  if (layout.inner != 1) return aligned ? f(Type<PlanesOf<VECTOR_WIDTH, Plan>>()) : f(Type<PlanesOf<1, Plan>>());
+  return aligned && layout.C % (mask ? 8 : VECTOR_WIDTH) == 0 ? f(Type<ColumnsOf<VECTOR_WIDTH, Plan>>()) : f(Type<ColumnsOf<1, Plan>>());
 }
 
 // Runs f(a value of the type of x, the Type of the walk, the launch configuration) for an op's arguments.
 template <template <int> class PlanFor, class Args, size_t n, class F>
 cudaError_t with_config(const Args& args, int sm_count, const std::array<const void*, n>& tensors, const void* mask, F&& f) {
-  return dispatch(args.dtype, [&](auto value) {
+  return with_dtype(args.dtype, [&](auto value) {
     using Plan = PlanFor<sizeof(value)>;
     return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, mask, [&](auto type) {
       using Walk = typename decltype(type)::type;

@@ -20,9 +20,8 @@
 
 #define SHARED(type, name, n) type* const name = static_cast<type*>(emulation::shared(EMULATION_SITE, sizeof(type) * (n)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulation::dynamic_shared())
-#define LAUNCH(kernel, config, stream, ...)                                           \
-  emulation::launch((config).groups * (config).splits, (config).threads, (config).shared_bytes, \
-                    [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, config, stream, ...) \
+  emulation::launch((config).groups*(config).splits, (config).threads, (config).shared_bytes, [&] { kernel(__VA_ARGS__); })
 #define FORGET(value) (void)(value)
 #define PREFETCH(address) (void)(address)
 

@@ -21,7 +21,9 @@ void kernel(int fault, float* out) {
     case 2:
       if (t % 2) return __syncthreads();
       break;
-    case 3: if (t < 40) __any_sync(0xffffffffu, true); break;
+    case 3:
+      if (t < 40) __any_sync(0xffffffffu, true);
+      break;
     case 4: __any_sync(0xffffu, true); break;
     case 5: values[16] = 1; break;
     case 6: more[-1] = 1; break;

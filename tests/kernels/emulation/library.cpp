@@ -45,5 +45,4 @@ const char* emulate_backward_reduce(const BackwardReduceArgs* args, int sm_count
 const char* emulate_backward_input(const BackwardInputArgs* args, int sm_count, uint64_t seed) {
   return run(backward_input, *args, sm_count, seed);
 }
-
 }

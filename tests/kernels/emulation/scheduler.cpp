@@ -1,12 +1,12 @@
 // Runs a grid: takes blocks in random order, a few at a time, and runs a random runnable fiber. After most barriers
 // one thread of the block is late: it goes on when no other thread of any block can.
+#include <ucontext.h>
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
 #include <memory>
 #include <random>
 #include <string>
-#include <ucontext.h>
 #include <vector>
 
 #include "cuda_emulation.h"
@@ -156,9 +156,9 @@ std::string stuck(int threads) {
     if (blocks[slot].left == 0) continue;
     int count[5] = {};
     for (int t = 0; t < threads; ++t) ++count[fibers[slot * MAX_THREADS + t].state];
-    message += " in block " + std::to_string(blocks[slot].index) + " " + std::to_string(count[AT_BARRIER]) + " threads wait at the barrier " +
-               blocks[slot].barrier.site + ", " + std::to_string(count[IN_WARP]) + " in a warp operation, " + std::to_string(count[DONE]) +
-               " have left;";
+    message += " in block " + std::to_string(blocks[slot].index) + " " + std::to_string(count[AT_BARRIER]) +
+               " threads wait at the barrier " + blocks[slot].barrier.site + ", " + std::to_string(count[IN_WARP]) +
+               " in a warp operation, " + std::to_string(count[DONE]) + " have left;";
   }
   return message;
 }

@@ -24,7 +24,7 @@ NAMES = {"StatsPlan": True, "NormalizePlan": False, "BackwardReducePlan": True, 
 HEADER = "#pragma once\n#define SYNCBN_PLANS\nnamespace syncbn::cuda {{\n{plans}}}\n"
 PLAN = """template <int bytes>
 struct {name} {{
-  static constexpr int planes_blocks = {0}, planes_unroll = {1}, pixels_blocks = {2}, pixels_unroll = {3}, pixels_width = {4};
+  static constexpr int planes_blocks = {0}, planes_unroll = {1}, columns_blocks = {2}, columns_unroll = {3}, columns_width = {4};
   static constexpr bool reversed = {reversed}, sums = {sums};
 }};
 """

@@ -88,6 +88,5 @@ const char* emulate_ptx(const char* name, void* parameter) {
   emulation::launch(1, 32, 0, [&] { definitions().at(name).kernel(parameters); });
   return emulation::error().empty() ? nullptr : emulation::error().c_str();
 }
-
 }
 }  // namespace cudart
