@@ -112,7 +112,7 @@ struct Input {
 
   Tensor new_empty(int64_t numel, int32_t dtype) const { return empty<Device>(x, numel, dtype); }
   Tensor new_like(const Tensor& t) const { return empty<Device>(x, t.dim(), t.sizes().data(), t.strides().data(), dtype_code(t)); }
-  // Contiguous, for t may be a view whose elements share memory.
+  // Contiguous, because t may be a view whose elements share memory.
   Tensor new_vector(const OptionalTensor& t) const { return t ? new_empty(layout.C, dtype_code(*t)) : nothing(); }
   Tensor nothing() const { return new_empty(0, dtype_code(x)); }
 

@@ -31,7 +31,7 @@ NOINLINE Pack<double> exp(Pack<double> x) {
   return x;
 }
 
-// 0 where exp(-z) would overflow: otherwise a tiny nonzero sigmoid times a huge z would not be negligible.
+// 0 if exp(-z) would overflow: otherwise a tiny nonzero sigmoid times a huge z would not be negligible.
 template <typename T>
 INLINE Pack<T> sigmoid(Pack<T> z) {
   Pack<T> s = Pack<T>(1) / (Pack<T>(1) + exp(Pack<T>(0) - z));
@@ -100,7 +100,7 @@ class ActivationGradient {
   }
 };
 
-// Calls f with the Gradient specialized for the activation, residual and mask.
+// Calls f with the ActivationGradient specialized for the activation, residual and mask.
 template <typename scalar_t, class Args, typename F>
 void with_gradient(const Args& args, F f) {
   switch (args.activation) {

@@ -1,7 +1,7 @@
 // backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n), and dz if there is a residual that needs it.
 //
-// dx is dz SCALE - (x - HI) OF_X + OFFSET, three numbers that are computed once for each channel, in float64. Backwards over memory:
-// what backward_reduce() read last is still in the cache.
+// dx is dz SCALE - (x - HI) OF_X + OFFSET, three parameters that are computed once for each channel, in float64. Runs from the end of
+// memory, because backward_reduce() left that part in cache.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"

@@ -89,7 +89,7 @@ class Output {
   }
 };
 
-// outputs[k] = f(element, lanes, coefficients, place).v[k] for all packs, in parallel, from the end towards the start.
+// outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in parallel, from the end towards the start.
 //
 // Packs cross plane and row boundaries, so stores to an aligned output stay aligned and non-temporal stores fill whole lines.
 // If a line is several packs, they are written consecutively: alternating between two outputs would flush half-filled lines.
@@ -157,7 +157,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
         e = map_until(e, next, min(next, end), [=](int64_t) INLINED { return p; }, position_at);
         c = c + 1 < C ? c + 1 : 0;
         if (e >= min(next, end)) continue;
-        Partial rest{int(end - e)};  // shorter than a pack only where everything ends, in the last plane
+        Partial rest{int(end - e)};  // shorter than a pack only at the very end, in the last plane
         if (rest.last < PACK) return to.write(e, map(e, rest, p, position_at(e)), rest);
         Out packs[] = {map(e, Whole{}, join(int(next - e), p, values.splat(c)), position_at(e))};
         to.write(e, packs);
@@ -167,7 +167,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
   });
 }
 
-// What a pack of columns takes: numbers of its channels, and its position in the mask, a Place or a Row.
+// The inputs of a pack of columns: the parameters of its channels, and its position in the mask, a MaskPosition or a Row.
 template <typename acc_t, int K, typename Where>
 struct Column {
   Packs<acc_t, K> p;

@@ -13,7 +13,7 @@ INLINE bool whole_bytes(Layout layout) {
 INLINE bool by_columns(Layout layout, bool masked) {
   if (layout.inner == 1) return true;
   bool pays = layout.inner < MIN_MAP_PLANE || (layout.inner < MIN_SUM_PLANE && layout.outer >= MIN_SUM_ROWS);
-  bool narrow = layout.C * layout.inner < int64_t{1} << 32;  // for places in the mask in 32 bits
+  bool narrow = layout.C * layout.inner < int64_t{1} << 32;  // positions in the mask then fit 32 bits
   return pays && (!masked || (whole_bytes(layout) && narrow));
 }
 

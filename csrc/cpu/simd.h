@@ -188,7 +188,7 @@ INLINE Pack<T> select(uint32_t bits, Pack<T> a, Pack<T> b) {
 #endif
 }
 
-// a where z is not <= 0, else b.
+// a if z is not <= 0, else b.
 template <typename T>
 INLINE Pack<T> select_positive(Pack<T> z, Pack<T> a, Pack<T> b) {
   return Pack<T>::map([&](int r) { return z.v[r] <= 0 ? b.v[r] : a.v[r]; });

@@ -1,9 +1,9 @@
 // stats: shift, sum and sum of squares about it for each channel, float64, one read of x.
 //
-// Each chunk has a K of its own, the mean of values from all over it: a single one could be an outlier, the first ones padding. It is
-// summed about K in acc_t; then, in float64 and with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Raw squares would
-// cancel where mean >> std. Chunks are added up about the channel's first value, and brought to a shift of 0 at the end if that is
-// wanted: about 0, each addition would round (mean/std)² as much away.
+// Each chunk has its own K, the mean of values spread over the chunk: a single value could be an outlier, and the first ones padding. The
+// chunk is summed about K in acc_t; then, in float64 and with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Raw squares
+// would cancel if mean >> std. Chunks are accumulated about the channel's first value, and moved to a shift of 0 at the end if the caller
+// wants that: about 0, each addition would lose (mean/std)² times as much.
 #include "columns.h"
 #include "finalize.h"
 #include "planes.h"
@@ -11,8 +11,8 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-constexpr int K_VALUES = 128;  // whose mean is K, about
-constexpr int K_ROWS = 16;     // columns where inner is 1: of them, at most
+constexpr int K_VALUES = 128;  // about this many values have the mean K
+constexpr int K_ROWS = 16;     // columns, if inner is 1: at most this many rows of them
 
 // Recovers Σx and Σx² of n values from the shifted sums s1 and s2 and adds them.
 INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
@@ -27,7 +27,7 @@ void set_origins(Layout layout, const scalar_t* x, double* origins) {
   for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
 
-// The packs of a chunk of planes that K is the mean of: a few of each `step`th plane, each from another place of it.
+// The packs of a chunk of planes whose mean is K: a few of each `step`th plane, each from another place of it.
 struct Sample {
   int64_t step, each, unit;
 

@@ -36,7 +36,7 @@ __device__ inline void activate(acc_t (&z)[WIDTH], Activation activation, acc_t 
 }
 
 // The mask's bytes of a step's vectors, 0 without a mask. They are loaded together, before any store that they could alias; gradient()
-// shifts them, for the compiler puts a shift right after its load, and all later loads would wait for it.
+// shifts them, because the compiler puts a shift right after its load, and all later loads would wait for it.
 template <int UNROLL, class Step>
 __device__ inline void load_bytes(unsigned (&bytes)[UNROLL], const uint8_t* mask, const Step& step) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, where
-// there was one before the activation.
+// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, if there was one
+// before the activation.
 //
 // Traffic: dy and x once, dx once, dz once if requested. Per channel dx is dz * scale + (x - hi) * of_x + shift, so that
 // all divisions are done in double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read
@@ -14,7 +14,7 @@
 namespace syncbn::cuda {
 namespace {
 
-// What is added to dz * scale: (x - hi) * of_x + shift.
+// The terms that are added to dz * scale: (x - hi) * of_x + shift.
 template <typename acc_t>
 struct Linear {
   acc_t of_x, shift;

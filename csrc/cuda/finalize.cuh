@@ -6,7 +6,7 @@
 
 namespace syncbn::cuda {
 
-// A channel's statistics and parameters as they lie in memory, for finalize() and make_affine().
+// A channel's statistics and parameters as loaded, for finalize() and affine_parameters().
 struct Channel {
   double shift, sum, sumsq, weight_sum;
   Bits weight, bias;
@@ -35,7 +35,7 @@ template <typename acc_t>
 struct Affine {
   acc_t hi, scale, shift;
 
-  // One fma in forward and backward alike, so that the sign of z is the same bit in both.
+  // One fma in forward and backward alike, so that both find the same sign of z.
   __device__ acc_t operator()(acc_t x) const { return fma(x - hi, scale, shift); }
 };
 

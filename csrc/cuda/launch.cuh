@@ -7,13 +7,13 @@
 
 #include "ops.h"
 
-// The five things that g++ cannot parse; tests/kernels/emulation has its own.
+// CUDA syntax that g++ cannot parse; tests/kernels/emulation defines its own versions.
 #ifdef __CUDACC__
 #define SHARED(type, name, n) __shared__ type name[n]
 #define DYNAMIC_SHARED(type, name) extern __shared__ type name[]
 #define LAUNCH(kernel, config, stream, ...) \
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
-#define FORGET(value) asm volatile("" : "+l"(value))  // the compiler takes it for another one from here on
+#define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #endif
 
@@ -54,7 +54,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // each of a vector's elements, or two for each thread.
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
-// One wave: as many blocks as are resident at once (rounded down, for one block more would be a second wave), but no block
+// One wave: as many blocks as are resident at once (rounded down, because one more block would be a second wave), but no block
 // without work. More blocks would repeat the finalization and add partial sums.
 inline int splits_for(int sm_count, int blocks_per_sm, int64_t groups, int64_t max_splits) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(int64_t{sm_count} * blocks_per_sm / groups, max_splits)));

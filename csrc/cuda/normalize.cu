@@ -1,6 +1,6 @@
 // normalize: y = activation(weight * xhat + bias + residual), and the moving statistics.
 //
-// Memory-bound: x (and residual) once, y once, one bit per element where backward needs the sign of z. The statistics are
+// Memory-bound: x (and residual) once, y once, one bit per element if backward needs the sign of z. The statistics are
 // finalized by one thread per channel and block into shared memory. Reverse order: the last x that stats() read is still in L2.
 
 #include "activation.cuh"
@@ -13,7 +13,7 @@
 namespace syncbn::cuda {
 namespace {
 
-// What a channel's update of the moving statistics reads.
+// The inputs of a channel's update of the moving statistics.
 struct Running {
   Bits mean, var;
   double count;
@@ -34,8 +34,8 @@ __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m
   if (args.running_var.data) write(args.running_var, c, moved(old_var, var, factor));
 }
 
-// By one thread of the first block of each group. With a cumulative average each of these blocks has read num_batches_tracked before it
-// is counted here, and only the last one counted may change it; otherwise no block reads it.
+// Called by one thread of the first block of each group. With a cumulative average each of these blocks arrives here after reading
+// num_batches_tracked, so the last to arrive may update it; otherwise no block reads it.
 __device__ void count_batch(const NormalizeArgs& args, const Walk& walk, const Workspace& workspace, double count) {
   bool last = walk.group == 0;
   if (args.cumulative) {

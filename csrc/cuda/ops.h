@@ -15,7 +15,7 @@ struct Target {
   cudaStream_t stream;
 };
 
-// Whether an op's blocks meet in the workspace; if not, target.workspace may be null.
+// Whether an op's blocks share sums or counters in the workspace; if not, target.workspace may be null.
 bool uses_workspace(const StatsArgs& args, int sm_count);
 bool uses_workspace(const NormalizeArgs& args, int sm_count);
 bool uses_workspace(const BackwardReduceArgs& args, int sm_count);

@@ -28,7 +28,7 @@ inline Workspace workspace(const Target& target) {
           reinterpret_cast<Pair*>(static_cast<char*>(target.workspace) + counter_bytes(target.sm_count))};
 }
 
-// SUMS sums of a thread become its CHANNELS: where all are of one channel, one.
+// Reduces a thread's SUMS sums to one for each of its channels.
 template <int CHANNELS, int SUMS, typename T>
 __device__ void fold(T (&sums)[SUMS]) {
 #pragma unroll
@@ -60,7 +60,7 @@ __device__ T warp_sum(T value, int width) {
 // Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of CHANNELS columns in `lane_sums`.
 template <int CHANNELS>
 __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
-  DYNAMIC_SHARED(Pair, sums);  // [warps, CHANNELS, width + 1]: in no bank do two lanes meet that write, nor two that read
+  DYNAMIC_SHARED(Pair, sums);  // [warps, CHANNELS, width + 1]: neither two writes nor two reads of a warp share a bank
   const int stride = width + 1, t = threadIdx.x, lane = t % WARP;
   if (lane < width) {
 #pragma unroll
@@ -78,7 +78,7 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 // Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums.
 __device__ inline Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
   const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
-  constexpr int BATCH = 8;  // loads that are under way together: the compiler moves no __ldcg() across what stands before it
+  constexpr int BATCH = 8;  // concurrent loads: the compiler moves no __ldcg() across preceding statements
   Pair row_sum{0, 0};
   for (int k = row; k < splits; k += BATCH * rows) {
     double2 loaded[BATCH];
@@ -103,8 +103,8 @@ __device__ inline Pair sum_partials(const Pair* partials, int splits, int64_t C,
   return total;
 }
 
-// True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Which block
-// is last varies, the order of the additions does not: partial sums are added by index.
+// True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Which block is last
+// varies, but partial sums are always added in index order.
 template <class Walk>
 __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspace) {
   const int splits = walk.config.splits, columns = walk.config.width * Walk::channels;

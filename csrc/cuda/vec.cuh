@@ -83,8 +83,8 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// A channel's value as it lies in memory. A kernel loads all that it needs of a channel before it converts the first: converted where
-// they are loaded, each would wait for the one before it.
+// A channel's value as its bits in memory. A kernel loads all that it needs of a channel before it converts the first: if each were
+// converted as it is loaded, it would wait for the one before it.
 struct Bits {
   uint64_t word;
 };
