@@ -7,7 +7,7 @@ from .checkpoint import checkpoint_contexts
 from .comm.agreement import RankMismatchError
 from .comm.groups import new_group
 from .comm.rendezvous import init_process_group
-from .function import sync_batch_norm
+from .functional import sync_batch_norm
 from .join import join
 from .keras import SyncBatchNormalization
 from .modules import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d

@@ -1,6 +1,7 @@
-"""What a caller may give the functions: checked once, before any collective, so that what is refused is refused by no rank alone.
+"""What a caller may give the functions. Checked before any exchange, so that no rank waits for one that has refused its arguments.
 
-`layer` is how an error begins: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`."""
+Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +29,49 @@ def check(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
 ) -> None:
+    """Raises unless the tensors fit each other: input and residual [N, C, *], the others [C], num_batches_tracked int64.
+
+    Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
+    Instead the usual case, in which everything fits, is recognized with few questions; only if it is not, `_refuse` looks for the error.
+
+    Raises:
+        TypeError: the input is not of a floating-point dtype.
+        ValueError: a tensor has the wrong shape, dtype or device.
+    """
+    shape, dtype, device = input.shape, input.dtype, input.device
+    vector = shape[1:2]
+    if (
+        len(vector) == 1
+        and vector[0] > 0
+        and dtype in FLOATING
+        and (residual is None or (residual.dtype is dtype and residual.shape == shape and residual.device == device))
+        and (weight is None or _is_usual(weight, vector, device, dtype))
+        and (bias is None or _is_usual(bias, vector, device, dtype))
+        and (running_mean is None) is (running_var is None)
+        and (running_mean is None or _is_usual(running_mean, vector, device, dtype))
+        and (running_var is None or _is_usual(running_var, vector, device, dtype))
+        and (num_batches_tracked is None or (num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == device))
+    ):
+        return
+    _refuse(layer, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
+
+
+def _is_usual(t: Tensor, vector: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a parameter or a buffer is as nearly all are; the others may still be right."""
+    return t.shape == vector and t.device == device and (t.dtype is dtype or t.dtype is torch.float32) and t.is_contiguous()
+
+
+def _refuse(
+    layer: str,
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+) -> None:
+    """Raises the error that `check` describes; returns if there is none."""
     shape, dtype, device = input.shape, input.dtype, input.device
     vector = shape[1:2]
     if len(shape) < 2 or shape[1] == 0:
@@ -59,10 +103,13 @@ def check(
 
 
 def check_transforms(layer: str, input: Tensor) -> None:
-    """Raises where torch could only say that an internal function lacks a method."""
-    if torch.compiler.is_compiling():
-        return
-    distributed = sys.modules.get("torch.distributed.tensor")
+    """Raises an error with a remedy where torch's own would mention only an internal function.
+
+    Raises:
+        TypeError: the input is a DTensor.
+        NotImplementedError: a transform of torch.func runs, or the input has a tangent of forward-mode differentiation.
+    """
+    distributed = None if type(input) is Tensor else sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(input, distributed.DTensor):
         raise TypeError(
             f"{layer}: a DTensor cannot be normalized in training mode. Give the layer this rank's samples, sharded along dimension 0:"
@@ -76,11 +123,12 @@ def check_transforms(layer: str, input: Tensor) -> None:
 
 
 def check_memory(layer: str, *tensors: Tensor | None) -> None:
-    """Raises for a tensor whose storage has been freed, as FSDP frees parameters: torch's own functions may crash."""
-    if torch.compiler.is_compiling():
-        return
-    for what, t in zip(TENSORS, tensors, strict=True):
+    """Raises ValueError for a tensor whose storage has been freed, as FSDP frees parameters: torch's own functions may crash.
+
+    `tensors` are those of TENSORS."""
+    for t in tensors:
         if t is not None and t.untyped_storage().nbytes() == 0 and t.numel() > 0:
+            what = TENSORS[next(i for i, other in enumerate(tensors) if other is t)]
             raise ValueError(f"{layer}: {what} {list(t.shape)} has no memory: its storage has been freed")
 
 
@@ -92,15 +140,17 @@ def plain(t: Tensor | None) -> Tensor | None:
 
 
 def check_count(layer: str, stats: Tensor, x: Tensor, comm: Communicator) -> None:
-    """Raises where each channel has one value over all ranks: its variance is undefined.
+    """Raises ValueError, on every rank, if each channel has one value over all ranks: its variance is undefined.
 
-    Reads the device only where this rank has at most one value, so that no training step of real size waits for the device.
-    All ranks that could raise do read it, and agree.
+    Reads the device only if this rank has at most one value, so that realistic training steps never synchronize with the device. All
+    ranks that could raise read it, and agree.
     """
-    local = samples_per_channel(x)
-    if local > 1 or (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if x.numel() > x.shape[1]:  # more than one value for each channel
         return
-    if (local if comm is LOCAL else parts(stats).samples.item()) == 1:
+    if (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    total = samples_per_channel(x) if comm is LOCAL else parts(stats).samples.item()
+    if total == 1:
         raise ValueError(
             f"{layer}: expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank"
         )

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -88,22 +87,19 @@ def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpo
 
 def replay(layer: str, channels: int) -> Tensor | None:
     """The statistics that `layer` has to use again, if this is a recomputation that has them."""
-    if torch.compiler.is_compiling():
-        return None
     replaying = _replaying.get()
     return None if replaying is None else replaying.replay(layer, channels)
 
 
 def record(layer: str, stats: Tensor) -> None:
     """Keeps the statistics of `layer` for the recomputations of the checkpoints that it is in."""
-    if not torch.compiler.is_compiling():
-        for recording in _recording.get():
-            recording.entries.append(Entry(layer, stats))
+    for recording in _recording.get():
+        recording.entries.append(Entry(layer, stats))
 
 
 def is_recomputation() -> bool:
     """True inside a backward pass, where a forward pass can only be one that is run again."""
-    return not torch.compiler.is_compiling() and in_backward()
+    return in_backward()
 
 
 class _Together:

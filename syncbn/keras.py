@@ -12,9 +12,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 
 from ._torch_private import remove_lazy_hooks
 from .comm.identity import description_of
-from .function import Options
 from .keras_weights import TORCH_NAMES
 from .modules import SyncBatchNorm
+from .options import Options
 from .surgery.trace import record_in_fx_graph
 
 if TYPE_CHECKING:
@@ -205,12 +205,12 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         if not is_lazy(self.moving_mean):
             self._build(len(self.moving_mean))
 
-    def _options(self) -> Options:
-        if self.momentum is None:  # torch's tools set this
+    def _options(self, momentum: float | None) -> Options:
+        if momentum is None:  # some of torch's utilities set momentum to None
             raise ValueError(
                 f"{description_of(self)}: momentum must be a number, the decay of the moving values, got None; see syncbn.update_bn_stats"
             )
-        return super()._options()._replace(momentum=1 - self.momentum)
+        return super()._options(1 - momentum)
 
     def extra_repr(self) -> str:
         names = ["axis", "momentum", "epsilon", "center", "scale", "weighting", "num_features"]

@@ -10,18 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from ._torch_private import _BatchNorm, tensor_of
+from ._torch_private import _BatchNorm, tensors_of
+from .autograd import NOTHING_TRACKED, Running
 from .comm import LOCAL, check_type, resolve
 from .comm.identity import description_of, record_of
 from .comm.recorded import RecordedCommunicator
-from .function import Options, eval_batch_norm, train_batch_norm
+from .functional import batch_norm_eval, batch_norm_train
 from .guards import check_activation, check_group_can_be_pickled, check_no_other_converter
 from .keras_weights import copy_tensors, named_tensors, to_keras
+from .options import Options, options_of
 from .surgery.record import Conversion, groups_of
 from .surgery.trace import record_in_fx_graph
 
 if TYPE_CHECKING:
     from typing import Self
+
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -97,7 +101,7 @@ class SyncBatchNorm(_BatchNorm):
         self.negative_slope = negative_slope
         self.weighting = weighting
         self.unbiased = unbiased
-        self._options()
+        self._options(momentum)
         check_type(process_group)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -124,30 +128,23 @@ class SyncBatchNorm(_BatchNorm):
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
-        options = self._options()
+        """`forward` of an input [N, C, *], by the batch or by the running statistics."""
+        options = self._options(self.momentum)
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(
                 f"{options.layer}: input must have {self.num_features} channels in dimension 1 (num_features), got {list(input.shape)}"
             )
-        weight, bias = tensor_of(self, "weight"), tensor_of(self, "bias")
-        running_mean, running_var = tensor_of(self, "running_mean"), tensor_of(self, "running_var")
+        weight, bias, running_mean, running_var, num_batches_tracked = tensors_of(self, _TENSORS)
         if not training and running_mean is not None and running_var is not None:
-            return eval_batch_norm(input, residual, weight, bias, running_mean, running_var, options)
+            return batch_norm_eval(input, residual, weight, bias, running_mean, running_var, options)
         # Without running statistics eval mode uses this rank's batch, as torch does.
         try:
             comm = resolve(self.process_group) if training else LOCAL
         except ValueError as error:
             raise type(error)(f"{options.layer}: {error}") from None
-        return train_batch_norm(
-            input,
-            residual,
-            weight,
-            bias,
-            *((running_mean, running_var, tensor_of(self, "num_batches_tracked")) if self.track_running_stats else (None, None, None)),
-            comm,
-            options,
-            None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self),
-        )
+        running = Running(running_mean, running_var, num_batches_tracked) if self.track_running_stats else NOTHING_TRACKED
+        record = None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self)
+        return batch_norm_train(input, residual, weight, bias, running, comm, options, record)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
@@ -203,9 +200,9 @@ class SyncBatchNorm(_BatchNorm):
         """
         return to_keras(self)
 
-    def _options(self) -> Options:
-        return Options(
-            self.momentum,
+    def _options(self, momentum: float | None) -> Options:
+        return options_of(
+            momentum,
             self.eps,
             self.activation,
             self.negative_slope,
@@ -213,7 +210,7 @@ class SyncBatchNorm(_BatchNorm):
             self.unbiased,
             self.layer_name or type(self).__name__,
             description_of(self),
-        ).checked()
+        )
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Any number of dimensions from 2 on: the function checks it."""

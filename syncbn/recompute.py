@@ -75,6 +75,11 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
         _recipes[output.untyped_storage()] = _Recipe(compute, kept, output, chain)
 
 
+def copy_of(parameter: Tensor | None) -> Tensor | None:
+    """What a `compute` may keep of a parameter, which an optimizer, or FSDP, may change before the output is computed again."""
+    return None if parameter is None else parameter.detach().clone()
+
+
 class _Recipe:
     """How to compute an output. Holds neither the output nor its memory."""
 

@@ -24,7 +24,7 @@ FLOORS = {
     "torch, the machine and memory": "_torch_private environment layout activation moments build_info gpus native",
     "communication": "comm",
     "the four ops": "reference ops",
-    "the layer's arithmetic": "checkpoint recompute double_backward arguments function",
+    "the layer's arithmetic": "options arguments recompute checkpoint double_backward autograd functional",
     "what a layer needs": "keras_weights guards surgery.__init__ surgery.record surgery.tails surgery.encapsulation surgery.trace",
     "the layers": "modules keras",
     "model surgery, and statistics of a whole pass": "surgery bn_stats",
@@ -91,7 +91,7 @@ def test_the_list_of_floors_names_what_there_is():
 
 # Methods that torch's modules call, and that our classes override.
 OVERRIDDEN = {"_check_input_dim", "_load_from_state_dict"}
-NOT_OF_TORCH = {"_replace", "_getframe"}  # of NamedTuple, of sys
+NOT_OF_TORCH = {"_fields", "_replace", "_getframe"}  # of NamedTuple, of sys
 AS_TEXT = {"_modules"}  # in a list of the words that the source of a user's model may use
 
 

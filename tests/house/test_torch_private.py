@@ -5,13 +5,11 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
@@ -166,6 +164,28 @@ def test_the_compiler_is_loaded_once_something_is_compiled(monkeypatch):
     assert not private.is_compiler_loaded()
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        return 2 * dy
+
+
+@pytest.mark.parametrize("lacking", [False, True], ids=["private", "fallback"])
+def test_eager_apply_of_an_autograd_function_is_its_apply(monkeypatch, lacking):
+    if lacking:  # as if torch's class did not override its base's method
+        monkeypatch.setattr(private, "super", lambda *_: object(), raising=False)
+    apply = private.eager_apply(Doubled)
+    assert (apply == Doubled.apply) is lacking
+    x = torch.ones(3, requires_grad=True)
+    y = apply(x)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, 2 * x) and torch.equal(dx, torch.full((3,), 2.0))
+
+
 # ---- Modules -----------------------------------------------------------------------------------------------------------------
 
 
@@ -179,17 +199,18 @@ def test_the_bases_of_torchs_batch_norms(monkeypatch):
 
 
 @pytest.mark.parametrize("registries", [True, False], ids=["private", "fallback"])
-def test_tensor_of_is_the_attribute(monkeypatch, registries):
+def test_tensors_of_are_the_attributes(monkeypatch, registries):
     monkeypatch.setattr(private, "_HAS_REGISTRIES", registries)
     plain, frozen, parametrized = nn.BatchNorm2d(3), nn.BatchNorm2d(3, affine=False), nn.BatchNorm2d(3)
     parametrize.register_parametrization(parametrized, "weight", nn.Softplus())
     for module in (plain, frozen, parametrized):
-        for name in ("bias", "running_mean", "running_var", "num_batches_tracked"):
-            assert private.tensor_of(module, name) is getattr(module, name)
-    assert private.tensor_of(plain, "weight") is plain.weight and private.tensor_of(frozen, "weight") is None
-    assert torch.equal(private.tensor_of(parametrized, "weight"), parametrized.weight)
+        names = ("bias", "running_mean", "running_var", "num_batches_tracked")
+        assert all(t is getattr(module, name) for t, name in zip(private.tensors_of(module, names), names, strict=True))
+    (weight,) = private.tensors_of(parametrized, ["weight"])
+    assert torch.equal(weight, parametrized.weight)
+    assert private.tensors_of(plain, ["weight"])[0] is plain.weight and private.tensors_of(frozen, ["weight"]) == [None]
     with pytest.raises(AttributeError, match="gamma"):
-        private.tensor_of(plain, "gamma")
+        private.tensors_of(plain, ["gamma"])
 
 
 @pytest.mark.parametrize("registries", [True, False], ids=["private", "fallback"])
@@ -244,46 +265,3 @@ def test_a_parametrized_module_changes_its_class_below_the_parametrization():
     assert torch.equal(layer.weight, weight) and parametrize.is_parametrized(layer, "weight")
     parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is nn.BatchNorm3d
-
-
-# ---- torch.distributed -------------------------------------------------------------------------------------------------------
-
-
-def test_the_version_counts_changes_in_place():
-    t = torch.ones(3)
-    before = private.version_of(t)
-    t[1:].add_(1)
-    assert private.version_of(t) == private.version_of(t.detach()) == before + 1
-
-
-@pytest.fixture
-def group():
-    """The default group, of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def test_the_timeout_of_a_backend(group):
-    assert private.timeout_of_backend(group, torch.device("cpu")).total_seconds() == 77
-    assert private.timeout_of_backend(group, torch.device("meta")) is None  # there is no backend for it
-    assert private.timeout_of_backend(object(), torch.device("cpu")) is None
-
-
-def test_the_store_of_the_default_group(group):
-    private.default_store().set("syncbn/test", "value")
-    assert dist.PrefixStore("syncbn", private.default_store()).get("test") == b"value"
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_an_all_reduce_in_a_graph_is_a_collective(group, by_name):
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    named = group.group_name if by_name else group
-    x = torch.ones(3)
-    compiled = torch.compile(lambda t: private.all_reduce_in_graph(t, named) * 2, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), 2 * x)
-    graph = make_fx(lambda t: private.all_reduce_in_graph(t, named) * 2)(x).graph
-    ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    collectives = [op.name() for op in ops if private.is_collective_in_graph(op)]
-    assert "_c10d_functional::all_reduce" in collectives and "aten::mul.Tensor" not in collectives

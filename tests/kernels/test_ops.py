@@ -149,7 +149,7 @@ def test_opcheck(name, layout):
     mask = mask if mask.numel() else None
     how = (weight, bias, residual if keeps_residual(activation, True) else None, mask, 1e-5, activation, 0.01)
     sums = ops.backward_reduce(dy, x, stats, *how)[0]
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd is function.py's
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd is autograd.py's
     torch.library.opcheck(ops.stats, (x, False), test_utils=checks)
     torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
     torch.library.opcheck(ops.backward_reduce, (dy, x, stats, *how), test_utils=checks)

@@ -1,0 +1,184 @@
+"""Batch normalization as functions of tensors: `sync_batch_norm`, and the two that layers call."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import recompute
+from ._torch_private import eager_apply
+from .activation import activate
+from .arguments import check, check_memory, check_transforms, plain
+from .autograd import Running, SyncBatchNormFunction
+from .comm import Communicator, resolve
+from .comm.exchange import Exchange
+from .comm.identity import LayerRecord
+from .layout import dense, dense_like
+from .moments import acc_type
+from .options import Options, options_of
+
+# A leaf that requires a gradient, so that a layer with no trainable parameters still joins the backward collective on a rank whose input
+# requires no gradient.
+_ANCHOR = torch.empty(0, requires_grad=True)
+
+_eager_apply = eager_apply(SyncBatchNormFunction)
+
+
+def batch_norm_train(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: Running,
+    comm: Communicator,
+    options: Options,
+    record: LayerRecord | None = None,
+) -> Tensor:
+    """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
+
+    All tensors are checked here, before any exchange; no function that this one calls checks them again. `record` is the layer's, if
+    there is one.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: see arguments.py; or eps is not positive. Before any exchange.
+        ValueError: each channel has a single value over all ranks. On every rank.
+    """
+    tensors = (input, residual, weight, bias, *running)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and has_torch_function(tensors):
+        # As every function of torch's: the tensors' classes run it on plain ones, and make what it returns theirs.
+        return handle_torch_function(_on_plain_tensors, tensors, tensors, comm, options, record)
+    check(options.layer, *tensors)
+    if not options.epilogue.eps > 0:
+        raise ValueError(f"{options.layer}: eps must be positive in training, got {options.epilogue.eps}")
+    if not compiling:
+        check_transforms(options.layer, input)
+        check_memory(options.layer, *tensors)
+    # Here, where autograd sees it: only tensors that are inputs of the autograd function can be differentiated a second time.
+    input = dense(input)
+    residual = None if residual is None else dense_like(residual, input)
+    anchor = None if comm.world_size == 1 or _requires_grad(weight) or _requires_grad(bias) else _ANCHOR
+    shape = None if compiling else input.shape
+    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.epilogue.eps, record, shape)
+    apply = SyncBatchNormFunction.apply if compiling else _eager_apply
+    return apply(input, residual, weight, bias, anchor, *running, exchange, options)
+
+
+def _requires_grad(parameter: Tensor | None) -> bool:
+    return parameter is not None and parameter.requires_grad
+
+
+def _on_plain_tensors(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
+    input, residual, weight, bias, *running = map(plain, tensors)
+    assert input is not None
+    return batch_norm_train(input, residual, weight, bias, Running(*running), comm, options, record)
+
+
+def batch_norm_eval(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor,
+    running_var: Tensor,
+    options: Options,
+) -> Tensor:
+    """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises as `batch_norm_train`."""
+    check(options.layer, input, residual, weight, bias, running_mean, running_var, None)
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    if saves and not torch.compiler.is_exporting():
+        # Copies, because a training step may update them before the backward pass.
+        running_mean, running_var = running_mean.clone(), running_var.clone()
+    if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
+        # torch requires all four to have the same dtype: the input's, or float32 for 16 bits.
+        dtype = acc_type(input.dtype)
+        running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
+        weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
+    y = _evaluated(running_mean, running_var, weight, bias, options, input, residual)
+    if saves and recompute.is_active():
+        parameters = recompute.copy_of(weight), recompute.copy_of(bias)
+        recompute.remember(y, partial(_evaluated, running_mean, running_var, *parameters, options), input, residual)
+    return y
+
+
+def _evaluated(
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    options: Options,
+    input: Tensor,
+    residual: Tensor | None,
+) -> Tensor:
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.epilogue.eps)
+    if residual is not None:
+        y = y + residual
+    return activate(y, options.epilogue.activation, options.epilogue.negative_slope)
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    process_group: Any = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    negative_slope: float = 0.01,
+    weighting: str = "samples",
+    unbiased: bool = True,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` over the batch of all ranks, with residual and activation fused.
+
+        y = activation(weight * (x - mean) / sqrt(var + eps) + bias + residual)
+
+    Args:
+        input: this rank's x [N, C, *], at least 2 dimensions, floating point; N may differ by rank and be 0.
+        running_mean, running_var: [C], updated in place while training: running += momentum * (new - running). Both None or both given.
+        weight, bias: [C], of the input's type, float32 or float64; None means 1 and 0.
+        training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
+        momentum: a number; the cumulative average, None, needs a layer, which counts its batches.
+        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
+            DeviceMesh, or an mpi4py communicator.
+        residual: [N, C, *] of the input's shape and type, added before the activation.
+        activation: None, "relu", "leaky_relu" (with `negative_slope`) or "silu".
+        weighting: "samples", the statistic of the whole batch; or "ranks", in which the ranks have equal weight regardless of batch
+            size, as in Horovod's TensorFlow layer.
+        unbiased: the running variance is var * n / (n - 1), as in torch; False keeps the biased one, as Keras and Horovod do.
+
+    Returns:
+        y [N, C, *] of the input's type and memory format.
+
+    Over a process group, the ranks verify what they exchange only with SYNCBN_CHECK=always: unlike a layer, a function call has no
+    identity of which the first exchange could be remembered.
+
+    Raises:
+        ValueError: an argument has the wrong shape, type or device, or eps is not positive (before any collective); or each channel has
+            a single value over all ranks while training (on every rank).
+
+    >>> running_mean, running_var = torch.zeros(4), torch.ones(4)
+    >>> y = sync_batch_norm(torch.randn(8, 4, 2, 2) + 5, running_mean, running_var, activation="relu")
+    >>> y.shape, bool((y >= 0).all()), bool((running_mean > 0.3).all())
+    (torch.Size([8, 4, 2, 2]), True, True)
+    """
+    options = options_of(momentum, eps, activation, negative_slope, weighting, unbiased)
+    if momentum is None:
+        raise ValueError(
+            "sync_batch_norm: momentum must be a number: for the cumulative average use SyncBatchNorm, which counts its batches"
+        )
+    if training:
+        comm = resolve(process_group)
+        return batch_norm_train(input, residual, weight, bias, Running(running_mean, running_var, None), comm, options)
+    if running_mean is None or running_var is None:
+        raise ValueError("sync_batch_norm: running_mean and running_var must be given when training is False")
+    return batch_norm_eval(input, residual, weight, bias, running_mean, running_var, options)

@@ -1,0 +1,53 @@
+"""What `syncbn._torch_private` takes from torch.distributed does what its docstring says."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncbn import _torch_private as private
+
+pytestmark = pytest.mark.world_size(1)
+
+
+def test_the_version_counts_changes_in_place():
+    t = torch.ones(3)
+    before = private.version_of(t)
+    t[1:].add_(1)
+    assert private.version_of(t) == private.version_of(t.detach()) == before + 1
+
+
+@pytest.fixture
+def group():
+    """The default group, of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=77))
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_the_timeout_of_a_backend(group):
+    assert private.timeout_of_backend(group, torch.device("cpu")).total_seconds() == 77
+    assert private.timeout_of_backend(group, torch.device("meta")) is None  # there is no backend for it
+    assert private.timeout_of_backend(object(), torch.device("cpu")) is None
+
+
+def test_the_store_of_the_default_group(group):
+    private.default_store().set("syncbn/test", "value")
+    assert dist.PrefixStore("syncbn", private.default_store()).get("test") == b"value"
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_an_all_reduce_in_a_graph_is_a_collective(group, by_name):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    named = group.group_name if by_name else group
+    x = torch.ones(3)
+    compiled = torch.compile(lambda t: private.all_reduce_in_graph(t, named) * 2, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), 2 * x)
+    graph = make_fx(lambda t: private.all_reduce_in_graph(t, named) * 2)(x).graph
+    ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    collectives = [op.name() for op in ops if private.is_collective_in_graph(op)]
+    assert "_c10d_functional::all_reduce" in collectives and "aten::mul.Tensor" not in collectives

@@ -1,0 +1,121 @@
+"""What is wrong with an argument is an error at a layer's first call, and at a later one if it has become wrong since."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+
+pytestmark = pytest.mark.world_size(1)
+
+
+class Call:
+    """A layer, and what it is called with."""
+
+    def __init__(self) -> None:
+        self.layer: Any = syncbn.SyncBatchNorm(6)
+        self.input: Tensor = torch.randn(4, 6, 3, 3)
+        self.residual: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        return self.layer(self.input, self.residual)
+
+    def set(self, name: str, value: Any) -> None:
+        setattr(self, name, value)
+
+    def data(self, name: str, value: Tensor) -> None:
+        """As `layer.half()` and FSDP do: the same tensor has other memory."""
+        getattr(self.layer, name).data = value
+
+    def buffer(self, name: str, value: Any) -> None:
+        setattr(self.layer, name, value)
+
+    def attribute(self, name: str, value: Any) -> None:
+        vars(self.layer)[name] = value
+
+    def free(self, name: str) -> None:
+        getattr(self.layer, name).untyped_storage().resize_(0)
+
+
+class Case(NamedTuple):
+    change: tuple[Any, ...]  # method of Call, arguments
+    error: type[Exception]
+    message: str
+
+
+CASES = {
+    "channels": Case(("set", "input", torch.randn(4, 5, 3, 3)), ValueError, "must have 6 channels"),
+    "one dimension": Case(("set", "input", torch.randn(6)), ValueError, "at least 2 dimensions"),
+    "integer input": Case(("set", "input", torch.ones(4, 6, dtype=torch.int64)), TypeError, "must be float32"),
+    "another device": Case(("set", "input", torch.randn(4, 6, device="meta")), ValueError, "weight must be on meta"),
+    "one value per channel": Case(("set", "input", torch.randn(1, 6)), ValueError, "more than 1 value per channel"),
+    "residual of another shape": Case(("set", "residual", torch.randn(4, 6, 3, 2)), ValueError, "residual must be"),
+    "residual of another dtype": Case(("set", "residual", torch.randn(4, 6, 3, 3).double()), ValueError, "residual must be"),
+    "parameter of another length": Case(("data", "weight", torch.ones(5)), ValueError, r"weight must be \[6\]"),
+    "parameter of more dimensions": Case(("data", "bias", torch.ones(6, 1)), ValueError, r"bias must be \[6\]"),
+    "parameter of another dtype": Case(("data", "weight", torch.ones(6).half()), ValueError, "weight must be float32, float64 or"),
+    "parameter of integers": Case(("buffer", "running_mean", torch.ones(6, dtype=torch.int32)), ValueError, "must be floating point"),
+    "parameter replaced": Case(("buffer", "weight", nn.Parameter(torch.ones(7))), ValueError, r"weight must be \[6\]"),
+    "parameter elsewhere": Case(("buffer", "bias", nn.Parameter(torch.ones(6, device="meta"))), ValueError, "bias must be on cpu"),
+    "expanded statistic": Case(("buffer", "running_var", torch.ones(1).expand(6)), ValueError, "memory of its own"),
+    "one statistic": Case(("buffer", "running_var", None), ValueError, "both or neither"),
+    "count of another dtype": Case(("buffer", "num_batches_tracked", torch.tensor(0.0)), ValueError, "must be int64"),
+    "freed parameter": Case(("free", "weight"), ValueError, "weight .* has no memory"),
+    "freed statistic": Case(("free", "running_mean"), ValueError, "running_mean .* has no memory"),
+    "eps": Case(("attribute", "eps", 0.0), ValueError, "eps must be positive"),
+    "negative eps": Case(("attribute", "eps", -1.0), ValueError, "eps must not be negative"),
+    "eps that is no number": Case(("attribute", "eps", float("nan")), ValueError, "eps must not be negative"),
+    "activation": Case(("attribute", "activation", "gelu"), ValueError, "activation must be"),
+    "activation in a list": Case(("attribute", "activation", ["relu"]), ValueError, "activation must be"),
+    "weighting": Case(("attribute", "weighting", "images"), ValueError, "weighting must be"),
+    "weighting in a list": Case(("attribute", "weighting", ["ranks"]), ValueError, "weighting must be"),
+    "process group": Case(("attribute", "process_group", "world"), ValueError, "process_group must be"),
+}
+
+
+@pytest.mark.parametrize("calls_before", [0, 1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_what_has_become_wrong_is_an_error(name, calls_before):
+    case, call = CASES[name], Call()
+    for _ in range(calls_before):
+        call().sum().backward()
+    method, *arguments = case.change
+    getattr(call, method)(*arguments)
+    for _ in range(2):  # and remains one
+        with pytest.raises(case.error, match=case.message):
+            call()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("set", "input", torch.randn(2, 6, 5)),
+        ("set", "input", torch.randn(2, 6).bfloat16()),
+        ("set", "input", torch.randn(2, 6).double()),
+        ("set", "residual", torch.randn(4, 6, 3, 3)),
+        ("data", "weight", torch.ones(12)[::2]),
+        ("data", "bias", torch.zeros(6, dtype=torch.float64)),
+        ("buffer", "running_mean", torch.zeros(6, dtype=torch.float64)),
+        ("buffer", "weight", None),
+        ("attribute", "eps", 1),
+        ("attribute", "momentum", None),
+        ("attribute", "activation", "silu"),
+    ],
+    ids=lambda change: f"{change[1]} {getattr(change[2], 'dtype', change[2])}",
+)
+def test_what_has_changed_and_is_right_is_used(change):
+    changed, built = Call(), Call()
+    changed.layer.load_state_dict(built.layer.state_dict())
+    built.input = changed.input
+    changed().sum().backward()
+    for call in (changed, built):
+        call.layer.reset_running_stats()
+        method, *arguments = change
+        getattr(call, method)(*arguments)
+    assert torch.equal(changed(), built())
+    for name, buffer in changed.layer.named_buffers():
+        assert torch.equal(buffer, built.layer.get_buffer(name)), name
