@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by quickstart.sh and test.sh: a virtual environment with syncbn. $1 are its extras, separated by commas; further arguments are
+# Sourced by quickstart.sh and test.sh: a virtual environment with syncbn. $1: syncbn's extras, comma-separated; further arguments:
 # dependency groups of pyproject.toml. An active environment is reused; otherwise .venv is created. PYTHON and TORCH choose the interpreter
 # and torch.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1

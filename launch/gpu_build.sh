@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ARCH=${ARCH:-9.0}  # compute capability of the GPU
-# The revision before tiles of a memory line: its channels-last sums read partial sums 128 bytes apart, and a table shows what that cost.
+# Default: the revision before sums used tiles of one memory line; the table shows what that change gained.
 BEFORE=${BEFORE-$(git log -1 --format=%H^ -S'pixels_width = 32' -- csrc/cuda/plans.cuh 2>/dev/null || true)}
 NVCC=${NVCC:-nvcc}
 PYTHON=${PYTHON:-python}

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all but the nightly ones: in one process, under torchrun with 1 to 4 ranks, under mpirun with 2 and 3.
-# Two ranks run everything. One rank under torchrun, and three and four ranks, run what they are another case for: see tests/README.md.
+# Two ranks run everything. One rank under torchrun, and three and four ranks, run only the tests that depend on the number of ranks:
+# see tests/README.md.
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail

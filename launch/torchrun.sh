@@ -13,6 +13,6 @@ MASTER_PORT=${MASTER_PORT:-29500}
 RESTARTS=${RESTARTS:-0}               # maximum number of restarts
 meet=(--rdzv-backend c10d --rdzv-id "${JOB_ID:-syncbn}" --rdzv-endpoint "$MASTER_ADDR:$MASTER_PORT")
 [ "$HOSTS" = 1 ] && meet=(--standalone)
-# torchrun's own store survives a restart, with the addresses of the dead ranks in it (pytorch issue 135712): let rank 0 make one.
+# torchrun's own store keeps dead ranks' addresses across a restart (pytorch issue 135712), so rank 0 makes a new one.
 [ "$RESTARTS" = 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec "${PYTHON:-python}" -m torch.distributed.run --nnodes "$HOSTS" --nproc-per-node "$RANKS" --max-restarts "$RESTARTS" "${meet[@]}" "$@"

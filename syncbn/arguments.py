@@ -32,7 +32,7 @@ def check(
     """Raises unless the tensors fit each other: input and residual [N, C, *], the others [C], num_batches_tracked int64.
 
     Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
-    Instead the usual case, in which everything fits, is recognized with few questions; only if it is not, `_refuse` looks for the error.
+    Instead the usual case, in which everything fits, is recognized by a few cheap tests; only if it is not, `_refuse` looks for the error.
 
     Raises:
         TypeError: the input is not of a floating-point dtype.

@@ -109,7 +109,7 @@ def _gradients(dx: Tensor | None, dz: Tensor | None, dweight: Tensor | None, dbi
 def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
     """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify.
 
-    A compiled graph and an eager step differ here, and nowhere else in this file."""
+    A compiled graph and an eager step differ here; elsewhere in this file only in that a graph is not differentiated twice."""
     if torch.compiler.is_compiling():
         stats, ticket = _exchanged_stats(x, exchange, options)
         check_count(options.layer, stats, x, exchange.comm)
@@ -132,15 +132,15 @@ def _exchanged_stats(x: Tensor, exchange: Exchange, options: Options) -> tuple[T
 
 
 def _count_as_written(running: Running) -> None:
-    """Counts a write of the moving statistics, as torch's own in-place operations do: if autograd has saved one for a backward pass,
-    that pass raises, and computes no gradient by other values. The compiled ops do not count."""
+    """Increments the version counters of the moving statistics, as torch's in-place operations do (the compiled ops do not). If autograd
+    saved one of them for a backward pass, that pass then raises instead of using the changed values."""
     written = [t for t in running if t is not None and not t.is_inference()]
     if written:
         increment_version(written)
 
 
 def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:
-    """`normalize` as a function of x and the residual that moves no running statistics."""
+    """`normalize` as a function of x and the residual that leaves the running statistics unchanged."""
     weight, bias = recompute.copy_of(weight), recompute.copy_of(bias)
 
     def normalize(x: Tensor, residual: Tensor | None) -> Tensor:

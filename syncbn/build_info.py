@@ -1,6 +1,7 @@
 """What a compiled library was built for, read in its file before it is loaded: loading a damaged one would end the process.
 
-csrc/build_info.cpp puts the text `schemas=...;cuda=13000;archs=75 80;` into a section of its own. setup.py runs this file without torch.
+csrc/bindings/build_info.cpp puts the text `schemas=...;cuda=13000;archs=75 80;` into a section of its own. setup.py runs this file
+without torch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def digest(schemas: Mapping[str, str]) -> str:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The values that csrc/build_info.cpp wrote, by name; none if it wrote nothing. Raises Unusable."""
+    """The values that csrc/bindings/build_info.cpp wrote, by name; none if it wrote nothing. Raises Unusable."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)

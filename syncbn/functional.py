@@ -22,8 +22,8 @@ from .layout import dense, dense_like
 from .moments import acc_type
 from .options import Options, options_of
 
-# A leaf that requires a gradient, so that a layer with no trainable parameters still joins the backward collective on a rank whose input
-# requires no gradient.
+# A leaf that requires a gradient. With it, a layer that has no trainable parameters still joins the backward collective, even on a rank
+# whose input requires none.
 _ANCHOR = torch.empty(0, requires_grad=True)
 
 _eager_apply = eager_apply(SyncBatchNormFunction)
@@ -41,7 +41,7 @@ def batch_norm_train(
 ) -> Tensor:
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
-    All tensors are checked here, before any exchange; no function that this one calls checks them again. `record` is the layer's, if
+    All tensors are checked here, before any exchange, so no function called from here checks them again. `record` is the layer's, if
     there is one.
 
     Raises:
@@ -51,7 +51,7 @@ def batch_norm_train(
     tensors = (input, residual, weight, bias, *running)
     compiling = torch.compiler.is_compiling()
     if not compiling and has_torch_function(tensors):
-        # As every function of torch's: the tensors' classes run it on plain ones, and make what it returns theirs.
+        # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_on_plain_tensors, tensors, tensors, comm, options, record)
     check(options.layer, *tensors)
     if not options.epilogue.eps > 0:
@@ -148,8 +148,8 @@ def sync_batch_norm(
         weight, bias: [C], of the input's type, float32 or float64; None means 1 and 0.
         training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
         momentum: a number; the cumulative average, None, needs a layer, which counts its batches.
-        process_group: None (the default group if there is one, else this process alone), a ProcessGroup, a one-dimensional
-            DeviceMesh, or an mpi4py communicator.
+        process_group: None (a duplicate of the default group if there is one, else this process alone), a ProcessGroup, a
+            one-dimensional DeviceMesh, or an mpi4py communicator.
         residual: [N, C, *] of the input's shape and type, added before the activation.
         activation: None, "relu", "leaky_relu" (with `negative_slope`) or "silu".
         weighting: "samples", the statistic of the whole batch; or "ranks", in which the ranks have equal weight regardless of batch
@@ -159,8 +159,8 @@ def sync_batch_norm(
     Returns:
         y [N, C, *] of the input's type and memory format.
 
-    Over a process group, the ranks verify what they exchange only with SYNCBN_CHECK=always: unlike a layer, a function call has no
-    identity of which the first exchange could be remembered.
+    The ranks verify every eager exchange of a function call, too. Only with SYNCBN_CHECK=always do they also compare signatures before
+    it: unlike a layer, a function call has no identity whose first exchange could be remembered.
 
     Raises:
         ValueError: an argument has the wrong shape, type or device, or eps is not positive (before any collective); or each channel has

@@ -213,7 +213,7 @@ class SyncBatchNorm(_BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any number of dimensions from 2 on: the function checks it."""
+        """Accepts any number of dimensions from 2 up; `arguments.check` tests this."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":

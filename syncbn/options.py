@@ -13,7 +13,8 @@ WEIGHTINGS = ("samples", "ranks")
 
 
 class Epilogue(NamedTuple):
-    """What follows the statistics in `ops.normalize`, and precedes them in the backward ops: their last arguments, in this order."""
+    """The last arguments of the ops, in this order: what `normalize` applies after the statistics, and what the backward ops need to
+    undo it."""
 
     eps: float
     activation: Activation

@@ -3,7 +3,7 @@
 Every rank runs the same tests in the same order, with the same random numbers. Markers say when a test applies:
 
     world_size(n, ...)   only with these numbers of ranks
-    process_group        only with torch.distributed (that is, not under mpirun, where the group is MPI.COMM_WORLD)
+    process_group        only under torchrun
     gpu                  needs a CUDA device
 
 Tests that do not apply are deselected. `pytest` without paths and without -m leaves out two tiers:
@@ -11,7 +11,7 @@ Tests that do not apply are deselected. `pytest` without paths and without -m le
     nightly              mutants, every Plan of the sweep, and nvcc's PTX
     system               starts a job or a cluster, kills ranks, cuts links: what is in tests/system or takes `subprocess_env`
 
-`scales` marks tests for which more ranks are another case: see `_scales`. Three and four ranks run only those in launch/test.sh.
+`scales` marks tests whose result depends on the number of ranks: see `_scales`. Three and four ranks run only those in launch/test.sh.
 Only rank 0 reports; the others print what failed.
 """
 

@@ -2,7 +2,7 @@
 // which states how devices differ:
 //
 //   struct Device {
-//     static constexpr const char* out_of_memory;                              // torch's message, which batch size finders search for
+//     static constexpr const char* out_of_memory;                              // begins with torch's words, which batch-size finders know
 //     static void check_usable();                                              // throws if the device has failed for good
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // throws unless t is on the device of x
 //     static int32_t* writable_alarm(int32_t* alarm);                          // the address by which kernels write to it

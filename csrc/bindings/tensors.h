@@ -38,7 +38,7 @@ inline const void* readable(const char* name, const Tensor& t) {
   return data;
 }
 
-// x, and the other arguments, checked against it.
+// x, and methods that check the other arguments against it.
 template <class Device>
 struct Input {
   const Tensor& x;

@@ -42,7 +42,7 @@ void relax() {
 #endif
 }
 
-// The low half of the epoch is what the kernel compares.
+// The operating system's futex call compares the low half of the epoch (little-endian).
 uint32_t* futex_word(std::atomic<uint64_t>& epoch) { return reinterpret_cast<uint32_t*>(&epoch); }
 
 void wake(Control& control) {
@@ -76,7 +76,7 @@ bool sleep_until_published(Control& other, uint64_t epoch, int64_t deadline) {
   return error != EINTR && error != ETIMEDOUT;
 }
 
-// `done` once every rank has published what this one has.
+// Returns `done` once every rank has published this rank's epoch.
 Status wait(const Memory& memory, int rank) {
   Control& self = memory.control(rank);
   const uint64_t epoch = self.epoch.load(std::memory_order_relaxed);
@@ -84,7 +84,7 @@ Status wait(const Memory& memory, int rank) {
   for (int other = 0; other < memory.ranks(); ++other) {
     Control& control = memory.control(other);
     if (has_published(control, epoch)) continue;
-    // The system may have put both ranks on one core, where a rank that spins keeps the other from coming.
+    // If both ranks are on one core, spinning would keep the other from running.
     const int64_t spin = control.core.load(std::memory_order_relaxed) == sched_getcpu() ? 0 : self.spin;
     while (!has_published(control, epoch)) {
       if (control.abandoned.load(std::memory_order_acquire)) return abandoned;
@@ -210,7 +210,7 @@ Presence presence(const void* memory, int rank, int other, int fd) {
   lock.l_start = other;
   lock.l_len = 1;
   if (fcntl(fd, F_GETLK, &lock) == 0 && lock.l_type == F_UNLCK) {
-    // It may have published, then ended, since the look at its epoch.
+    // It may have published and then ended since we read its epoch above.
     return has_published(control, m.control(rank).epoch.load(std::memory_order_relaxed)) ? arrived : ended;
   }
   return late;

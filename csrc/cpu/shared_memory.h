@@ -40,7 +40,7 @@ size_t slots_offset(int ranks);
 
 // By one rank, before the others join. `by_segments`: see above.
 void create(void* memory, int ranks, bool by_segments);
-// By each rank. `random` is what the other ranks must see here.
+// Each rank calls it. `random`: a value that the other ranks must find in this rank's block, as proof that they mapped the same file.
 void join(void* memory, int rank, uint64_t random);
 uint64_t random_of(const void* memory, int rank);
 // By each rank after all have joined.

@@ -14,9 +14,10 @@
 //   group   the channels that a block works on         run    what a warp (Planes) or a block (Columns) takes at a time
 //   split   a block's number among those of its group  step   the loads of a run that a thread issues before it uses the first
 //
-// each() hands its body one Step after the other, first() only the first run's: up to `unroll` vectors of `vector` neighbours in memory,
-// whose loads are independent. All lanes of a warp execute the same steps, so the body may use warp primitives. The elements of a vector
-// either all belong to one channel (channels == 1, Planes), or each to its own (channels == vector, Columns).
+// each() calls its body with one Step after another; first() only with those of the first run. A Step has up to `unroll` vectors of
+// `vector` adjacent elements, whose loads are independent. All lanes of a warp execute the same steps, so the body may use warp
+// primitives. The elements of a vector either all belong to one channel (channels == 1, Planes), or each to its own
+// (channels == vector, Columns).
 //
 // A reversed walk starts where a forward one ended, so that its first reads hit the elements that the previous kernel left in L2.
 #pragma once
@@ -63,7 +64,7 @@ __device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNR
 
 __device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
 
-// The middle of part `part` of `parts` of n.
+// Cuts n into `parts` equal parts; returns the middle of part `part`.
 __device__ inline int64_t spread_over(int64_t n, int part, int parts) { return n * (2 * part + 1) / (2 * parts); }
 
 struct Walk {
@@ -109,10 +110,11 @@ struct Planes : Walk {
     if (first_run() < config.runs) run(first_run(), body);
   }
 
-  // At most one vector for each lane, spread over all that the warp walks; two neighbours in a run, because they share a sector of memory.
+  // At most one vector for each lane, spread over all that the warp walks; two adjacent lanes take one run, because their vectors share a
+  // memory sector.
   __device__ Step<VECTOR_WIDTH, 1> spread() const {
     int64_t runs_each = config.runs_each;
-    FORGET(runs_each);  // otherwise all that follows is computed outside the body's loop, and kept in registers
+    FORGET(runs_each);  // otherwise the compiler hoists all this out of the body's loop and keeps it in registers
     const int64_t i = first_run() + run_stride() * spread_over(runs_each, threadIdx.x % WARP / 2, WARP / 2);
     if (i >= config.runs) return {0, 0, 0, 0, 0};
     const auto step = vectors_of(run_at(i));
@@ -165,7 +167,8 @@ struct Planes : Walk {
   template <class Body>
   __device__ void edges(const Run& run, Body&& body) const {
     const int lane = threadIdx.x % WARP, at = lane % 16, edge = at < 8 ? at - 8 : run.body_length() + at - 8;
-    const int before_end = layout.inner < 8 ? static_cast<int>(layout.inner) - run.head : 1;  // all of such a plane may be in one byte
+    // A plane shorter than 8 may lie wholly within one byte.
+    const int before_end = layout.inner < 8 ? static_cast<int>(layout.inner) - run.head : 1;
     const bool on_edge = at < 8 ? edge >= -run.head && edge < before_end : edge < run.length;
     for (int begin = 0; begin < run.samples; begin += 2 * EDGE_UNROLL) {
       const int sample = begin + lane / 16;
@@ -238,8 +241,8 @@ using PlanesOf = Planes<VECTOR_WIDTH, Plan::planes_unroll, Plan::planes_blocks, 
 template <int VECTOR_WIDTH, class Plan>
 using ColumnsOf = Columns<VECTOR_WIDTH, Plan::columns_unroll, Plan::columns_blocks, Plan::columns_width, Plan::reversed>;
 
-// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes; and if inner is 1, rows of whole vectors,
-// or with a mask of whole bytes of it. Everything else (a view with an offset, 3 channels) is processed one element at a time.
+// Runs f with the Type of the walk that fits. Vectors need every tensor aligned to 16 bytes. If inner is 1, they also need C to be a
+// multiple of the vector or, with a mask, of 8. Everything else (a view with an offset, 3 channels) is processed one element at a time.
 template <int VECTOR_WIDTH, class Plan, size_t n, class F>
 cudaError_t with_walk(const Layout& layout, const std::array<const void*, n>& tensors, const void* mask, F&& f) {
   bool aligned = true;

@@ -27,7 +27,8 @@ class Communicator(Protocol):
 
     @property
     def group(self) -> Any:
-        """The group in which the exchanges run; its lifetime is the group's. The first call may be collective: it makes the group."""
+        """The communicator's state lives as long as this group, which must be hashable and weakly referenceable. The first access may be
+        collective, because it makes the group."""
 
     @property
     def rank(self) -> int: ...

@@ -1,8 +1,8 @@
 """Checks, before tensors are summed, that all ranks are about to run the same exchange.
 
-    first     (default) the first time that a layer exchanges in a group, in each direction
-    always    every time: to find where a run diverges later on
-    off       never
+    first     (default) compares whole signatures at a layer's first exchange in a group, in each direction
+    always    compares them at every exchange: to find where a run diverges later on
+    off       never, nor are exchanges verified by a digest, as every eager one is with the other two: sharing.py
 
 Set by SYNCBN_CHECK. One all-reduce of 24 bytes per rank plus one, whatever the ranks are about to do: the digests of their signatures.
 Only if these differ, a second one gathers the signatures themselves, for the error. No check while tracing or capturing a graph.

@@ -1,7 +1,8 @@
 """A layer's communicator: attaches the layer to its collectives, for verification, logs, profiles and errors.
 
     group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange CPU tensors: sharing.py
-    verify       ──► agreement.py, unless in shared memory, which compares by itself: signatures, the first time or always
+    verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies every
+                     exchange by itself
     collective   ──► in shared memory or the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
     count        ──► identity.py: only if all of this has completed
 
@@ -78,7 +79,7 @@ class Exchange:
         return Ticket(tag, self.comm.world_size, self._alarm(kind, values)) if self._is_verified_later(x) else Ticket(tag)
 
     def sum(self, values: Tensor, kind: str) -> Tensor:
-        """The sum of `values` over the ranks, which no kernel of the package has given a tag, or verifies. Raises as `all_reduce_`."""
+        """The sum of `values` over the ranks, for values whose tag no kernel writes or verifies. Raises as `all_reduce_`."""
         ticket = self.ticket(values, kind, values.numel())
         payload = torch.cat([values.flatten(), *(values.new_full((1,), t) for t in (ticket.tag, ticket.tag * ticket.tag))])
         total = self.all_reduce_(payload, kind)
@@ -256,7 +257,7 @@ class Exchange:
         return total
 
 
-# Of an exchange, which need no explanation: the ranks disagree, or this one is the cause.
+# Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
 _NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
 
 

@@ -88,8 +88,8 @@ def class_and_channels(layer: torch.nn.Module) -> str:
 
 
 def description_of(layer: torch.nn.Module) -> str:
-    """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. With this each message about a layer
-    begins."""
+    """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. Every message about a layer
+    begins with this."""
     name: str | None = getattr(layer, "layer_name", None)
     return f'layer "{name}" ({class_and_channels(layer)})' if name else class_and_channels(layer)
 

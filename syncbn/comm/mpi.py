@@ -20,8 +20,8 @@ from .process_group import NotAMember
 from .sums import SumsAboutZero
 
 
-class Clone:
-    """A communicator's twin, whose messages cannot meet those of the first."""
+class Duplicate:
+    """A duplicate of a communicator, whose messages cannot meet those of the original."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
@@ -34,7 +34,7 @@ class Clone:
 
 @dataclass(frozen=True)
 class MPICommunicator(SumsAboutZero):
-    """Works on a clone of `comm`, which the first exchange makes."""
+    """Works on a duplicate of `comm`, which the first exchange makes."""
 
     comm: MPI.Comm
     compares = True
@@ -45,22 +45,22 @@ class MPICommunicator(SumsAboutZero):
             raise ValueError("process_group must be an intra-communicator, got an inter-communicator")
 
     @property
-    def group(self) -> Clone:
+    def group(self) -> Duplicate:
         """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
         self._check()  # it may have been freed since the forward pass
-        clone: Any = self.comm.Get_attr(_CLONE)
-        if clone is None:
-            duplicates = []
+        duplicate: Any = self.comm.Get_attr(_DUPLICATE)
+        if duplicate is None:
+            comms = []
 
             def start() -> MPI.Request:
-                duplicate, request = self.comm.Idup()
-                duplicates.append(duplicate)
+                comm, request = self.comm.Idup()
+                comms.append(comm)
                 return request
 
-            InFlight(duplicates).run(start)
-            clone = Clone(duplicates[0])
-            self.comm.Set_attr(_CLONE, clone)
-        return clone
+            InFlight(comms).run(start)
+            duplicate = Duplicate(comms[0])
+            self.comm.Set_attr(_DUPLICATE, duplicate)
+        return duplicate
 
     @property
     def timeout(self) -> float:
@@ -89,16 +89,16 @@ class MPICommunicator(SumsAboutZero):
 
     @torch.compiler.disable
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        clone = self.group.comm
+        comm = self.group.comm
         if tensor.device.type == "cpu":
-            _all_reduce(clone, tensor.numpy())
+            _all_reduce(comm, tensor.numpy())
         elif environment.settings.mpi_cuda_aware:
             torch.cuda.current_stream(tensor.device).synchronize()  # MPI knows no stream: the buffer must be written by now
-            _all_reduce(clone, tensor)
+            _all_reduce(comm, tensor)
         else:
             host = torch.empty_like(tensor, device="cpu", pin_memory=True)
             host.copy_(tensor)
-            _all_reduce(clone, host.numpy())
+            _all_reduce(comm, host.numpy())
             tensor.copy_(host, non_blocking=True)
         return tensor
 
@@ -146,4 +146,4 @@ def _all_reduce(comm: MPI.Comm, buffer: Any) -> None:
     InFlight(buffer).run(lambda: comm.Iallreduce(MPI.IN_PLACE, buffer))
 
 
-_CLONE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, clone: clone.free(), nopython=False)
+_DUPLICATE = MPI.Comm.Create_keyval(delete_fn=lambda comm, keyval, duplicate: duplicate.free(), nopython=False)

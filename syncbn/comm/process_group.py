@@ -40,8 +40,8 @@ class OfTorch(SumsAboutZero):
         all_reduce_(number, self.group)
         if rank not in ranks:
             return None
-        # Not by torch's new_group, which names a group after how many the rank is in: another rank may be in more of them, and a group
-        # made again would read the addresses of the one that has been destroyed.
+        # torch's new_group numbers groups by how many this rank belongs to, which may differ by rank. A re-created group would also read
+        # the addresses of the destroyed one.
         store = dist.PrefixStore(f"syncbn {number.item()}", default_store())
         timeout = timeout_of(self.group) or dist.default_pg_timeout
         group: Any = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), timeout)  # a backend, which adds as a group does

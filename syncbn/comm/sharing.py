@@ -4,9 +4,10 @@
     several hosts    sums in each host's memory ──► the first rank of each host over the group's backend ──► results in each host's memory
     else             over the group, with a tag in the payload
 
-Every exchange is verified, at any step: no rank uses a sum to which another rank has added something else. In memory the ranks compare
-digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are R * t and R * t * t, then the
-sum of (t_i - t)^2 is 0, and all ranks have sent t. If they are not, they are so on no rank, and all ranks raise.
+Every exchange is verified, at any step, unless SYNCBN_CHECK=off: no rank uses a sum to which another rank has added something else. In
+memory the ranks compare digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are R * t
+and R * t * t, then the sum of (t_i - t)^2 is 0, and all ranks have sent t. Every rank gets the same sums, so if the test fails on one rank
+it fails on all, and all raise.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Sharing:
         self.hosts = 1
         self.timeout = 0.0
         self.memory: SharedMemory | None = None
-        self.first_ranks: Communicator | None = None  # of several hosts; None on the other ranks
+        self.first_ranks: Communicator | None = None  # the group of the hosts' first ranks; None on any other rank, or with one host
         self.in_memory = False  # whether all ranks share one memory, in which statistics about different shifts can be added
         self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
         self.ready = False
@@ -50,8 +51,8 @@ class Sharing:
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
 
     def set_up(self, comm: Communicator) -> Sharing:
-        """Every rank calls it. Raises RankMismatchError on every rank if they differ in SYNCBN_CHECK, and so would not verify alike, or in
-        `replace_torch`, and so would have layers of different kinds."""
+        """Every rank calls it. Raises RankMismatchError on every rank if the ranks differ in SYNCBN_CHECK (they would not verify alike) or
+        in `replace_torch` (their layers would be of different kinds)."""
         with self._lock:
             if not self.ready:
                 check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
@@ -138,7 +139,7 @@ def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
 def gather(comm: Communicator, row: bytes) -> list[bytes]:
     """The rows of all ranks, PAYLOAD + REASON bytes each."""
     size = PAYLOAD + REASON
-    # One byte more: where a rank adds something else meanwhile, float64 numbers, it is never of this size, and gloo notices.
+    # One extra byte: if another rank adds float64 values meanwhile, the sizes cannot match, and gloo notices.
     table = torch.zeros(comm.world_size * size + 1, dtype=torch.uint8)
     table[comm.rank * size : (comm.rank + 1) * size] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
     rows = comm.all_reduce_(table)[:-1].view(comm.world_size, size)

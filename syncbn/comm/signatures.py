@@ -34,7 +34,7 @@ def size(values: int, channels: int | None) -> str:
     return f"{values} values" if channels is None else f"{channels} channels"
 
 
-@functools.lru_cache(4096)  # of what a model exchanges in every step: to compose it would cost more than the exchange
+@functools.lru_cache(4096)  # a model exchanges the same things every step, and composing the text costs more than the exchange
 def digest(*arguments: Any) -> int:
     """64 bits of `signature(*arguments)`."""
     return digest_of(signature(*arguments))

@@ -1,4 +1,4 @@
-"""Every variable that the package, its build and its tests read, with its meaning, as tables."""
+"""Every variable that the package, its build and its tests read, except SYNCBN_ANNOUNCED, with its meaning, as tables."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ VARIABLES = (
     ),
     Variable(
         "check", "first", "first, always or off", _one_of("first", "always", "off"),
-        "when the ranks verify that they are about to exchange the same thing: at a layer's first exchange in each direction, at every"
-        " exchange, or never; the same on all ranks",
+        "when the ranks compare whole signatures before an exchange: at a layer's first exchange in each direction, or at every one; in"
+        " both cases every eager exchange is also verified by a digest; off: neither; the same on all ranks",
     ),
     Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),

@@ -1,4 +1,5 @@
-"""Conversion of a model to synchronized batch normalization, and back. Lossless: only a module's class changes.
+"""Conversion of a model to synchronized batch normalization, and back. Lossless: a module's class changes, and no parameter,
+buffer, hook or reference.
 
 Because each batch norm stays the same object, it keeps its parameters and buffers (optimizers stay valid), hooks, training flag,
 extra attributes, and every reference to it, inside the model or outside.
@@ -32,7 +33,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     `BatchNorm1d/2d/3d`, lazy batch norms, and subclasses that keep torch's forward are converted and remain instances of their class;
     a `torch.nn.SyncBatchNorm` does not, because DistributedDataParallel would refuse it on the CPU. A subclass that overrides forward is
     left alone, with one warning that names it, because its behaviour would be lost. So is a batch norm that torch.jit has scripted.
-    timm's BatchNormAct2d is converted together with its dropout and activation.
+    timm's BatchNormAct2d is converted, and keeps its own dropout and activation.
 
     Args:
         module: a model, or a batch norm itself.
@@ -60,7 +61,11 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
                 left_alone.add(type(child).__name__)
     if left_alone:
         names = ", ".join(sorted(left_alone))
-        warnings.warn(f"not converted, because they override forward, use a name of an option, or are scripted: {names}", stacklevel=2)
+        warnings.warn(
+            "not converted, because they override forward, have an attribute named like an option of ours (activation, weighting, ...),"
+            f" or are scripted: {names}",
+            stacklevel=2,
+        )
     elif not batch_norms:
         others = sorted({type(m).__name__ for m in module.modules() if "Norm" in type(m).__name__})
         instead = f"its normalization layers are {', '.join(others)}" if others else "it has no normalization layer at all"
@@ -75,7 +80,8 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
     Each converted layer becomes exactly the layer that it was. A layer that was built as a `SyncBatchNorm2d` becomes a `BatchNorm2d`, and
     one that was built as a `SyncBatchNorm` a plain batch norm of any number of dimensions. A layer with options that torch's layers do
-    not have, or that was built as a subclass of yours, is left alone, with one warning that names it.
+    not have, or that was built as a subclass of yours, is left alone, with one warning that names it: a plain batch norm would lose the
+    option or your subclass's behaviour.
 
     >>> revert_sync_batchnorm(convert_sync_batchnorm(nn.BatchNorm2d(8)))
     BatchNorm2d(8, eps=1e-05, momentum=0.1, ...)
@@ -92,12 +98,13 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
                 else:
                     _revert(child)
     if left_alone:
-        warnings.warn(f"not reverted, because torch has no such layer: {', '.join(left_alone)}", stacklevel=2)
+        names = ", ".join(left_alone)
+        warnings.warn(f"not reverted, because a plain batch norm would lose an option or your subclass's behaviour: {names}", stacklevel=2)
     return module
 
 
 def _is_of_a_users_class(child: SyncBatchNorm) -> bool:
-    """Whether the layer was built, not converted, and its class is a user's, whose behaviour a plain batch norm would lose."""
+    """Whether the layer was built, not converted, and its class is a user's."""
     converted = child._conversion is not None and child._conversion.original_class is not None
     return not converted and class_below_parametrization(child) not in SYNCHRONIZED.values()
 

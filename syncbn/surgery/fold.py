@@ -30,7 +30,7 @@ _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward
 class Foldable(NamedTuple):
     layer: Any  # nn.Linear or a convolution
     batch_norm: _BatchNorm
-    dim: int | None  # number of output dimensions for which folding is valid; None means any
+    dim: int | None  # number of output dimensions for which the fold is valid; None: any
 
 
 class FoldedBatchNorm(nn.Module):

@@ -19,7 +19,8 @@ import syncbn
 
 pytestmark = pytest.mark.world_size(1)
 PACKAGE = Path(syncbn.__file__).parent
-# A module imports from its own floor and from those above it in this list; a wing stands for all of its modules that are not named.
+# A module imports from its own floor or from an earlier line of this list (a lower floor). A folder's name covers all its modules that are
+# not listed themselves.
 FLOORS = {
     "torch, the machine and memory": "_torch_private environment layout activation moments build_info gpus native",
     "communication": "comm",
@@ -37,7 +38,7 @@ UPWARD = {("modules", "surgery.convert"): "torch's users look for convert_sync_b
 
 
 def module_name(path: Path) -> str:
-    """`function`, `comm.mpi`, `comm.__init__`"""
+    """`functional`, `comm.mpi`, `comm.__init__`"""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
 
 
