@@ -74,12 +74,21 @@ def main() -> int:
     if whole is None:
         parser.error("none of the runs is BatchNorm2d in a single process")
 
-    table = Table("normalization", "ranks x images", "training loss", "test loss", "IoU", "gap*", box=None, padding=(0, 2, 0, 0))
+    table = Table(
+        "normalization",
+        "ranks x images",
+        "training loss",
+        "test loss",
+        "IoU",
+        "difference from single process*",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
     for run in runs:
         differs = "" if run is whole or run["norm"] == "group" else f"{gap(run, whole):.1e}"
         table.add_row(label(run), images(run), f"{run['train_loss']:.3f}", f"{run['test_loss']:.3f}", f"{run['iou']:.2f}", differs)
     draw(runs, args.plot)
-    console = Console()
+    console = Console(width=110)  # of the table
     console.print(table)
     console.print(
         "* greatest difference of the test loss from the single process with the whole batch, over all steps; float64", soft_wrap=True

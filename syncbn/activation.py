@@ -1,6 +1,6 @@
 """The activations: for each its number in the ops, its public name, its module, its value and its derivative.
 
-Adding one touches this file, and four of csrc: args.h, cpu/activation.h, cpu/normalize.cpp and cuda/activation.cuh.
+To add one: docs/architecture.md.
 """
 
 from __future__ import annotations

@@ -151,9 +151,11 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
     assert [part for part in parts if part not in known] == []
 
 
-def test_files_named_in_the_architecture_exist():
+@pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md"])
+def test_files_named_in_the_architecture_exist(page):
     """By their path, or by their name next to one with a path."""
-    names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / "docs/architecture.md").read_text())
+    names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / page).read_text())
     tracked = {path.name for folder in ("syncbn", "csrc", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
+    known = {*tracked, *(name for name in names for folder in (ROOT, (ROOT / page).parent) if (folder / name).exists())}
     assert len(names) > 20
-    assert [name for name in names if "NAME" not in name and not (ROOT / name).exists() and name.rpartition("/")[2] not in tracked] == []
+    assert [name for name in names if "NAME" not in name and not {name, Path(name).name} & known] == []

@@ -54,7 +54,7 @@ REFUSED = [
         lambda: ops.backward_input(X, X, STATS, STATS[:8].to("meta"), W, W, None, None, EPS, Activation.none, 0.0),
         "all tensors must be on one device, got cpu, meta",
     ),
-    (lambda: normalize(activation=4), r"activation must be one of syncbn\.activation\.Activation, got 4"),
+    (lambda: normalize(activation=len(Activation)), rf"activation must be one of syncbn\.activation\.Activation, got {len(Activation)}"),
     (lambda: normalize(activation=-1), "activation must .* got -1"),
     (lambda: reduce(dy=torch.ones(2, 3)), r"dy must be \[2, 3, 4\], as x, got \[2, 3\]"),
     (lambda: reduce(residual=X), "mask must be given with a residual and this activation"),

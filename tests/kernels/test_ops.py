@@ -11,7 +11,7 @@ from support.op_cases import TAGGED
 from support.op_checks import CHECKS
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
 from syncbn import moments, ops, reference
-from syncbn.activation import Activation, keeps_residual
+from syncbn.activation import NAMES, Activation, keeps_mask, keeps_residual
 from syncbn.layout import is_channels_last, mask_bytes, outer_c_inner
 
 pytestmark = pytest.mark.world_size(1)
@@ -48,9 +48,9 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
 
     stats = ops.stats(x, False)
     y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
-    masked = residual and activation in (Activation.relu, Activation.leaky_relu)
+    masked = keeps_mask(activation, residual)
     assert mask.numel() == (mask_bytes(x) if masked else 0)
-    how = (weight, bias, res if activation == Activation.silu else None, mask if masked else None, 1e-5, activation, 0.01)
+    how = (weight, bias, res if keeps_residual(activation, residual) else None, mask if masked else None, 1e-5, activation, 0.01)
     sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
     dx, dz = ops.backward_input(dy, x, stats, sums, *how)
     assert dz.shape == (x.shape if residual and activation != Activation.none else (0,))
@@ -157,7 +157,7 @@ def test_opcheck(name, layout):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", [None, *NAMES])
 def test_gradcheck(activation, residual):
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(2, 2, dtype=torch.float64).unbind()

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from support.step import channels_last, check
 from support.world import HERE
+from syncbn.activation import NAMES
 
 SECONDS = float(os.environ.get("SYNCBN_FUZZ", "9"))
 
@@ -29,7 +30,7 @@ options = st.fixed_dictionaries(
         "unbiased": st.booleans(),
         "momentum": st.sampled_from([0.1, 0.3, None]),
         "eps": st.sampled_from([1e-5, 1e-3, 0.5]),
-        "activation": st.sampled_from([None, "relu", "leaky_relu", "silu"]),
+        "activation": st.sampled_from([None, *NAMES]),
     },
 )
 

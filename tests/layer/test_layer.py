@@ -10,6 +10,7 @@ import syncbn
 from support.collectives import collectives
 from support.oracle import TOLERANCE, activate, assert_close, batch_norm_step, rank_weighted_moments, relative_error
 from support.step import SPLITS, channels_last, check
+from syncbn.activation import NAMES
 
 SHAPES = [
     (7,),  # [N, C]
@@ -49,7 +50,7 @@ def test_input_with_gaps_equals_the_whole_batch(world, counts, device):
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", [None, *NAMES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_fused_activation_and_residual(world, counts, device, dtype, activation, residual):
     check(world, counts, device, (3, 5, 7), dtype, activation=activation, residual=residual)
@@ -170,7 +171,7 @@ def test_eval_never_communicates(world, track_running_stats):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, None], ids=["float32 parameters", "parameters of the input's type"])
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", [None, *NAMES])
 def test_eval_uses_the_running_statistics(world, dtype, parameter_dtype, activation):
     layer = syncbn.SyncBatchNorm(3, dtype=parameter_dtype or dtype, activation=activation).eval()
     with torch.no_grad():
