@@ -77,7 +77,7 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
              "[│┃]|^written", "^written"),
         Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 30, "[│┃]", "°C after"),
         Part("large", 30, (pytest_command(KERNELS, "-k", "more_than or memory or streams or graph"),), **TESTS),
-        Part("gloo", 50, (torchrun(2, TWO_RANKS, "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
+        Part("gloo", 50, (torchrun(2, (*TWO_RANKS, "tests/comm/test_alarms.py"), "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
         Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
                                    f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),
     ]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,8 +21,22 @@ several = pytest.mark.world_size(2, 3)
 
 @pytest.fixture(autouse=True)
 def verified_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process never looks at sums, as if they were on a GPU."""
+    """This process never looks at sums, as if they were on a GPU, or since they are."""
     monkeypatch.setattr(Exchange, "_is_verified_later", lambda self, tensor: True)
+
+
+@pytest.fixture(autouse=True)
+def default_device() -> Iterator[None]:
+    """Restores it."""
+    before = torch.get_default_device()
+    yield
+    torch.set_default_device(before)
+
+
+def wait(device: str) -> None:
+    """Until the kernels have compared."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def differentiate_twice(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -37,8 +52,9 @@ CASES = {
 
 @several
 @pytest.mark.parametrize("name", CASES)
-def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: World, name: str) -> None:
+def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: World, name: str, device: str) -> None:
     fresh = dataclasses.replace(world, group=anew(world))
+    torch.set_default_device(device)
     a, b = named("a", fresh), named("b", fresh)
     for layer in (a, b, a, b):
         layer.input = batch()
@@ -48,6 +64,7 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: Worl
 
     def diverge() -> None:
         CASES[name](odd, a, b)
+        wait(device)
         a(batch())
 
     with pytest.raises(RankMismatchError, match='added something else to\n  (forward|backward|double backward) of layer "[ab]"'):
@@ -57,8 +74,9 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: Worl
 
 
 @several
-def test_ranks_that_agree_get_no_error(world: World) -> None:
+def test_ranks_that_agree_get_no_error(world: World, device: str) -> None:
     fresh = dataclasses.replace(world, group=anew(world))
+    torch.set_default_device(device)
     layer = named("a", fresh)
     for _ in range(3):
         x = batch()
@@ -66,6 +84,7 @@ def test_ranks_that_agree_get_no_error(world: World) -> None:
         differentiate_twice(x, layer(x))
     alarms = state_of(resolve(layer.process_group).group).alarms
     assert alarms is not None
+    wait(device)
     alarms.check()
     assert len(alarms._words) == 3  # forward, backward, and the sums of second derivatives
 

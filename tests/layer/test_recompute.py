@@ -48,10 +48,6 @@ def keras() -> nn.Module:
     return nn.Sequential(nn.Conv2d(4, 4, 3), layer, nn.Conv2d(4, 2, 3, padding=1))
 
 
-def frozen(layer: nn.Module) -> nn.Module:
-    return layer.eval()
-
-
 MODELS = {
     "no activation": chain(syncbn.SyncBatchNorm(4), syncbn.SyncBatchNorm(4)),
     "relu": chain(syncbn.SyncBatchNorm(4, activation="relu")),
@@ -59,8 +55,8 @@ MODELS = {
     "silu": chain(syncbn.SyncBatchNorm(4, activation="silu")),
     "not affine": chain(syncbn.SyncBatchNorm(4, affine=False)),
     "no running statistics": chain(syncbn.SyncBatchNorm(4, track_running_stats=False)),
-    "eval mode": chain(frozen(syncbn.SyncBatchNorm(4))),
-    "eval mode, relu": chain(frozen(syncbn.SyncBatchNorm(4, activation="relu"))),
+    "eval mode": chain(syncbn.SyncBatchNorm(4).eval()),
+    "eval mode, relu": chain(syncbn.SyncBatchNorm(4, activation="relu").eval()),
     "one layer after the other": lambda: nn.Sequential(*(syncbn.SyncBatchNorm(4) for _ in range(5)), nn.Conv2d(4, 4, 3)),
     "residual": lambda: Residual(None),
     "residual, relu": lambda: Residual("relu"),
@@ -249,8 +245,7 @@ def autocast(model: nn.Module, x: Tensor) -> Tensor:
 
 def nested(model: nn.Module, x: Tensor) -> Tensor:
     with recompute_outputs():
-        y = model(x)
-    return y.square().sum()
+        return model(x).square().sum()
 
 
 @single
