@@ -50,7 +50,7 @@ def check(
         and (running_mean is None) is (running_var is None)
         and (running_mean is None or _is_usual(running_mean, vector, device, dtype))
         and (running_var is None or _is_usual(running_var, vector, device, dtype))
-        and (num_batches_tracked is None or (num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == device))
+        and (num_batches_tracked is None or (_is_count(num_batches_tracked, device)))
     ):
         return
     _refuse(layer, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
@@ -59,6 +59,10 @@ def check(
 def _is_usual(t: Tensor, vector: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a parameter or a buffer is as nearly all are; the others may still be right."""
     return t.shape == vector and t.device == device and (t.dtype is dtype or t.dtype is torch.float32) and t.is_contiguous()
+
+
+def _is_count(t: Tensor, device: torch.device) -> bool:
+    return t.dtype is torch.int64 and t.device == device and t.numel() == 1
 
 
 def _refuse(
@@ -93,8 +97,9 @@ def _refuse(
             raise ValueError(f"{layer}: {what} must have memory of its own for each channel, got an expanded tensor")
     if (running_mean is None) != (running_var is None):
         raise ValueError(f"{layer}: running_mean and running_var must be given both or neither")
-    if (t := num_batches_tracked) is not None and (t.dtype, t.device) != (torch.int64, device):
-        raise ValueError(f"{layer}: num_batches_tracked must be int64 on {device} as the input is, got {t.dtype} on {t.device}")
+    if (t := num_batches_tracked) is not None and not _is_count(t, device):
+        got = f"{t.dtype} {list(t.shape)} on {t.device}"
+        raise ValueError(f"{layer}: num_batches_tracked must be one int64 on {device} as the input is, got {got}")
     if residual is not None and (residual.shape, residual.dtype, residual.device) != (shape, dtype, device):
         raise ValueError(
             f"{layer}: residual must be {list(shape)} {dtype} on {device} as the input is,"

@@ -68,7 +68,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if running is not NOTHING_TRACKED:
             _count_as_written(running)
         if recompute.is_active():
-            recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
+            ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
 
         ctx.has_residual = residual is not None
         kept_residual = residual if keeps_residual(activation, ctx.has_residual) else None
@@ -98,6 +98,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if needs_dx or needs_dz:
             dx, written = ops.backward_input(dy, x, stats, sums, *others, *options.epilogue, options.rank_weighted, *ticket)
             dz = written if needs_dz else dz
+        else:
+            exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
         return _gradients(dx if needs_dx else None, dz, None if weight is None else dweight, None if bias is None else dbias)
 
 

@@ -102,7 +102,9 @@ def batch_norm_eval(
     y = _evaluated(running_mean, running_var, weight, bias, options, input, residual)
     if saves and recompute.is_active():
         parameters = recompute.copy_of(weight), recompute.copy_of(bias)
-        recompute.remember(y, partial(_evaluated, running_mean, running_var, *parameters, options), input, residual)
+        again = partial(_evaluated, running_mean, running_var, *parameters, options)
+        node: Any = y.grad_fn
+        node.metadata["syncbn"] = recompute.remember(y, again, input, residual)
     return y
 
 

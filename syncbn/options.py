@@ -79,4 +79,4 @@ def _options(
         raise ValueError(f"{layer}: weighting must be one of {WEIGHTINGS}, got {weighting!r}")
     if not eps >= 0:  # nor NaN
         raise ValueError(f"{layer}: eps must not be negative, got {eps}")
-    return Options(momentum, Epilogue(eps, number, negative_slope), weighting, unbiased, name, layer)
+    return Options(momentum, Epilogue(float(eps), number, float(negative_slope)), weighting, unbiased, name, layer)

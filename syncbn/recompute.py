@@ -65,14 +65,19 @@ def is_active() -> bool:
     return not torch.compiler.is_compiling() and _active.get()
 
 
-def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> None:
+def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> object:
     """In the context: `output`, just computed, is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
-    What `compute` holds besides must not change, nor be large."""
+    What `compute` holds besides must not change, nor be large. The caller keeps the returned recipe as long as the graph."""
+    if output.is_inference():
+        return None
     kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)
     chain = 1 + max((t.recipe.chain for t in kept if isinstance(t, _View)), default=0)
     if chain <= _LONGEST_CHAIN:
-        _recipes[output.untyped_storage()] = _Recipe(compute, kept, output, chain)
+        recipe = _Recipe(compute, kept, output, chain)
+        _recipes[output.untyped_storage()] = weakref.ref(recipe)
+        return recipe
+    return None
 
 
 def copy_of(parameter: Tensor | None) -> Tensor | None:
@@ -83,30 +88,24 @@ def copy_of(parameter: Tensor | None) -> Tensor | None:
 class _Recipe:
     """How to compute an output. Holds neither the output nor its memory."""
 
-    def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Tensor | _View | None, ...], output: Tensor, chain: int) -> None:
+    def __init__(self, compute: Callable[..., Tensor], inputs: tuple[Any, ...], output: Tensor, chain: int) -> None:
         self.compute, self.inputs, self.chain = compute, inputs, chain
-        self.versions = [version_of(t) if isinstance(t, Tensor) else None for t in inputs]
         self.version, self.dtype, self.device = version_of(output), output.dtype, output.device
         self.lock = threading.Lock()  # the backward passes of several devices run in threads
-        self.last: Callable[[], torch.UntypedStorage | None] = lambda: None
+        self.last: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by stream, none of which waits for what another one computes
 
     def memory(self) -> torch.UntypedStorage:
         """That of the output, shared by all who hold it at the same time."""
         with self.lock:
-            memory = self.last()
+            stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+            last = self.last.get(stream)
+            memory = None if last is None else last()
             if memory is None:
                 memory = self._compute().untyped_storage()
-                self.last = weakref.ref(memory)
+                self.last[stream] = weakref.ref(memory)
             return memory
 
     def _compute(self) -> Tensor:
-        for t, version in zip(self.inputs, self.versions, strict=True):
-            if isinstance(t, Tensor) and version_of(t) != version:
-                raise RuntimeError(
-                    "one of the variables needed for gradient computation has been modified by an inplace operation: an input"
-                    f" {list(t.shape)} of a synchronized batch norm is at version {version_of(t)}; expected version {version} instead."
-                    " syncbn.recompute_outputs has to compute the layer's output from it"
-                )
         with torch.no_grad():
             return self.compute(*map(_unpack, self.inputs))
 
@@ -120,20 +119,38 @@ class _View(NamedTuple):
     offset: int
 
 
-# Keyed by memory, which ends with the last tensor that views it; an address may be used again.
-_recipes: WeakKeyDictionary[torch.UntypedStorage, _Recipe] = WeakKeyDictionary()
+# Keyed by memory, which ends with the last tensor that views it; an address may be used again. The layer's autograd node keeps the
+# recipe: an output that is kept without its graph must not keep the layer's input.
+_recipes: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe]] = WeakKeyDictionary()
 
 
-def _pack(tensor: Tensor) -> Tensor | _View:
+class _Kept(NamedTuple):
+    """A tensor as it is. torch does not look at the version of what hooks keep."""
+
+    tensor: Tensor
+    version: int
+
+
+def _pack(tensor: Tensor) -> Tensor | _Kept | _View:
+    if tensor.is_inference():
+        return tensor
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
-        return tensor
-    recipe = _recipes.get(tensor.untyped_storage())
+        return _Kept(tensor, version_of(tensor))
+    found = _recipes.get(tensor.untyped_storage())
+    recipe = None if found is None else found()
     if recipe is None or version_of(tensor) != recipe.version or tensor.dtype is not recipe.dtype:
-        return tensor
+        return _Kept(tensor, version_of(tensor))
     return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(packed: Any) -> Any:
+    if isinstance(packed, _Kept):
+        if version_of(packed.tensor) != packed.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor"
+                f" {list(packed.tensor.shape)} is at version {version_of(packed.tensor)}; expected version {packed.version} instead"
+            )
+        return packed.tensor
     if not isinstance(packed, _View):
         return packed
     recipe = packed.recipe

@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.unbiased = unbiased;
   args.activation = activation_of(activation);
   args.negative_slope = negative_slope;
-  args.verification = in.verification(tag, ranks, alarm);
 
   Device device(x);
+  args.verification = in.verification(tag, ranks, alarm);  // the address in pinned memory is that of the current device
   const bool keep_mask = residual && needs_only_sign(args.activation);
   Tensor y = in.new_like(x), mask = in.new_empty(keep_mask ? in.mask_numel : 0, aoti_torch_dtype_uint8());
   if (x.numel() == 0) torch::stable::zero_(mask);  // no kernel writes it
@@ -113,9 +113,9 @@ std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor x, Tensor stats, Ten
   auto args = backward_args<Device, BackwardInputArgs>(in, dy, stats, weight, bias, residual, mask, eps, activation, negative_slope);
   args.rank_weighted = rank_weighted;
   args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, sums_numel(in.layout.C)));
-  args.verification = in.verification(tag, ranks, alarm);
 
   Device device(x);
+  args.verification = in.verification(tag, ranks, alarm);  // the address in pinned memory is that of the current device
   const bool writes_dz = args.activation != Activation::none && (needs_only_sign(args.activation) ? mask : residual).has_value();
   Tensor dx = in.new_like(x), dz = writes_dz ? in.new_like(x) : in.nothing();
   args.dx = dx.data_ptr();

@@ -60,7 +60,7 @@ def _gather(comm: Communicator, row: bytes, device: torch.device) -> list[bytes]
     """Each rank's row, all of one length: the sum of tables in which each rank fills its own row."""
     # An odd byte count can never match a float64 tensor, so gloo detects a rank that sends sums instead.
     width = len(row) + len(row) % 2
-    table = torch.zeros(comm.world_size * width + 1, dtype=torch.uint8)
+    table = torch.zeros(comm.world_size * width + 1, dtype=torch.uint8, device="cpu")
     table[comm.rank * width :][: len(row)] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
     summed: Tensor = comm.all_reduce_(table.to(device)).cpu()
     return [bytes(part[: len(row)].tolist()) for part in summed[:-1].view(comm.world_size, width)]

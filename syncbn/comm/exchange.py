@@ -74,8 +74,8 @@ class Exchange:
         if self.sharing is not None and self.sharing.in_memory:
             return NO_TICKET  # the ranks compare the whole digest
         if environment.settings.check == "off":
-            return Ticket(tag_of(UNVERIFIED))
-        tag = tag_of(digest(*self._key(kind, values)))
+            return Ticket(tag_of(UNVERIFIED, self.comm.world_size))
+        tag = tag_of(digest(*self._key(kind, values)), self.comm.world_size)
         return Ticket(tag, self.comm.world_size, self._alarm(kind, values)) if self._is_verified_later(x) else Ticket(tag)
 
     def sum(self, values: Tensor, kind: str) -> Tensor:
@@ -83,9 +83,13 @@ class Exchange:
         ticket = self.ticket(values, kind, values.numel())
         payload = torch.cat([values.flatten(), *(values.new_full((1,), t) for t in (ticket.tag, ticket.tag * ticket.tag))])
         total = self.all_reduce_(payload, kind)
-        if ticket.alarm is not None:
-            self._alarms().compare(self._key(kind, values.numel()), total[-TAGS:], sums_of_tags(ticket.ranks, ticket.tag))
+        self.verify(total, kind, ticket)
         return total[:-TAGS].view_as(values)
+
+    def verify(self, total: Tensor, kind: str, ticket: Ticket) -> None:
+        """What the op that uses the sums does with its ticket, for sums that none uses."""
+        if ticket.alarm is not None:
+            self._alarms().compare(self._key(kind, total.numel() - TAGS), total[-TAGS:], sums_of_tags(ticket.ranks, ticket.tag))
 
     def all_reduce_(self, tensor: Tensor, kind: str) -> Tensor:
         """`Communicator.all_reduce_` of values that end with a tag and its square, those of the `ticket` for them.
@@ -189,6 +193,8 @@ class Exchange:
         except _NO_FAILURES:
             raise
         except Exception as error:
+            if self._state is not None and self._state.alarms is not None:
+                self._state.alarms.check()  # another rank has read its alarm, and not come
             raise self._failure(error, values, kind) from error
         state.exchanges += 1
         if self.membership is None and self.record is not None and self.comm.compares:

@@ -73,7 +73,7 @@ class Sharing:
         """The sum of `payload`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `payload` itself, overwritten.
 
         Args:
-            payload: ends with `tag_of(digest)` and its square.
+            payload: ends with `tag_of(digest, ranks)` and its square.
             digest: of what this rank is about to exchange.
             channels: not 0, where `in_memory`, for statistics about different shifts.
 
@@ -131,7 +131,7 @@ def set_up_sharing(comm: Communicator) -> Sharing:
 
 def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
     """`payload`. Raises Mismatch, on every rank, if the ranks' tags differ."""
-    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest)):
+    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest, ranks)):
         raise Mismatch
     return payload
 
@@ -140,7 +140,7 @@ def gather(comm: Communicator, row: bytes) -> list[bytes]:
     """The rows of all ranks, PAYLOAD + REASON bytes each."""
     size = PAYLOAD + REASON
     # One extra byte: if another rank adds float64 values meanwhile, the sizes cannot match, and gloo notices.
-    table = torch.zeros(comm.world_size * size + 1, dtype=torch.uint8)
+    table = torch.zeros(comm.world_size * size + 1, dtype=torch.uint8, device="cpu")
     table[comm.rank * size : (comm.rank + 1) * size] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
     rows = comm.all_reduce_(table)[:-1].view(comm.world_size, size)
-    return [r.numpy().tobytes() for r in rows]
+    return [bytes(row.tolist()) for row in rows]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TAG_BITS = 20  # tag * tag summed over up to 8192 ranks is an integer that float64 holds
+TAG_BITS = 20  # at most; kernels take no more
 TAGS = 2  # values at the end of a payload: the tag and its square
 
 
@@ -48,8 +48,10 @@ def digest_of(text: str) -> int:
 UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
-def tag_of(digest: int) -> int:
-    return digest & ((1 << TAG_BITS) - 1)
+def tag_of(digest: int, ranks: int) -> int:
+    """As many bits of the digest that float64 holds the sum of `ranks` squares exactly: 20 up to 8192 ranks."""
+    bits = min(TAG_BITS, (53 - (ranks - 1).bit_length()) // 2)
+    return digest & ((1 << bits) - 1)
 
 
 def sums_of_tags(ranks: int, tag: int) -> tuple[float, float]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -29,10 +29,11 @@ class Frozen:
     """The first base of a frozen layer's class."""
 
     _frozen = True
-    _freeze: Freeze
+    if TYPE_CHECKING:  # torch.jit.script cannot read the annotation
+        _freeze: Freeze
 
     def train(self: Any, mode: bool = True) -> Any:
-        self._freeze.training = mode
+        vars(self)["_freeze"] = replace(self._freeze, training=mode)  # a shallow copy of the layer has the same record
         return super().train(False)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:

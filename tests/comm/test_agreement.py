@@ -47,6 +47,12 @@ DISAGREEMENTS = {  # of the other ranks with rank 0
 
 
 @several
+def test_whole_numbers_agree_with_the_same_floats(world):
+    layer = named("a", world, eps=1 if world.rank else 1.0)
+    assert torch.isfinite(layer(batch())).all()
+
+
+@several
 @pytest.mark.parametrize("what", DISAGREEMENTS)
 def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, what):
     """For each rank the layer, its input's shape, which may differ by rank, and dtype."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import pytest
 import torch
@@ -100,6 +101,54 @@ def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, m
     if world.rank > 0:  # the others would not exchange with rank 0 again
         with pytest.raises(RankMismatchError, match="added something else"):
             layer(batch())
+
+
+@several
+@pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)], ids=str)
+def test_a_backward_exchange_whose_sums_no_kernel_uses_is_verified(world: World, needs: tuple[bool, bool]) -> None:
+    """No gradient of x is needed in front of a model, or after frozen layers."""
+    fresh = dataclasses.replace(world, group=anew(world))
+    a, b = named("a", fresh), named("b", fresh)
+    for layer, needed in zip((a, b), needs, strict=True):
+        for _ in range(2):
+            layer.kept = layer(batch().detach().requires_grad_(needed))
+            layer.kept.sum().backward(retain_graph=True)
+    layer = b if world.rank == world.size - 1 else a
+    layer.kept.sum().backward()
+    with pytest.raises(RankMismatchError, match="backward of layer"):
+        a(batch())
+
+
+@pytest.mark.process_group
+@pytest.mark.world_size(2)
+def test_a_rank_that_reads_its_alarm_late_gets_the_same_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the timeout, if the other rank has raised meanwhile."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=3))
+    a, b = (named(name, dataclasses.replace(world, group=group)) for name in "ab")
+    for layer in (a, b):
+        layer(batch())
+    check, unread = Alarms.check, [world.rank]
+
+    def late(alarms: Alarms) -> None:
+        return None if unread and unread.pop() == 1 else check(alarms)
+
+    DIVERGENCES["another eps"](world.rank == 1, a, b)
+    monkeypatch.setattr(Alarms, "check", late)
+    with pytest.raises(RankMismatchError, match="added something else"):
+        b(batch())
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("surroundings", [lambda: torch.device("meta"), torch.inference_mode], ids=["default device", "inference mode"])
+def test_words_do_not_depend_on_where_the_first_exchange_is(surroundings: Callable) -> None:
+    alarms = Alarms(lambda name: f"exchange {name}")
+    with surroundings():
+        word = alarms.word(("a",))
+    assert word.device.type == "cpu"
+    alarms.compare(("a",), torch.tensor([1.0, 1.0]), (2.0, 2.0))
+    with pytest.raises(RankMismatchError, match="exchange a"):
+        alarms.check()
+    alarms.check()
 
 
 @pytest.mark.world_size(1)

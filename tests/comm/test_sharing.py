@@ -158,12 +158,14 @@ def test_workers_of_a_data_loader_come_and_go(world):
     assert torch.isfinite(layer(batch())).all()
 
 
-def test_a_tag_is_exact_for_thousands_of_ranks():
-    ranks = 8192
-    for t in (1, 2, (1 << signatures.TAG_BITS) - 1):
+@pytest.mark.parametrize("ranks", [2, 8192, 8193, 1 << 16])
+def test_sums_of_tags_are_exact_for_any_number_of_ranks(ranks):
+    for digest in (1, 2, -1 & ((1 << 64) - 1)):
+        t = signatures.tag_of(digest, ranks)
         tags = torch.full((ranks,), float(t)).double()
         assert (tags.sum().item(), tags.square().sum().item()) == signatures.sums_of_tags(ranks, t)
-        tags[5] -= 1
+        assert float(ranks * t * t + 1) != float(ranks * t * t)
+        tags[1] -= 1
         assert (tags.sum().item(), tags.square().sum().item()) != signatures.sums_of_tags(ranks, t)
 
 

@@ -110,11 +110,13 @@ def test_an_error_before_an_exchange_begins_with_the_layer(world, name):
     in_step(world)
 
 
-@pytest.mark.parametrize("changed", [torch.tensor(0, dtype=torch.int32), torch.tensor(0, device="meta")], ids=["int32", "meta"])
+@pytest.mark.parametrize(
+    "changed", [torch.tensor(0, dtype=torch.int32), torch.tensor(0, device="meta"), torch.tensor([0, 0])], ids=["int32", "meta", "two"]
+)
 def test_a_bad_count_of_batches_is_named_before_any_collective(world, changed):
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     layer.num_batches_tracked = changed
-    with pytest.raises(ValueError, match="num_batches_tracked must be int64 on cpu"):
+    with pytest.raises(ValueError, match="num_batches_tracked must be one int64 on cpu"):
         layer(X)
     in_step(world)
 

@@ -63,7 +63,7 @@ CASES = {
     "parameter elsewhere": Case(("buffer", "bias", nn.Parameter(torch.ones(6, device="meta"))), ValueError, "bias must be on cpu"),
     "expanded statistic": Case(("buffer", "running_var", torch.ones(1).expand(6)), ValueError, "memory of its own"),
     "one statistic": Case(("buffer", "running_var", None), ValueError, "both or neither"),
-    "count of another dtype": Case(("buffer", "num_batches_tracked", torch.tensor(0.0)), ValueError, "must be int64"),
+    "count of another dtype": Case(("buffer", "num_batches_tracked", torch.tensor(0.0)), ValueError, "must be one int64"),
     "freed parameter": Case(("free", "weight"), ValueError, "weight .* has no memory"),
     "freed statistic": Case(("free", "running_mean"), ValueError, "running_mean .* has no memory"),
     "eps": Case(("attribute", "eps", 0.0), ValueError, "eps must be positive"),

@@ -188,16 +188,6 @@ def test_an_output_that_nothing_keeps_is_not_computed_again(normalized: list[Any
 
 
 @single
-def test_an_input_changed_in_place_is_an_error() -> None:
-    x = torch.randn(2, 4, 3, 3)
-    with recompute_outputs():
-        y = F.conv2d(syncbn.SyncBatchNorm(4, affine=False)(x), torch.randn(4, 4, 3, 3, requires_grad=True))
-    x.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
-@single
 def test_a_parameter_changed_after_the_forward_pass_is_the_forward_passs() -> None:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         value = F.conv2d(model[0](x).detach(), model[1].weight).square().sum()

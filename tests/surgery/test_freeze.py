@@ -143,6 +143,20 @@ def test_a_parameter_that_required_no_gradient_before_requires_none_after():
 
 
 @pytest.mark.world_size(1)
+def test_a_shallow_copy_has_a_mode_of_its_own():
+    layer = freeze_bn(nn.BatchNorm2d(3))
+    copy.copy(layer).train(False)
+    assert unfreeze_bn(layer).training
+
+
+@pytest.mark.world_size(1)
+def test_a_frozen_plain_layer_can_be_scripted():
+    model = freeze_bn(nn.Sequential(nn.BatchNorm2d(3)))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+@pytest.mark.world_size(1)
 def test_a_frozen_lazy_layer_stays_frozen_when_it_is_built():
     for model in (nn.Sequential(nn.LazyBatchNorm2d()), convert_sync_batchnorm(nn.Sequential(nn.LazyBatchNorm2d()))):
         freeze_bn(model, parameters=True)
