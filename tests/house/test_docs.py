@@ -151,8 +151,8 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
     assert [part for part in parts if part not in known] == []
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md"])
-def test_files_named_in_the_architecture_exist(page):
+@pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md", "tests/README.md"])
+def test_files_named_in_the_maps_exist(page):
     """By their path, or by their name next to one with a path."""
     names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / page).read_text())
     tracked = {path.name for folder in ("syncbn", "csrc", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
