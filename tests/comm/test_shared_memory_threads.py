@@ -79,7 +79,10 @@ def test_a_wrong_order_is_noticed(name, compiler, tmp_path):
     text, replacement = MUTANTS[name]
     sources = {path.name: path.read_text() for path in SOURCE.parent.glob("shared_memory*")}
     assert sum(source.count(text) for source in sources.values()) == 1
+    cpu = tmp_path / "cpu"
+    cpu.mkdir()
+    shutil.copy(SOURCE.parent.parent / "args.h", tmp_path)
     for file, source in sources.items():
-        (tmp_path / file).write_text(source.replace(text, replacement))
-    program = build(compiler, tmp_path / SOURCE.name, tmp_path)
+        (cpu / file).write_text(source.replace(text, replacement))
+    program = build(compiler, cpu / SOURCE.name, tmp_path)
     assert any(fails(program, case) for case in CASES[:3])
