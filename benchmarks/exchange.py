@@ -66,15 +66,23 @@ Samples = dict[str, list[float]]
 def exchanges(made: dict[str, Any], channels: int, repeats: int) -> Samples:
     """Microseconds of a sum of 2 * channels + 1 values, as a layer requests it, verification and waiting included."""
     layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
+    payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}
     for _ in range(repeats):
         for name, exchange in layers.items():
             for _ in range(10):
-                values = torch.zeros(2 * channels + 1, dtype=torch.float64)
+                values = payloads[name].clone()
                 began = time.perf_counter()
                 exchange.all_reduce_(values, "forward")
                 samples[name].append((time.perf_counter() - began) * 1e6)
     return samples
+
+
+def _payload(exchange: Exchange, channels: int) -> Tensor:
+    """2 * channels + 1 zeros, and the tag and its square by which the exchange is verified."""
+    values = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    tag = exchange.ticket(values, "forward", values.numel()).tag
+    return torch.cat([values, torch.tensor([tag, tag * tag], dtype=torch.float64)])
 
 
 class Block(nn.Module):
