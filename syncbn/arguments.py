@@ -50,7 +50,7 @@ def check(
         and (running_mean is None) is (running_var is None)
         and (running_mean is None or _is_usual(running_mean, vector, device, dtype))
         and (running_var is None or _is_usual(running_var, vector, device, dtype))
-        and (num_batches_tracked is None or (_is_count(num_batches_tracked, device)))
+        and (num_batches_tracked is None or _is_count(num_batches_tracked, device))
     ):
         return
     _refuse(layer, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)

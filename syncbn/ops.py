@@ -2,7 +2,7 @@
 
 Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the
 schema, the reference and the kernel. Tensors are dense (`layout.dense`); checks on what a caller passes are made
-in `functional.py`, before any collective.
+in `arguments.py`, before any collective.
 """
 
 from __future__ import annotations

@@ -38,12 +38,12 @@ def verify(comm: Communicator, signature: str, details: str, device: torch.devic
     state = state_of(comm.group)
     signature = f"{signature}, verification {state.verifications + 1} of this group"
     text = _both_ends(f"{signature}; {details}" if details else signature)
-    rows = _gather(comm, hashlib.sha256(signature.encode()).digest()[:DIGEST] + len(text).to_bytes(LENGTH, "little"), device)
+    rows = gather(comm, hashlib.sha256(signature.encode()).digest()[:DIGEST] + len(text).to_bytes(LENGTH, "little"), device)
     state.verifications += 1
     if len({row[:DIGEST] for row in rows}) == 1:
         return
     longest = max(int.from_bytes(row[DIGEST:], "little") for row in rows)
-    texts = _gather(comm, text.ljust(min(longest, LONGEST), b"\0"), device)
+    texts = gather(comm, text.ljust(min(longest, LONGEST), b"\0"), device)
     raise mismatch([row.rstrip(b"\0").decode(errors="replace") for row in texts])
 
 
@@ -56,7 +56,7 @@ def mismatch(texts: Sequence[str]) -> RankMismatchError:
     return RankMismatchError(f"the ranks are about to exchange different things:{lines}")
 
 
-def _gather(comm: Communicator, row: bytes, device: torch.device) -> list[bytes]:
+def gather(comm: Communicator, row: bytes, device: torch.device) -> list[bytes]:
     """Each rank's row, all of one length: the sum of tables in which each rank fills its own row."""
     # An odd byte count can never match a float64 tensor, so gloo detects a rank that sends sums instead.
     width = len(row) + len(row) % 2

@@ -65,12 +65,7 @@ class Exchange:
         if self.comm is LOCAL or not self.comm.compares or torch.compiler.is_compiling():
             return NO_TICKET
         if self._state is None:
-            try:
-                self._enter(x)
-            except _NO_FAILURES:
-                raise
-            except Exception as error:
-                raise self._failure(error, values, kind) from error
+            self._prepare(x, values, kind)
         if self.sharing is not None and self.sharing.in_memory:
             return NO_TICKET  # the ranks compare the whole digest
         if environment.settings.check == "off":
@@ -112,12 +107,7 @@ class Exchange:
             return True
         if torch.compiler.is_compiling() or not x.is_cpu:  # a graph holds the communicator's collective, and nothing that makes a group
             return False
-        try:
-            self._enter(x)
-        except _NO_FAILURES:
-            raise
-        except Exception as error:
-            raise self._failure(error, 0, "forward") from error
+        self._prepare(x, 0, "forward")
         return self.sharing is not None and self.sharing.in_memory
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
@@ -137,6 +127,15 @@ class Exchange:
         description = "" if self.record is None else self.record.description()
         shape = "" if self.shape is None else f"input {list(self.shape)}"
         return ", ".join(filter(None, (description, shape, self._position())))
+
+    def _prepare(self, x: Tensor, values: int, kind: str) -> None:
+        """`_enter`, ahead of an exchange of this many values, whose error it is if it fails."""
+        try:
+            self._enter(x)
+        except _NO_FAILURES:
+            raise
+        except Exception as error:
+            raise self._failure(error, values, kind) from error
 
     def _enter(self, tensor: Tensor) -> GroupState:
         """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is

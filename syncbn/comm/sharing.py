@@ -22,7 +22,7 @@ from .. import environment
 from .._torch_private import is_torchs_layer_replaced
 from . import agreement
 from .identity import state_of
-from .meeting import PAYLOAD, REASON, Unusable, meet
+from .meeting import Unusable, meet
 from .shared_memory import Mismatch, SharedMemory
 from .signatures import digest_of, sums_of_tags, tag_of
 
@@ -59,7 +59,7 @@ class Sharing:
                 layer = "replaced" if is_torchs_layer_replaced() else "torch's own"
                 agreement.verify(comm, f"{check}, like SYNCBN_REPLACE_TORCH (torch.nn.SyncBatchNorm is {layer})", "", torch.device("cpu"))
                 try:
-                    ranks, self.memory = meet(lambda row: gather(comm, row), comm.rank, comm.world_size)
+                    ranks, self.memory = meet(lambda row: agreement.gather(comm, row, torch.device("cpu")), comm.rank, comm.world_size)
                     self.hosts, self.timeout = len(ranks), comm.timeout
                     if self.hosts > 1:
                         self.first_ranks = comm.among([host[0] for host in ranks])
@@ -134,13 +134,3 @@ def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
     if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest, ranks)):
         raise Mismatch
     return payload
-
-
-def gather(comm: Communicator, row: bytes) -> list[bytes]:
-    """The rows of all ranks, PAYLOAD + REASON bytes each."""
-    size = PAYLOAD + REASON
-    # One extra byte: if another rank adds float64 values meanwhile, the sizes cannot match, and gloo notices.
-    table = torch.zeros(comm.world_size * size + 1, dtype=torch.uint8, device="cpu")
-    table[comm.rank * size : (comm.rank + 1) * size] = torch.frombuffer(bytearray(row), dtype=torch.uint8)
-    rows = comm.all_reduce_(table)[:-1].view(comm.world_size, size)
-    return [bytes(row.tolist()) for row in rows]

@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 
-from support.divergence import DIVERGENCES, anew, batch, named
+from support.divergence import DIVERGENCES, another_group, batch, named
 from support.world import World
 from syncbn import RankMismatchError, environment
 from syncbn.comm import resolve
@@ -54,7 +54,7 @@ CASES = {
 @several
 @pytest.mark.parametrize("name", CASES)
 def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: World, name: str, device: str) -> None:
-    fresh = dataclasses.replace(world, group=anew(world))
+    fresh = dataclasses.replace(world, group=another_group(world))
     torch.set_default_device(device)
     a, b = named("a", fresh), named("b", fresh)
     for layer in (a, b, a, b):
@@ -76,7 +76,7 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: Worl
 
 @several
 def test_ranks_that_agree_get_no_error(world: World, device: str) -> None:
-    fresh = dataclasses.replace(world, group=anew(world))
+    fresh = dataclasses.replace(world, group=another_group(world))
     torch.set_default_device(device)
     layer = named("a", fresh)
     for _ in range(3):
@@ -92,7 +92,7 @@ def test_ranks_that_agree_get_no_error(world: World, device: str) -> None:
 
 @several
 def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = dataclasses.replace(world, group=anew(world))
+    fresh = dataclasses.replace(world, group=another_group(world))
     layer = named("a", fresh)
     layer(batch())
     if world.rank == 0:
@@ -107,7 +107,7 @@ def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, m
 @pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)], ids=str)
 def test_a_backward_exchange_whose_sums_no_kernel_uses_is_verified(world: World, needs: tuple[bool, bool]) -> None:
     """No gradient of x is needed in front of a model, or after frozen layers."""
-    fresh = dataclasses.replace(world, group=anew(world))
+    fresh = dataclasses.replace(world, group=another_group(world))
     a, b = named("a", fresh), named("b", fresh)
     for layer, needed in zip((a, b), needs, strict=True):
         for _ in range(2):

@@ -12,19 +12,10 @@ import torch
 
 import syncbn
 from support.processes import job, run, torchrun, two_ranks
+from support.srun import SRUN
 from syncbn import environment
 from syncbn.comm import rendezvous
 
-SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_LOCALID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_NODEID": "1",
-    "SLURM_JOB_ID": "77",
-    "SLURM_STEP_ID": "0",
-    "SLURM_STEP_NODELIST": "gpu[03-04]",
-}
 NAMES = {name for row in environment.LAUNCHERS for names in row.columns for name in names} | {"MASTER_ADDR", "MASTER_PORT"}
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from support.collectives import collectives
-from support.divergence import DIVERGENCES, anew, batch, named
+from support.divergence import DIVERGENCES, another_group, batch, named
 from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import exchange, resolve, shared_memory, signatures
@@ -74,7 +74,7 @@ def test_float64_far_from_zero_is_as_good_as_torch(world):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name):
     """With default settings, over every communicator."""
-    fresh = dataclasses.replace(world, group=anew(world))  # in which the ranks have exchanged equally often, and so share a line
+    fresh = dataclasses.replace(world, group=another_group(world))  # in which the ranks have exchanged equally often, and so share a line
     a, b = named("a", fresh), named("b", fresh)
     for _ in range(3):
         b(a(batch())).sum().backward()
@@ -100,7 +100,7 @@ def test_a_divergence_is_not_noticed_if_the_user_says_so(world, path, monkeypatc
 
 def test_a_late_rank_is_named_with_layer_and_direction(world, monkeypatch):
     layer = named("encoder.bn", world)
-    layer.process_group = anew(world)
+    layer.process_group = another_group(world)
     y = layer(batch())
     monkeypatch.setattr(state_of(resolve(layer.process_group).group).sharing, "timeout", 0.4)
     if world.rank == 0:
@@ -112,7 +112,7 @@ def test_a_late_rank_is_named_with_layer_and_direction(world, monkeypatch):
 
 
 def test_ranks_with_different_settings_all_use_the_group(world, monkeypatch):
-    group = anew(world)
+    group = another_group(world)
     if world.rank == world.size - 1:
         monkeypatch.setattr(environment, "settings", environment.settings._replace(shared_memory=False))
     layer = SyncBatchNorm(3, process_group=group)
@@ -123,7 +123,7 @@ def test_ranks_with_different_settings_all_use_the_group(world, monkeypatch):
 
 @pytest.mark.parametrize("odd", ["off", "always"])
 def test_ranks_that_differ_in_when_they_compare_are_told_at_once(world, odd, monkeypatch):
-    layer = SyncBatchNorm(3, process_group=anew(world))
+    layer = SyncBatchNorm(3, process_group=another_group(world))
     if world.rank == world.size - 1:
         monkeypatch.setattr(environment, "settings", environment.settings._replace(check=odd))
     for _ in range(2):
@@ -170,7 +170,7 @@ def test_sums_of_tags_are_exact_for_any_number_of_ranks(ranks):
 
 
 def test_the_path_is_logged(world, monkeypatch, caplog):
-    layer = SyncBatchNorm(3, process_group=anew(world))
+    layer = SyncBatchNorm(3, process_group=another_group(world))
     exchange._log.cache_clear()
     monkeypatch.setattr(environment, "settings", environment.settings._replace(debug=True))
     layer(batch())
@@ -180,7 +180,7 @@ def test_the_path_is_logged(world, monkeypatch, caplog):
 
 
 def test_two_groups_whose_exchanges_alternate(world):
-    layers = [SyncBatchNorm(3, process_group=anew(world)) for _ in range(2)]
+    layers = [SyncBatchNorm(3, process_group=another_group(world)) for _ in range(2)]
     plain = nn.BatchNorm1d(3)
     for _ in range(5):
         for layer in layers:
@@ -195,7 +195,7 @@ def test_a_group_that_is_destroyed_takes_its_memory_with_it(world):
 
     before = mappings()
     for _ in range(3):
-        group = anew(world)
+        group = another_group(world)
         SyncBatchNorm(3, process_group=group)(batch())
         assert mappings() == before + 1
         torch.distributed.destroy_process_group(group) if world.group is None else group.Free()

@@ -21,7 +21,7 @@ def batch(dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(4, 3, 5, dtype=dtype, requires_grad=True)
 
 
-def anew(world: World) -> object:
+def another_group(world: World) -> object:
     """Another group of all ranks."""
     return torch.distributed.new_group() if world.group is None else world.group.Dup()
 
