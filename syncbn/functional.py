@@ -52,7 +52,7 @@ def batch_norm_train(
     compiling = torch.compiler.is_compiling()
     if not compiling and has_torch_function(tensors):
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
-        return handle_torch_function(_on_plain_tensors, tensors, tensors, comm, options, record)
+        return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     check(options.layer, *tensors)
     if not options.epilogue.eps > 0:
         raise ValueError(f"{options.layer}: eps must be positive in training, got {options.epilogue.eps}")
@@ -73,8 +73,10 @@ def _requires_grad(parameter: Tensor | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
-def _on_plain_tensors(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
-    input, residual, weight, bias, *running = map(plain, tensors)
+def _with_torch_function(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
+    """What a mode or a class of tensors calls. After a mode, such as the default device's, it is the turn of the class: the tensors keep
+    theirs until then."""
+    input, residual, weight, bias, *running = tensors if has_torch_function(tensors) else map(plain, tensors)
     assert input is not None
     return batch_norm_train(input, residual, weight, bias, Running(*running), comm, options, record)
 

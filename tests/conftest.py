@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.overrides import _get_current_function_mode_stack
 
 import syncbn
 from support import ROOT
@@ -142,7 +143,26 @@ def seed(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(autouse=True)
-def default_device() -> Iterator[None]:
+def torchs_settings() -> Iterator[None]:
+    """A test leaves torch's global settings as it found them: a later one would fail, or pass, for the wrong reason."""
+    before = _settings()
+    yield
+    assert _settings() == before, "the test has changed a setting of torch's"
+
+
+def _settings() -> list[object]:
+    modes = list(map(type, _get_current_function_mode_stack()))
+    return [
+        modes,
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def default_device(torchs_settings: None) -> Iterator[None]:
     """With SYNCBN_TEST_DEVICE=cuda, tensors created without a device go to the GPU."""
     name = os.environ.get("SYNCBN_TEST_DEVICE")
     with torch.device(name) if name else nullcontext():

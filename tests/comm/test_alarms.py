@@ -27,11 +27,10 @@ def verified_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def default_device() -> Iterator[None]:
-    """Restores it."""
-    before = torch.get_default_device()
+def default_device(torchs_settings: None) -> Iterator[None]:
+    """A test may set another one."""
     yield
-    torch.set_default_device(before)
+    torch.set_default_device(None)
 
 
 def wait(device: str) -> None:

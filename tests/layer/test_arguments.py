@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,14 +76,22 @@ class Tagged(torch.Tensor):
     """As MONAI's MetaTensor is one."""
 
 
+@contextmanager
+def nested_modes():
+    with torch.device("cpu"), torch.device("cpu"):
+        yield
+
+
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_subclass_of_tensor_comes_out_as_it_went_in(implementation, training):
+@pytest.mark.parametrize("mode", [nullcontext, lambda: torch.device("cpu"), nested_modes], ids=["no mode", "default device", "two modes"])
+def test_a_subclass_of_tensor_comes_out_as_it_went_in(implementation, training, mode):
     x = torch.randn(4, 3, 5)
     plain, tagged = (syncbn.SyncBatchNorm(3).train(training) for _ in range(2))
     leaf = x.clone().requires_grad_()
     other = x.clone().as_subclass(Tagged).requires_grad_()
-    want, got = F.relu(plain(leaf), inplace=True), F.relu(tagged(other), inplace=True)
+    with mode():
+        want, got = F.relu(plain(leaf), inplace=True), F.relu(tagged(other), inplace=True)
     assert type(got) is Tagged and type(want) is torch.Tensor
     assert torch.equal(got.as_subclass(torch.Tensor), want)
     want.square().sum().backward()
