@@ -1,5 +1,6 @@
 """Builds the wheel, with the CUDA library where nvcc is, installs it where the source tree cannot be imported, and runs a layer with its
-compiled kernels. Then builds the source distribution, and checks that it has what a build and the tests need. Both have the license."""
+compiled kernels, and torch's layer in its place through the wheel's entry point. Then builds the source distribution, and checks that it
+has what a build and the tests need. Both have the license."""
 
 import email
 import os
@@ -23,6 +24,15 @@ x = torch.randn(2, 3, 4)
 assert {nvcc} == cuda.path.exists(), cuda.path
 assert torch.allclose(syncbn.SyncBatchNorm(3)(x), torch.nn.BatchNorm1d(3)(x), atol=1e-6)
 print("wheel:", syncbn.__file__, cpu.reason, "with" if cuda.path.exists() else "without", "the CUDA library")
+"""
+REPLACED = """
+import torch
+from importlib.metadata import entry_points
+(entry,) = [entry for entry in entry_points(group="torch.backends") if entry.name == "syncbn"]
+assert {folder!r} in str(entry.dist.locate_file("")), entry.dist
+layer = torch.nn.SyncBatchNorm(3)
+print("its entry point:", *(cls.__module__ for cls in type(layer).__mro__ if cls.__module__.startswith("syncbn")))
+assert layer(torch.randn(2, 3, 4)).isfinite().all()  # torch's own layer refuses the CPU
 """
 
 
@@ -51,6 +61,8 @@ with tempfile.TemporaryDirectory() as folder:
     subprocess.run([*pip, "install", "--no-deps", "--target", f"{folder}/site", str(wheel)], check=True)
     env = os.environ | {"PYTHONPATH": f"{folder}/site"}
     subprocess.run([sys.executable, "-c", CHECK.format(folder=folder, nvcc=nvcc == "1")], cwd=folder, env=env, check=True)
+    env |= {"SYNCBN_REPLACE_TORCH": "1"}
+    subprocess.run([sys.executable, "-c", REPLACED.format(folder=folder)], cwd=folder, env=env, check=True)
 
     subprocess.run([sys.executable, "setup.py", "--quiet", "sdist", "--dist-dir", folder], cwd=ROOT, check=True)
     (sdist,) = Path(folder).glob("*.tar.gz")
