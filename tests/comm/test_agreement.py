@@ -14,16 +14,11 @@ import torch
 import torch.nn as nn
 
 import syncbn
+from support.divergence import another_group, named
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import agreement, exchange, identity, resolve
 
 several = pytest.mark.world_size(2, 3, 4)
-
-
-def named(name: str, world, channels: int = 3, **options) -> SyncBatchNorm:
-    layer = SyncBatchNorm(channels, process_group=world.group, **options)
-    layer.layer_name = name
-    return layer
 
 
 def configure(monkeypatch, **values) -> None:
@@ -74,8 +69,13 @@ def test_a_mismatch_raises_on_every_rank_and_says_who_does_what(world, what):
 
 
 @several
-def test_inputs_of_different_shapes_are_no_mismatch_and_equal_ranks_share_a_line(world):
-    named("a", world)(torch.randn(world.rank, 3, 5 - world.rank))
+def test_input_shapes_may_differ(world):
+    y = named("a", world)(torch.randn(world.rank, 3, 5 - world.rank))
+    assert y.shape == (world.rank, 3, 5 - world.rank)
+
+
+@several
+def test_agreeing_ranks_share_a_line(world):
     with pytest.raises(RankMismatchError) as error:
         named("a" if world.rank == 0 else "b", world)(batch())
     others = ", ".join(map(str, range(1, world.size)))
@@ -116,7 +116,7 @@ def test_mismatched_call_kind_is_detected(world, one, other):
 def test_rank_one_exchange_ahead_is_detected(world, group_only):
     """Rank 0 has verified once more than the others."""
     layer = named("a", world)
-    layer.process_group = anew(world)
+    layer.process_group = another_group(world)
     if world.rank == 0:
         identity.state_of(resolve(layer.process_group).group).verifications += 1
     with pytest.raises(RankMismatchError, match=r"rank 0: .* verification 2 of this group.*\n  ranks? 1.* verification 1 of this group"):
@@ -134,7 +134,7 @@ def test_ranks_compare_again_in_a_recreated_group(world, monkeypatch, group_only
     gc.collect()
     before = len(identity._states)
     for n in range(3):
-        layer.process_group = anew(world)
+        layer.process_group = another_group(world)
         for _ in range(2):
             layer(batch().requires_grad_()).sum().backward()
         assert len(compared) == 2 * (n + 1)
@@ -143,11 +143,6 @@ def test_ranks_compare_again_in_a_recreated_group(world, monkeypatch, group_only
         layer.process_group = None
         gc.collect()
         assert not identity.record_of(layer).memberships and len(identity._states) == before
-
-
-def anew(world) -> object:
-    """Another group of all ranks."""
-    return torch.distributed.new_group() if world.group is None else world.group.Dup()
 
 
 def free(group: object) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from support.layouts import every_layout
 from support.op_checks import check_moved_all_the_way
 from syncbn import SyncBatchNorm, ops, reference
 from syncbn.activation import Activation
@@ -13,11 +14,6 @@ from syncbn.activation import Activation
 pytestmark = pytest.mark.world_size(1)
 
 
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-LAYOUTS = pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
 IMPLEMENTATIONS = pytest.mark.parametrize("implementation", [ops, reference], ids=["kernels", "reference"])
 
 
@@ -36,7 +32,7 @@ def exact_step(x, dy, eps=1e-5):
     return xhat, dx, (x - d + offset).mean(dims), var.flatten() * count / (count - 1)
 
 
-@LAYOUTS
+@every_layout
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("far", [0.0, 1e4, 1e6, 1e8])
 def test_float64_is_within_ten_times_torchs_error_and_keeps_its_digits(far, implementation, layout, monkeypatch):
@@ -79,7 +75,7 @@ PADDED = {
 }
 
 
-@LAYOUTS
+@every_layout
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("where", PADDED)
 def test_zeros_in_data_at_1000_cost_no_digits(where, implementation, layout):

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from support.cpu_cases import (
+    CPU_CHECKS,
     DTYPES,
-    LAYOUTS,
     CpuCase,
     check_backward_input,
     check_backward_reduce,
     check_normalize,
     check_stats,
     every_dtype,
-    every_layout,
     normalize_args,
 )
+from support.layouts import LAYOUTS, contiguous, every_layout
 from support.op_cases import TAGGED
 from support.op_checks import CHECKS
 from syncbn import native, ops, reference
@@ -54,42 +54,21 @@ SHAPES = [
 ]
 # csrc/cpu/traverse.h: the kernels write outputs of this size or more with non-temporal stores
 STREAM_BYTES = 2 << 20
-every_case = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @every_layout
 @every_dtype
-@every_case
-def test_stats_equals_the_reference(shape, dtype, layout):
-    check_stats(shape, dtype, layout)
-
-
-@every_layout
-@every_dtype
-@every_case
-def test_normalize_equals_the_reference(shape, dtype, layout):
-    check_normalize(shape, dtype, layout)
-
-
-@every_layout
-@every_dtype
-@every_case
-def test_backward_reduce_equals_the_reference(shape, dtype, layout):
-    check_backward_reduce(shape, dtype, layout)
-
-
-@every_layout
-@every_dtype
-@every_case
-def test_backward_input_equals_the_reference(shape, dtype, layout):
-    check_backward_input(shape, dtype, layout)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("op", CPU_CHECKS)
+def test_kernel_equals_the_reference(op, shape, dtype, layout):
+    CPU_CHECKS[op](shape, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_of_many_rows_equal_the_reference(dtype):
     """Blocks of rows for threads, each of more than a chunk of 512."""
-    check_stats((8352, 512), dtype, "contiguous")
-    check_backward_reduce((8352, 512), dtype, "contiguous", [(Activation.none, False), (Activation.relu, True)])
+    check_stats((8352, 512), dtype, contiguous)
+    check_backward_reduce((8352, 512), dtype, contiguous, [(Activation.none, False), (Activation.relu, True)])
 
 
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
@@ -101,10 +80,8 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
     try:
         for shape in [(3, 7, 5, 11), (2, 3, 7, 7), (9, 48, 7, 7), (5, 4, 2, 2), (1, 5), (9, 33), (300, 3)]:
             for layout in LAYOUTS:
-                check_stats(shape, dtype, layout)
-                check_normalize(shape, dtype, layout)
-                check_backward_reduce(shape, dtype, layout)
-                check_backward_input(shape, dtype, layout)
+                for check in CPU_CHECKS.values():
+                    check(shape, dtype, layout)
         for case in TAGGED:
             for check in CHECKS.values():
                 check(ops, case)
@@ -148,7 +125,7 @@ def test_the_kernels_run_and_not_the_reference():
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_moving_statistics_move_by_the_momentum(momentum, unbiased, dtype):
-    case = CpuCase((4, 5, 3), torch.float32, "contiguous")
+    case = CpuCase((4, 5, 3), torch.float32, contiguous)
     got = (torch.ones(5, dtype=dtype), torch.ones(5, dtype=dtype), torch.tensor(3))
     want = (torch.ones(5).double(), torch.ones(5).double(), torch.tensor(3))
     for _ in range(2):

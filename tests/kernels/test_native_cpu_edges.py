@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from support.cpu_cases import (
-    EPS,
-    CpuCase,
-    backward_args,
-    every_layout,
-    laid,
-    normalize_args,
-)
+from support.cpu_cases import EPS, CpuCase, backward_args, normalize_args
+from support.layouts import channels_last, contiguous, every_layout
 from support.op_cases import EXTREMES, TAGGED
 from support.op_checks import CHECKS
 from syncbn import native, ops, reference
@@ -46,12 +40,12 @@ def relative_variance_error(x: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4000, 5), (64, 40, 7, 7), (4, 40, 7, 7)], ids=str)
 def test_variance_survives_mean_and_outliers(shape, layout):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert relative_variance_error(laid(noise + 1e4, layout)) < 1e-6  # raw float32 sums of squares: 25
-    assert relative_variance_error(laid(noise * 1e-6, layout)) < 1e-6
+    assert relative_variance_error(layout(noise + 1e4)) < 1e-6  # raw float32 sums of squares: 25
+    assert relative_variance_error(layout(noise * 1e-6)) < 1e-6
     front = noise + 1e2
     front[(0, slice(None)) + (0,) * (len(shape) - 2)] = 1e4  # in each channel the first value, from which a shift could be taken
-    assert relative_variance_error(laid(front, layout)) < 1e-6
-    x = laid(noise + 1e4, layout)
+    assert relative_variance_error(layout(front)) < 1e-6
+    x = layout(noise + 1e4)
     stats = ops.stats(x, False)
     y = ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 0.0, True, Activation.none, 0.0)[0]
     want = reference.normalize(
@@ -147,14 +141,14 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape, layout):
 
 
 def test_a_view_with_a_storage_offset_reads_its_own_elements():
-    case = CpuCase((4, 3, 5, 7), torch.float32, "contiguous")
+    case = CpuCase((4, 3, 5, 7), torch.float32, contiguous)
     view = torch.cat([torch.full((1, 3, 5, 7), 9e9), case.x])[1:]
     assert view.storage_offset() and torch.equal(ops.stats(view, False), ops.stats(case.x, False))
 
 
 @pytest.mark.parametrize("activation,add", [(Activation.none, False), (Activation.leaky_relu, True), (Activation.silu, True)])
 def test_opcheck_passes(activation, add):
-    case = CpuCase((2, 3, 5, 7), torch.float32, "channels_last")
+    case = CpuCase((2, 3, 5, 7), torch.float32, channels_last)
     running = (torch.zeros(3), torch.ones(3), torch.tensor(0))
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(ops.stats, (case.x, True), test_utils=tests)

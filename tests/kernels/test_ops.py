@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import syncbn
+from support.layouts import channels_last, every_layout
 from support.op_cases import TAGGED
 from support.op_checks import CHECKS
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
@@ -30,12 +31,8 @@ SHAPES = [
 ]
 
 
-def channels_last(x):
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@every_layout
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", Activation, ids=lambda a: a.name)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -133,7 +130,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@every_layout
 def test_opcheck(name, layout):
     """Schema, aliasing, fake kernel and traceability of every op, as torch.library checks them."""
     case = {"activation": Activation.none, "residual": False, "parameters": lambda: (torch.randn(3), torch.randn(3)), "track": True}
@@ -192,7 +189,7 @@ ADVERSARIAL = {  # name: (values, bound on var's relative error)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last], ids=["contiguous", "channels_last"])
+@every_layout
 def test_variance_and_output_stay_accurate_in_float32(name, layout):
     values, bound = ADVERSARIAL[name]
     x = layout(values.float())

@@ -17,7 +17,7 @@ from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_er
 from support.processes import run, torchrun
 
 
-def in_step(world):
+def assert_ranks_in_step(world):
     """A layer still works on all ranks."""
     x = torch.randn(2, 3, 4) + world.rank
     y = syncbn.SyncBatchNorm(3, process_group=world.group)(x)
@@ -64,7 +64,7 @@ def test_a_bad_argument_is_named_before_any_collective(world, name):
         syncbn.sync_batch_norm(**arguments)
     for word in words:
         assert word in str(error.value), f"{word!r} is missing in {error.value}"
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 def test_wrong_number_of_channels(world):
@@ -73,7 +73,7 @@ def test_wrong_number_of_channels(world):
         layer(X)
     with pytest.raises(ValueError, match="2 dimensions"):
         layer(torch.zeros(4))
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 def without_memory():
@@ -107,7 +107,7 @@ def test_an_error_before_an_exchange_begins_with_the_layer(world, name):
         setattr(layer, attribute, value)
     with torch.autograd.forward_ad.dual_level(), pytest.raises(Exception, match=r'^layer "stem\.0" \(SyncBatchNorm1d\(3\)\): '):
         layer(make())
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_bad_count_of_batches_is_named_before_any_collective(world, changed):
     layer.num_batches_tracked = changed
     with pytest.raises(ValueError, match="num_batches_tracked must be one int64 on cpu"):
         layer(X)
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.parametrize("option", [{"activation": "gelu"}, {"weighting": "equal"}], ids=str)
@@ -129,7 +129,7 @@ def test_a_bad_option_of_a_converted_layer_is_an_error_before_any_collective(wor
         setattr(layer, name, value)
     with pytest.raises(ValueError, match=f"{name} must be .*one of .* got '{value}'"):
         layer(X)
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.parametrize("option", [{"activation": "gelu"}, {"weighting": "equal"}, {"process_group": 3}], ids=str)
@@ -147,7 +147,7 @@ def test_a_group_without_this_rank_is_refused(world):
     if world.rank > 0:
         with pytest.raises(ValueError, match="does not contain this rank"):
             syncbn.SyncBatchNorm(3, process_group=group)(torch.randn(4, 3))
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.process_group
@@ -158,7 +158,7 @@ def test_a_device_mesh_of_two_dimensions_is_refused(world):
     mesh = init_device_mesh("cpu", (2, world.size // 2), mesh_dim_names=("a", "b"))
     with pytest.raises(ValueError, match="one-dimensional DeviceMesh, got 2"):
         syncbn.SyncBatchNorm(3, process_group=mesh)
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.parametrize("rank_with_the_value", [0, -1])
@@ -168,7 +168,7 @@ def test_one_value_per_channel_over_all_ranks_raises_on_every_rank(world, rank_w
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, weighting=weighting)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         layer(torch.randn(1 if world.rank == holder else 0, 3))
-    in_step(world)
+    assert_ranks_in_step(world)
 
 
 @pytest.mark.world_size(2, 3, 4)

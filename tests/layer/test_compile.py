@@ -36,7 +36,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-class Block(nn.Module):
+class PlainThenFused(nn.Module):
     """A batch norm, and one with residual and activation fused."""
 
     def __init__(self, momentum: float | None = 0.1, dtype: torch.dtype = torch.float32):
@@ -72,7 +72,7 @@ def check_equal(got, want, tolerance):
 def test_compiled_model_equals_eager(world, counts, autocast, momentum):
     """fullgraph: training twice, then eval; empty batches included."""
     dtype = torch.float32 if autocast else torch.float64
-    eager = Block(momentum, dtype)
+    eager = PlainThenFused(momentum, dtype)
     compiled = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
     for training in (True, True, False):
         eager.train(training), compiled.train(training)
@@ -83,7 +83,7 @@ def test_compiled_model_equals_eager(world, counts, autocast, momentum):
 
 @few_ranks
 def test_inductor_equals_eager(world):
-    eager = Block(None, torch.float64)
+    eager = PlainThenFused(None, torch.float64)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
     for _ in range(2):
         x = torch.randn(4, 3, 4, 4, dtype=torch.float64) + world.rank
@@ -97,7 +97,7 @@ def test_inductor_equals_eager(world):
 def test_one_graph_per_mode(world):
     """One for training and one for eval, however often a model changes between them and however many steps it does."""
     counter = CompileCounterWithBackend("aot_eager")
-    model = torch.compile(Block(), backend=counter, fullgraph=True)
+    model = torch.compile(PlainThenFused(), backend=counter, fullgraph=True)
     for training in (True, False, True, True, False):
         model.train(training)
         for _ in range(2):
@@ -129,7 +129,7 @@ class Graphs:
 @pytest.mark.process_group
 def test_one_collective_for_each_layer_and_direction_in_the_graph(world):
     graphs = Graphs()
-    model = torch.compile(Block(), backend=graphs.backend, fullgraph=True)
+    model = torch.compile(PlainThenFused(), backend=graphs.backend, fullgraph=True)
     step(model, torch.randn(4, 3, 4, 4))
     assert graphs.count("all_reduce") == [2, 2]
 
@@ -149,7 +149,7 @@ def test_compiled_equals_eager_over_any_communicator(world):
 def test_checkpoint_inside_a_compiled_model(world, counts, contexts):
     """The statistics are updated once. With the contexts no exchange is repeated; without them, each forward one is since torch 2.12."""
     torch.manual_seed(0)
-    eager = Block(dtype=torch.float64)
+    eager = PlainThenFused(dtype=torch.float64)
     checkpointed = copy.deepcopy(eager)
     kwargs = {"context_fn": syncbn.checkpoint_contexts} if contexts else {}
     graphs = Graphs()
@@ -173,7 +173,7 @@ def test_checkpoint_inside_a_compiled_model(world, counts, contexts):
 def test_compiled_ddp_trains_like_eager_ddp(world, bucket_cap_mb, monkeypatch):
     """Under DDP the graph is split where buckets of gradients end; the results are the eager DDP model's."""
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
-    eager = DistributedDataParallel(Block(dtype=torch.float64), bucket_cap_mb=bucket_cap_mb)
+    eager = DistributedDataParallel(PlainThenFused(dtype=torch.float64), bucket_cap_mb=bucket_cap_mb)
     compiled = DistributedDataParallel(copy.deepcopy(eager.module), bucket_cap_mb=bucket_cap_mb)
     graphs = CompileCounterWithBackend("aot_eager")
     run = torch.compile(compiled, backend=graphs)

@@ -11,6 +11,7 @@ from torch import nn
 
 import syncbn
 from support import ROOT
+from support.models import two_norms
 from support.oracle import assert_close
 from support.processes import run
 
@@ -18,8 +19,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 
 def net(group: object = None) -> nn.Sequential:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+    model = two_norms(2, (3, 8, 4), kernel=3)
+    model[1].momentum = None
     return syncbn.convert_sync_batchnorm(model, group, fuse_activation=True).cuda()
 
 

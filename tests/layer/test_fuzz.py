@@ -14,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 
-from support.step import channels_last, check
+from support.layouts import channels_last
+from support.step import check
 from support.world import HERE
 from syncbn.activation import NAMES
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from support.models import two_norms
 from support.oracle import assert_close
 from support.world import HERE
 
@@ -21,8 +22,7 @@ each_split = pytest.mark.parametrize("numbers", NUMBERS.get(HERE.world_size, [])
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.BatchNorm1d(3), nn.Tanh()).double()
+    return two_norms(1, (2, 4, 3), nn.Tanh()).double()
 
 
 def batches(numbers: tuple[int, ...]) -> list[list[torch.Tensor]]:

@@ -8,8 +8,9 @@ from torch import nn
 
 import syncbn
 from support.collectives import collectives
+from support.layouts import channels_last
 from support.oracle import TOLERANCE, activate, assert_close, batch_norm_step, rank_weighted_moments, relative_error
-from support.step import SPLITS, channels_last, check
+from support.step import SPLITS, check
 from syncbn.activation import NAMES
 
 SHAPES = [

@@ -10,14 +10,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, Mix
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import syncbn
+from support.models import two_norms
 from support.oracle import TOLERANCE, assert_close, batch_norm_step
 
 HALVES = [torch.float16, torch.bfloat16]
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(3, 8, 1), nn.BatchNorm1d(8), nn.ReLU(), nn.Conv1d(8, 4, 1), nn.BatchNorm1d(4))
+    return two_norms(1, (3, 8, 4))
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

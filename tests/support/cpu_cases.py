@@ -12,21 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from support.closeness import assert_within
 from syncbn import ops, reference
 from syncbn.activation import Activation, keeps_mask
 from syncbn.layout import samples_per_channel
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
-LAYOUTS = ["contiguous", "channels_last"]
 FUSIONS = [(activation, add) for activation in Activation for add in (False, True)]
 SLOPE, EPS = 0.1, 1e-5
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-every_layout = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-def laid(t: Tensor, layout: str) -> Tensor:
-    return t.contiguous() if layout == "contiguous" else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class CpuCase:
@@ -36,7 +31,7 @@ class CpuCase:
         generator = torch.Generator().manual_seed(seed)
         random = lambda *size: torch.randn(*size, generator=generator)  # noqa: E731
         draws = (2 * random(*shape) + 3, random(*shape), random(*shape))
-        self.x, self.residual, self.dy = (laid(draw.to(dtype), layout) for draw in draws)
+        self.x, self.residual, self.dy = (layout(draw.to(dtype)) for draw in draws)
         self.weight, self.bias = random(shape[1]) + 0.5, random(shape[1])
         self.stats = reference.stats(self.x.double())
 
@@ -47,12 +42,10 @@ def exact(args):
 
 def close(got: Tensor, want: Tensor, terms: float, name: str = "") -> None:
     """Half an ulp of got's type, and 8 roundings in the type of computation of terms as large as `terms`."""
-    assert got.shape == want.shape, name
     acc = torch.finfo(reference.acc_type(got.dtype)).eps
     tolerance = torch.finfo(got.dtype).eps / 2 * want.abs() * (got.dtype.itemsize == 2) + 8 * acc * terms
     tolerance = tolerance + (6e-8 if got.dtype == torch.float16 else 0)  # half of its smallest subnormal
-    error = (got.double() - want).abs()
-    assert (error <= tolerance).all(), f"{name}: off by {(error / tolerance).max():.2f} times the tolerance"
+    assert_within(got, want, tolerance, name)
 
 
 def normalize_args(case, activation, add, running=(None, None, None), momentum=0.1, unbiased=True):
@@ -119,3 +112,11 @@ def check_backward_input(shape, dtype, layout, fusions=FUSIONS):
             close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
             close(dz, want_dz, 4, f"dz {activation} {add}")
             assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
+
+
+CPU_CHECKS = {
+    "stats": check_stats,
+    "normalize": check_normalize,
+    "backward_reduce": check_backward_reduce,
+    "backward_input": check_backward_input,
+}

@@ -35,7 +35,7 @@ CASES = [
 ]  # fmt: skip
 
 
-def survives(path: str, op: str) -> None:
+def run_all_checks(path: str, op: str) -> None:
     """Raises if a comparison fails."""
     kernels = emulated.Emulated.load(path)
     for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):

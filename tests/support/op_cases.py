@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from support import layouts
 from syncbn import moments, reference
 from syncbn.activation import Activation, keeps_mask, keeps_residual
 
@@ -44,7 +45,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FUSIONS = [(activation, residual) for residual in (False, True) for activation in (activation.name for activation in Activation)]
 
 # Of values about 1: a few roundings of what it is computed in (float32), or one of what it is stored in.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Of a sum, relative to the sum of the absolute values of its terms: float32 in a thread, float64 after.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 EPS, SLOPE = 1e-3, 0.1
@@ -199,7 +200,7 @@ def make(case: Case, device: str = "cpu") -> Data:
 
     def like_x(wanted: bool = True, mean: float = 0.0) -> Tensor | None:
         t = draw(case.shape, case.dtype if wanted else None, mean)
-        return t if t is None or not case.channels_last else t.movedim(1, -1).contiguous().movedim(-1, 1)
+        return t if t is None or not case.channels_last else layouts.channels_last(t)
 
     x, dy, residual = like_x(mean=case.mean), like_x(), like_x(case.residual)
     if case.nan:

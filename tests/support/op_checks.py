@@ -11,21 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from support.op_cases import EPS, SLOPE, SUM_TOLERANCE, TAG, TOLERANCE, Alarm, Case, as_is, backward_arguments, doubled, make
+from support.closeness import assert_within
+from support.op_cases import EPS, SLOPE, SUM_TOLERANCE, TAG, VALUE_TOLERANCE, Alarm, Case, as_is, backward_arguments, doubled, make
 from syncbn import moments, reference
 from syncbn.activation import Activation
 from syncbn.layout import is_channels_last
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | float = 0.0) -> None:
+def assert_values_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | float = 0.0) -> None:
     """|got - want| <= tolerance * max(|want|, scale, 1), and NaN only where NaN is wanted."""
-    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} instead of {tuple(want.shape)}"
-    bound = tolerance * torch.maximum(want.abs(), torch.as_tensor(scale, dtype=want.dtype, device=want.device).expand_as(want)).clamp(min=1)
-    wrong = ~((got.double() - want).abs() <= bound) & ~(got.isnan() & want.isnan())
-    if wrong.any():
-        where = wrong.nonzero()[0].tolist()
-        first = f"{got[tuple(where)]} instead of {want[tuple(where)]} at {where}"
-        raise AssertionError(f"{what}: {int(wrong.sum())} of {wrong.numel()} differ, first {first}")
+    scale = torch.as_tensor(scale, dtype=want.dtype, device=want.device).expand_as(want)
+    assert_within(got, want, tolerance * torch.maximum(want.abs(), scale).clamp(min=1), what, nan_where_wanted=True)
 
 
 def per_channel(t: Tensor) -> Tensor:
@@ -41,12 +37,12 @@ def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
     s, c = moments.parts(want), x.shape[1]
     d = x.double() - reference._per_channel(s.shift, x)
     terms = torch.cat([per_channel(d.abs()), per_channel(d.square())]) / divisor
-    assert_close(got[c : 3 * c] / terms.clamp(min=1), want[c : 3 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
+    assert_values_close(got[c : 3 * c] / terms.clamp(min=1), want[c : 3 * c] / terms.clamp(min=1), SUM_TOLERANCE[x.dtype], "stats")
     assert torch.allclose(got[:c], s.shift, rtol=0, atol=0, equal_nan=True), f"shift: {got[:c]} instead of {s.shift}"
     (mean, var, _), (want_mean, want_var, _) = reference.finalize(got, 0.0), reference.finalize(want, 0.0)
     # Sums of deviations keep their digits; float64 still loses some to the square of the mean's distance from the shift.
-    assert_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
-    assert_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", (want_mean - s.shift).square() * 1e-15 / SUM_TOLERANCE[x.dtype])
+    assert_values_close(mean, want_mean, SUM_TOLERANCE[x.dtype], "mean")
+    assert_values_close(var, want_var, SUM_TOLERANCE[x.dtype], "var", (want_mean - s.shift).square() * 1e-15 / SUM_TOLERANCE[x.dtype])
     assert torch.equal(got[3 * c :], want[3 * c :]), f"weight, samples, tags: {got[3 * c :]} instead of {want[3 * c :]}"
 
 
@@ -60,10 +56,10 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     y, mask = ops.normalize(d.x, d.stats, d.weight, d.bias, d.residual, *state, *how, *alarm.arguments)
     alarm.check()
     assert y.dtype == case.dtype and (not case.channels_last or is_channels_last(y))
-    assert_close(y, want_y, case.tolerance(TOLERANCE), "y")
+    assert_values_close(y, want_y, case.tolerance(VALUE_TOLERANCE), "y")
     for name, got, want in zip(("running_mean", "running_var"), state, wanted, strict=False):
         if got is not None and want is not None:
-            assert_close(got, want, case.tolerance(TOLERANCE, got.dtype), name)
+            assert_values_close(got, want, case.tolerance(VALUE_TOLERANCE, got.dtype), name)
     assert int(d.tracked) == int(wanted[2]), "num_batches_tracked"
     assert mask.shape == want_mask.shape, "mask"
     if case.keeps_mask:
@@ -72,7 +68,7 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
             d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, Activation.none, SLOPE
         )
         # The sign of a z that is 0 within its rounding is undecided: of 25 million values that happens to one or two.
-        wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(TOLERANCE, reference.acc_type(case.dtype)))
+        wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(VALUE_TOLERANCE, reference.acc_type(case.dtype)))
         assert not wrong.any(), f"mask: {int(wrong.sum())} bits differ"
 
 
@@ -85,7 +81,7 @@ def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
     xhat = (d.x.double() - reference._per_channel(mean, d.x)) * reference._per_channel(invstd, d.x)
     terms = torch.cat([per_channel(d.dy.double().abs()), per_channel((d.dy.double() * xhat).abs())])
     c = d.x.shape[1]
-    assert_close(sums[: 2 * c], want_sums[: 2 * c], case.tolerance(SUM_TOLERANCE), "sums", terms)
+    assert_values_close(sums[: 2 * c], want_sums[: 2 * c], case.tolerance(SUM_TOLERANCE), "sums", terms)
     assert torch.equal(sums[2 * c :], want_sums[2 * c :]), f"tags: {sums[2 * c :]} instead of {want_sums[2 * c :]}"
     for name, got, want, of, scale in (
         ("dweight", dweight, want_dweight, d.weight, terms[c:]),
@@ -93,7 +89,7 @@ def check_backward_reduce(ops: Any, case: Case, device: str = "cpu") -> None:
     ):
         assert got.dtype == (case.dtype if of is None else of.dtype)
         if of is not None:
-            assert_close(got, want, max(TOLERANCE[of.dtype], case.tolerance(SUM_TOLERANCE)), name, scale)
+            assert_values_close(got, want, max(VALUE_TOLERANCE[of.dtype], case.tolerance(SUM_TOLERANCE)), name, scale)
 
 
 def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
@@ -104,8 +100,8 @@ def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
     want_dx, want_dz = reference.backward_input(*backward_arguments(d, case, doubled, d.sums), case.rank_weighted)
     assert dx.dtype == dz.dtype == case.dtype and (not case.channels_last or is_channels_last(dx))
     # The terms of dx are as large as weight * invstd, and of a small batch the sums are of that size, too.
-    assert_close(dx, want_dx, case.tolerance(TOLERANCE), "dx", 10.0)
-    assert_close(dz, want_dz, case.tolerance(TOLERANCE), "dz")
+    assert_values_close(dx, want_dx, case.tolerance(VALUE_TOLERANCE), "dx", 10.0)
+    assert_values_close(dz, want_dz, case.tolerance(VALUE_TOLERANCE), "dz")
 
 
 def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:

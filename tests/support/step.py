@@ -16,11 +16,6 @@ SPLITS = {  # rows per rank
 }
 
 
-def channels_last(x: torch.Tensor) -> torch.Tensor:
-    """The same values with dimension 1 fastest in memory, for any number of dimensions."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
 def check(world, counts, device, shape, dtype, *, parameter_dtype=None, layout=None, residual=False, **options):
     """One training step on this rank's rows against the oracle on the whole batch."""
     c = shape[0]

@@ -8,25 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from support.models import Doubling
+from support.models import Block, Doubling
 from support.oracle import assert_close
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
 
 pytestmark = pytest.mark.world_size(1)
-
-
-class Block(nn.Module):
-    """A residual block as torchvision writes it: one ReLU called twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
-        self.relu = nn.ReLU(inplace=True)
-
-    def forward(self, x):
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + x)
 
 
 class Tap(nn.Module):
@@ -83,7 +69,7 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "a batch norm with a forward of its own": (lambda: nn.Sequential(Doubling(4), nn.ReLU()), 0),
     "two": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU()), 2),
     "an activation of another kind": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), 0),
-    "a shared activation": (Block, 0),
+    "a shared activation": (lambda: Block(4, 4, 1, nn.BatchNorm2d), 0),
     "a feature tap": (Tap, 0),
     "a path that eval does not take": (OnlyInTraining, 0),
     "a hook in between": (hooked, 0),

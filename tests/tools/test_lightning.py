@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
+from support.models import two_norms
 from support.oracle import assert_close
 from syncbn.lightning import PACKAGES, LayerSync
 
@@ -30,7 +31,6 @@ def module(pl):
     class Module(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            torch.manual_seed(0)
             self.net = net()
             self.classes = set()
 
@@ -44,8 +44,8 @@ def module(pl):
     return Module()
 
 
-def net():
-    return nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1), nn.BatchNorm1d(3)).double()
+def net() -> nn.Sequential:
+    return two_norms(1, (2, 4, 3)).double()
 
 
 @pytest.mark.process_group

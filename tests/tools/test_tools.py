@@ -14,14 +14,14 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 import syncbn
+from support.models import two_norms
 from support.oracle import assert_close
 
 FLOAT = 2e-6  # float32: a few roundings
 
 
 def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2), nn.LeakyReLU())
+    return two_norms(2, (3, 4, 2), nn.LeakyReLU(), kernel=3)
 
 
 @pytest.fixture

@@ -8,8 +8,3 @@ from support import emulated
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
     return emulated.build(tmp_path_factory.mktemp("emulated"))
-
-
-@pytest.fixture(scope="session")
-def kernels(library):
-    return emulated.Emulated.load(library)

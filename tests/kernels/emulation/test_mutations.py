@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 
 from support import emulated
-from support.mutants import survives
+from support.mutants import run_all_checks
 
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 
@@ -184,16 +184,16 @@ CHANGED = [
 
 
 def is_noticed(library, op: str) -> bool:
-    child = multiprocessing.get_context("fork").Process(target=survives_in_time, args=(library, op))
+    child = multiprocessing.get_context("fork").Process(target=run_all_checks_in_time, args=(library, op))
     child.start()
     child.join()
     return child.exitcode != 0
 
 
-def survives_in_time(path: str, op: str) -> None:
+def run_all_checks_in_time(path: str, op: str) -> None:
     """The same, and ends after 30 s of processor time: a mutant may run for ever."""
     resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
-    survives(path, op)
+    run_all_checks(path, op)
 
 
 @pytest.mark.parametrize("op", emulated.OPS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support import emulated
-from support.mutants import survives
+from support.mutants import run_all_checks
 from support.op_cases import table
 from support.op_checks import CHECKS
 
@@ -26,11 +26,6 @@ def library(tmp_path_factory):
     return emulated.build_from_ptx(tmp_path_factory.mktemp("ptx"))
 
 
-@pytest.fixture(scope="session")
-def kernels(library):
-    return emulated.Emulated.load(library)
-
-
 @pytest.mark.parametrize("case", table(), ids=str)
 @pytest.mark.parametrize("op", CHECKS)
 def test_kernel_equals_the_reference(kernels, op, case):
@@ -39,7 +34,7 @@ def test_kernel_equals_the_reference(kernels, op, case):
 
 @pytest.mark.parametrize("op", emulated.OPS)
 def test_unmodified_kernels_pass(library, op):
-    survives(library, op)
+    run_all_checks(library, op)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +55,7 @@ def test_ptx_mutant_is_killed(library, tmp_path, op, old, new, message):
     assert changed != text
     emulated.compile_translated(changed, op, tmp_path / "mutant.o")
     with pytest.raises((AssertionError, RuntimeError), match=message):
-        survives(emulated.link(library.parent, {f"{op}_ptx": tmp_path / "mutant.o"}), op)
+        run_all_checks(emulated.link(library.parent, {f"{op}_ptx": tmp_path / "mutant.o"}), op)
 
 
 # What the kernels' results hardly depend on: each leaves its result in %rd0.
