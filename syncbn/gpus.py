@@ -1,4 +1,5 @@
-"""The GPUs that this process can use, from the driver's management library: asking CUDA would initialize it, and forks could not use it."""
+"""The GPUs that this process can use. The driver's management library (NVML) tells, because a question to CUDA would initialize it, after
+which forked processes could not use it."""
 
 from __future__ import annotations
 
@@ -9,21 +10,25 @@ from . import environment
 
 
 class Nvml:
-    """libnvidia-ml.so.1. Its functions return 0 on success."""
+    """libnvidia-ml.so.1. Its functions return 0 on success, and write their result through a pointer.
+
+    Raises:
+        OSError: the library is not installed, or finds no driver.
+        AttributeError: the library is too old to have one of the functions.
+    """
 
     def __init__(self) -> None:
-        """Raises OSError if it is not there or has no driver."""
         self.library = ctypes.CDLL("libnvidia-ml.so.1")
         if self.library.nvmlInit_v2():
             raise OSError("nvmlInit_v2")
 
     def driver_version(self) -> int:
-        """Of the newest CUDA that the driver runs, such as 13000; 0 if it does not say."""
+        """The newest CUDA that the driver supports, 1000 * major + 10 * minor, such as 13000; 0 if NVML does not report it."""
         ask, version = getattr(self.library, "nvmlSystemGetCudaDriverVersion_v2", None), ctypes.c_int()
         return 0 if ask is None or ask(ctypes.byref(version)) else version.value
 
     def devices(self) -> list[tuple[str, int]]:
-        """UUID, such as GPU-8932f937-..., and compute capability, such as 90, of each GPU in the order of the bus."""
+        """Of each GPU, in the order of the PCI bus: its UUID, such as GPU-8932f937-..., and its compute capability, 10 * major + minor."""
         count = ctypes.c_uint()
         if self.library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []
@@ -35,7 +40,7 @@ class Nvml:
         return devices
 
     def capability_of(self, uuid: str) -> int | None:
-        """Of the GPU that has this MIG instance; None if there is no such instance."""
+        """The compute capability of the GPU that contains the MIG instance `uuid`; None if there is no such instance."""
         instance, gpu = ctypes.c_void_p(), ctypes.c_void_p()
         if self.library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(instance)):
             return None
@@ -55,39 +60,48 @@ class Nvml:
 
 @functools.cache
 def nvml() -> Nvml | None:
+    """None on a machine that has no usable NVML, and so no driver for NVIDIA's GPUs."""
     try:
         return Nvml()
-    except (OSError, AttributeError):  # AttributeError: older than the function
+    except (OSError, AttributeError):
         return None
 
 
 def driver_version() -> int:
-    """Of the newest CUDA that the driver runs, such as 13000; 0 if it does not say."""
+    """`Nvml.driver_version`; 0 without NVML."""
     driver = nvml()
     return driver.driver_version() if driver else 0
 
 
 def capabilities() -> tuple[int, ...] | None:
-    """Of each GPU that CUDA_VISIBLE_DEVICES leaves to this process, such as (90, 90); None if there is no management library to ask."""
+    """The compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves to this process, such as (90, 90); None without NVML.
+
+    How CUDA reads the variable: CUDA C++ Programming Guide, "CUDA Environment Variables"."""
     driver = nvml()
     if driver is None:
         return None
     devices, visible = driver.devices(), environment.visible_devices()
     if visible is None:
         return tuple(capability for _, capability in devices)
-    # CUDA counts the fastest first unless told otherwise; any of them may be meant.
+    # By default CUDA numbers the GPUs from the fastest to the slowest, an order that NVML does not have: a number may mean any of them.
     ordered = environment.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID" or len({capability for _, capability in devices}) == 1
     found: list[int] = []
     for name in (part.strip() for part in visible.split(",")):
         meant = _meant(driver, devices, name, ordered)
-        if not meant:  # as for CUDA, a name without a GPU ends the list
+        if not meant:  # CUDA, too, ignores what follows an entry that names no GPU
             break
         found += meant
     return tuple(found)
 
 
 def _meant(driver: Nvml, devices: list[tuple[str, int]], name: str, ordered: bool) -> list[int]:
-    """The capabilities of the GPUs that an entry of CUDA_VISIBLE_DEVICES may mean."""
+    """The compute capabilities of the GPUs that one entry of CUDA_VISIBLE_DEVICES may mean.
+
+    Args:
+        devices: those of `Nvml.devices`.
+        name: the entry: a number, a UUID, or the UUID of a MIG instance.
+        ordered: whether a number is an index into `devices`.
+    """
     if name.isdecimal():
         if int(name) >= len(devices):
             return []
@@ -95,6 +109,6 @@ def _meant(driver: Nvml, devices: list[tuple[str, int]], name: str, ordered: boo
     if name.startswith("MIG-") and not name.startswith("MIG-GPU-"):
         capability = driver.capability_of(name)
         return [] if capability is None else [capability]
-    # Before driver 470 an instance is MIG-GPU-<uuid>/<instance>/<instance>. The beginning of a UUID is enough.
+    # Drivers before 470 name a MIG instance MIG-GPU-<uuid>/<instance>/<instance>. CUDA accepts the beginning of a UUID.
     uuid = name.removeprefix("MIG-").partition("/")[0]
     return [capability for full, capability in devices if uuid.startswith("GPU-") and full.startswith(uuid)]

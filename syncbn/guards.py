@@ -1,4 +1,4 @@
-"""Checks that refuse what a layer would otherwise lose silently. Each error names the remedy."""
+"""Checks for calls that would silently lose something of a layer: an option, an activation, a group. Each error names the remedy."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ OPTIONS_OF_OURS = {"activation": None, "weighting": "samples", "unbiased": True}
 
 
 def options_of_ours(layer: nn.Module) -> str:
-    """`activation='relu', unbiased=False`: those in which `layer` differs from torch's; empty if it does not."""
+    """The options by which `layer` differs from torch's layers, such as `activation='relu', unbiased=False`; empty if there are none."""
     values = {name: getattr(layer, name) for name in OPTIONS_OF_OURS}
     return ", ".join(f"{name}={value!r}" for name, value in values.items() if value != OPTIONS_OF_OURS[name])
 
 
 def check_activation(value: Any) -> None:
-    """Raises ValueError if `value` is a module, a class or a function: torch.nn.Module would keep a module as a child, never called."""
+    """Refuses a module, a class or a function where the name of an activation is expected.
+
+    Raises:
+        ValueError: `value` is neither None nor a string. torch.nn.Module would keep a module as a child that no forward pass calls.
+    """
     if value is None or isinstance(value, str):
         return
     cls = value if isinstance(value, type) else type(value)
@@ -38,7 +42,11 @@ def check_activation(value: Any) -> None:
 
 
 def check_group_can_be_pickled(layer: nn.Module, groups: list[Any]) -> None:
-    """Raises TypeError, as pickle does, but names the layer and the remedy."""
+    """Refuses to pickle a layer whose process group cannot be pickled.
+
+    Raises:
+        TypeError: as pickle raises, but with the layer and the remedy.
+    """
     for group in groups:
         try:
             group.__reduce_ex__(4)
@@ -51,8 +59,14 @@ def check_group_can_be_pickled(layer: nn.Module, groups: list[Any]) -> None:
 
 
 def check_no_other_converter(layer: nn.Module) -> None:
-    """Raises RuntimeError if the caller's caller has made another batch norm of this layer's tensors, as the converters of torch, timm,
-    apex and Lightning do before they ask for its children: what only our class knows would be lost."""
+    """Refuses a conversion to another class of batch norm, which would lose options that only our class has.
+
+    The converters of torch, timm, apex and Lightning make the new layer, with this layer's tensors, and then ask for this layer's
+    children. So the caller's caller, if it is such a converter, has a variable with the new layer.
+
+    Raises:
+        RuntimeError: it has.
+    """
     if torch.compiler.is_compiling() or not (lost := options_of_ours(layer)):
         return
     tensors = [t for t in (layer.weight, layer.bias, layer.running_mean, layer.running_var) if t is not None]

@@ -1,4 +1,4 @@
-"""`SyncBatchNormalization`: the same layer with the names and conventions of Keras and Horovod."""
+"""`SyncBatchNormalization`: the layer with the names, defaults and conventions of Keras and Horovod."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .surgery.trace import record_in_fx_graph
 if TYPE_CHECKING:
     from typing import Self
 
-Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras' are
+Initializer = Callable[..., Any]  # (shape, dtype=...) -> values, as Keras calls its initializers
 
 _INITIALIZERS: dict[str, Initializer] = {"zeros": torch.zeros, "ones": torch.ones}
 
@@ -32,32 +32,33 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         moving_mean      = momentum * moving_mean + (1 - momentum) * mean
         moving_variance  = momentum * moving_variance + (1 - momentum) * variance          biased
 
-    Every rank has equal weight, whatever its batch: mean and variance come from the average of the ranks' means and mean squares.
+    `mean` and `variance` [C] are the averages over the ranks' means and mean squares, so every rank has equal weight, however large its
+    batch. The formulas are those of `keras.layers.BatchNormalization`, and the weights those of Horovod's `SyncBatchNormalization`.
 
     Args:
         axis: the dimension of the features, negative from the end.
-        momentum: the decay of the moving values; in torch's sense it is 1 - momentum.
+        momentum: the decay of the moving values. torch's momentum is 1 minus this one.
         epsilon: added to the variance.
-        center, scale: learn beta, gamma.
+        center, scale: whether the layer has a beta, and a gamma.
         beta_initializer, gamma_initializer, moving_mean_initializer, moving_variance_initializer: "zeros", "ones", or a callable
             (shape, dtype=...) -> values, such as `torch.rand`.
         fused: accepted as False only, as in Horovod.
-        name: of the layer, for messages.
-        trainable: False freezes the layer, as in Keras, and may be set later: it runs in inference mode whatever `training` says, without
-            an exchange, and beta and gamma require no gradient. Set it on every rank.
-        num_features: builds the layer at once; else its first call does.
-        weighting: "ranks", or "samples" for the statistic of the whole batch. With equal batches they are the same.
+        name: the layer's name, for messages.
+        trainable: False freezes the layer, as in Keras, and may be set later: the layer runs in inference mode even if `training` is True,
+            without an exchange, and beta and gamma require no gradient. Set it on every rank.
+        num_features: C, which builds the layer at once. Without it the first call does, from its input.
+        weighting: "ranks", or "samples" for the statistics of the whole batch. If all batches are of equal size, both give the same.
         process_group, activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
 
     Shape:
-        inputs, outputs: 2 or more dimensions, the features on `axis`. `training` in a call overrides `train()` and `eval()`, unless the
-        layer is frozen.
+        inputs, outputs: 2 or more dimensions, with the C features on `axis`.
+        gamma, beta, moving_mean, moving_variance: [C].
 
     Raises:
-        ValueError: `fused` is not False, an initializer is unknown, `axis` is no dimension of the input, and as `SyncBatchNorm`.
+        TypeError: `axis` is not an integer.
+        ValueError: `fused` is not False, or an initializer is unknown; and as `SyncBatchNorm`.
 
-    Before it is built, a layer has no parameters that DistributedDataParallel could take: give `num_features`, load a state dict,
-    or call it once.
+    DistributedDataParallel accepts the layer only after it has been built: give `num_features`, load a state dict, or call the layer once.
 
     >>> layer = SyncBatchNormalization(momentum=0.5)
     >>> layer(torch.randn(2, 4, 4, 8), training=True).shape
@@ -103,7 +104,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             raise ValueError("SyncBatchNormalization does not support fused=True.")
         if not isinstance(axis, int):
             raise TypeError(f"axis must be one dimension, an integer, got {axis!r}")
-        super().__init__(  # without tensors: they have other names here
+        super().__init__(  # without tensors, which have other names here
             0, epsilon, momentum, False, False, process_group,
             activation=activation, negative_slope=negative_slope, weighting=weighting, unbiased=False,
         )  # fmt: skip
@@ -145,10 +146,23 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     def trainable(self, value: bool) -> None:
         self._trainable = bool(value)
         for parameter in self.parameters(recurse=False):
-            if not is_lazy(parameter):  # else when it is built
+            if not is_lazy(parameter):  # `_build` sets it on those that are
                 parameter.requires_grad_(self._trainable)
 
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]
+        """Normalizes by the batch of all ranks while training, by the moving values otherwise.
+
+        Args:
+            inputs: 2 or more dimensions, with C features on `axis`. The other sizes may differ by rank, and be 0.
+            training: overrides `train()` and `eval()`, unless the layer is frozen.
+
+        Returns:
+            a tensor of the inputs' shape and dtype.
+
+        Raises:
+            ValueError: `axis` is no dimension of the inputs, or does not have C features; and as `SyncBatchNorm`.
+            RankMismatchError, RuntimeError: as `SyncBatchNorm`.
+        """
         if isinstance(inputs, torch.fx.Proxy):
             return record_in_fx_graph(self, inputs, training)
         x = self.channels_second(inputs)
@@ -161,7 +175,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         return y.movedim(1, self.axis)
 
     def channels_second(self, inputs: Tensor) -> Tensor:
-        """A view of the inputs as [N, C, *], C on `axis` before."""
+        """The inputs as [N, C, *], a view in which dimension 1 is the inputs' `axis`. Raises ValueError if there is no such dimension."""
         if inputs.dim() < 2 or not -inputs.dim() <= self.axis < inputs.dim():
             raise ValueError(
                 f"{description_of(self)}: inputs must have 2 or more dimensions, axis {self.axis} among them, got {list(inputs.shape)}"
@@ -171,7 +185,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     # ---- Building: torch's mechanism for lazy modules ---------------------------------------------------------------------------
 
     def initialize_parameters(self, inputs: Tensor, training: bool | None = None) -> None:
-        """What the first call does before `forward`."""
+        """Builds the layer for these inputs. torch calls this before the first `forward`."""
         self._build(self.channels_second(inputs).shape[1])
 
     def reset_parameters(self) -> None:
@@ -184,7 +198,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         self.num_features = num_features
         for name in self._initializers:
             tensor: Any = getattr(self, name)
-            if is_lazy(tensor):  # not loaded from a state dict
+            if is_lazy(tensor):  # otherwise a state dict has filled it
                 tensor.materialize((num_features,))
                 self._reset(name)
         if not self.trainable:
@@ -201,7 +215,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
                 tensor.copy_(torch.as_tensor(self._initializers[name](tuple(tensor.shape), dtype=tensor.dtype)))
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        nn.Module._load_from_state_dict(self, *args)  # not torch's batch norm's, which would want num_batches_tracked
+        nn.Module._load_from_state_dict(self, *args)  # that of torch's batch norm would demand num_batches_tracked
         if not is_lazy(self.moving_mean):
             self._build(len(self.moving_mean))
 

@@ -1,4 +1,4 @@
-"""Weights of a Keras batch normalization as tensors, and back, for `from_keras` and `to_keras` of both layers."""
+"""The weights of a Keras batch normalization: to tensors and back, for `from_keras` and `to_keras` of both layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,18 @@ TORCH_NAMES = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
 
 
 def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scale: bool) -> dict[str, Tensor]:
-    """moving_mean, moving_variance, and gamma and beta if there are any, each [C], from the weights that a Keras layer exports."""
+    """The weights that a Keras layer exports, by name, each a floating-point tensor [C].
+
+    Args:
+        weights: a dict of arrays, whose names may have a prefix and a number, as in "bn/gamma:0"; or the list of Keras' `get_weights()`.
+        center, scale: whether a list contains beta, and gamma.
+
+    Returns:
+        moving_mean, moving_variance, and gamma and beta if the weights have them. Integers become torch's default dtype.
+
+    Raises:
+        ValueError: the names or the number of arrays are wrong, or an array is not [C].
+    """
     present = {"gamma": scale, "beta": center, "moving_mean": True, "moving_variance": True}
     names = [name for name, is_present in present.items() if is_present]
     if isinstance(weights, Mapping):
@@ -37,7 +48,8 @@ def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scal
 
 @torch.no_grad()
 def copy_tensors(layer: _BatchNorm, tensors: Mapping[str, Tensor]) -> None:
-    """gamma, beta, moving_mean, moving_variance into weight, bias, running_mean, running_var; a parameter that is not given is removed."""
+    """Copies gamma, beta, moving_mean and moving_variance into `layer`'s weight, bias, running_mean and running_var, and sets those that
+    `tensors` does not have to None."""
     for name, torch_name in TORCH_NAMES.items():
         if name in tensors:
             getattr(layer, torch_name).copy_(tensors[name])
@@ -46,7 +58,11 @@ def copy_tensors(layer: _BatchNorm, tensors: Mapping[str, Tensor]) -> None:
 
 
 def to_keras(layer: _BatchNorm) -> dict[str, Any]:
-    """See `SyncBatchNorm.to_keras`."""
+    """gamma, beta, moving_mean and moving_variance as numpy arrays [C], those that the layer has; bfloat16 becomes float32.
+
+    Raises:
+        ValueError: the layer has no running statistics, or has not been built.
+    """
     if layer.running_mean is None or is_lazy(layer.running_mean):
         raise ValueError("Keras weights need running statistics: track_running_stats=True, and a layer that has been built")
     tensors = {name: getattr(layer, torch_name) for name, torch_name in TORCH_NAMES.items()}

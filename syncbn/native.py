@@ -1,6 +1,6 @@
-"""Finds the compiled libraries beside this file and loads them, or says why not; then the reference runs on that device.
+"""Loads the compiled libraries next to this file. If one cannot be loaded, the reference runs on its device, and `status` says why.
 
-SYNCBN_NATIVE=0 turns both off; SYNCBN_CPU_ISA is the widest instruction set that the CPU kernels use.
+SYNCBN_NATIVE=0 turns both libraries off. SYNCBN_CPU_ISA names the widest instruction set that the CPU kernels may use.
 """
 
 from __future__ import annotations
@@ -23,27 +23,38 @@ REBUILD = "reinstall with `pip install --no-build-isolation --force-reinstall --
 
 
 class FallbackWarning(UserWarning):
-    """No compiled kernel runs on the device at hand: the reference, in plain torch, does its work, slower."""
+    """No compiled kernel runs on this machine's device: the reference, in plain torch, does the work, more slowly."""
 
 
 @dataclass(frozen=True)
 class Library:
+    """What became of one compiled library."""
+
     device: str  # "cpu" or "cuda"
     path: Path
     loaded: bool
-    reason: str  # why it was not loaded; else what runs
+    reason: str  # if it was not loaded, why not and what to do; else which of its code runs
 
 
 _libraries: tuple[Library, ...] = ()
 
 
 def status() -> tuple[Library, ...]:
-    """What was loaded for each device type, and why not."""
+    """The library for the CPU, then the one for CUDA. Empty until `load` has been called, which importing syncbn does."""
     return _libraries
 
 
 def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
-    """Loads the libraries that implement these ops and run here. Raises and warns about nothing: ops.py could not be imported again."""
+    """Loads each library that implements these ops and runs on this machine.
+
+    Args:
+        schemas: the ops' schemas by name. A library that was built from others is not loaded.
+
+    Returns:
+        what `status` returns from now on.
+
+    A failure is a `reason`, never an exception or a warning: after one, ops.py could not be imported a second time.
+    """
     global _libraries
     digest = build_info.digest(schemas)
     _libraries = tuple(_load(device, FOLDER / f"libsyncbn_{device}.so", digest) for device in ("cpu", "cuda"))
@@ -51,7 +62,8 @@ def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
 
 
 def warn() -> None:
-    """Warns if nothing compiled runs on the device that this machine would use."""
+    """Gives a FallbackWarning if this machine's device (CUDA if torch can use a GPU, else the CPU) has no compiled kernels, unless
+    SYNCBN_NATIVE=0 asks for that."""
     device = "cuda" if torch.version.cuda and gpus.capabilities() else "cpu"
     for library in status():
         if library.device == device and not library.loaded and environment.settings.native:
@@ -65,7 +77,7 @@ def _load(device: str, path: Path, digest: str) -> Library:
             torch.ops.load_library(path)
     except build_info.Unusable as error:
         reason = f"{path.name} {error}: {REBUILD}"
-    except OSError as error:  # torch's says which file, and its cause why
+    except OSError as error:  # torch's error names the file, and its cause the reason
         reason = f"{path.name} cannot be loaded beside torch {torch.__version__} ({error.__cause__ or error}): {REBUILD}"
     if reason:
         return Library(device, path, False, reason)
@@ -75,12 +87,16 @@ def _load(device: str, path: Path, digest: str) -> Library:
 def _what_runs(device: str, path: Path) -> str:
     if device == "cuda":
         return f"compiled for sm {build_info.read(path).get('archs', '')}"
-    # On a processor without an instruction set of that name: what every processor has.
+    # Of the names that SYNCBN_CPU_ISA may have, a library for ARM knows baseline alone.
     return f"uses {cpu_isa(path, environment.settings.cpu_isa) or cpu_isa(path, 'baseline')}"
 
 
 def _why_not(device: str, path: Path, digest: str) -> str:
-    """Why this library is not loaded; empty if it can be. Raises Unusable."""
+    """Why this library is not loaded; empty if it can be.
+
+    Raises:
+        build_info.Unusable: the file is damaged, or for another kind of processor.
+    """
     if not environment.settings.native:
         return "turned off by SYNCBN_NATIVE=0"
     capabilities = gpus.capabilities() if device == "cuda" and torch.version.cuda else None
@@ -101,15 +117,21 @@ def _why_not(device: str, path: Path, digest: str) -> str:
 def _why_not_built(device: str, path: Path) -> str:
     if sys.platform != "linux":
         system = {"darwin": "macOS", "win32": "Windows"}.get(sys.platform, sys.platform)
-        return f"its compiled kernels are for Linux, on {system} all of it runs in plain torch; SYNCBN_NATIVE=0 turns this warning off"
+        return f"the compiled kernels are for Linux; on {system} plain torch does all the work; SYNCBN_NATIVE=0 turns this warning off"
     compiler = "nvcc" if device == "cuda" else "a C++ compiler"
     reason = path.with_suffix(".reason")  # left by setup.py
-    said = f" ({reason.read_text()})" if reason.exists() else ""
-    return f"{path.name} was not built{said}; with {compiler} on PATH, {REBUILD}"
+    because = f" ({reason.read_text()})" if reason.exists() else ""
+    return f"{path.name} was not built{because}; with {compiler} on PATH, {REBUILD}"
 
 
 def _why_no_gpu_runs_it(name: str, info: Mapping[str, str], capabilities: tuple[int, ...]) -> str:
-    """It must run on each visible GPU, since it serves all of them."""
+    """Why a library cannot serve every visible GPU; empty if it can.
+
+    Args:
+        name: the library's file name.
+        info: what `build_info.read` found in it: `cuda`, such as 13000, and `archs`, such as "75 80 90a 120+PTX".
+        capabilities: of the visible GPUs, such as (90, 90).
+    """
     built, version, driver = info.get("archs", ""), int(info.get("cuda", 0)), gpus.driver_version()
     if driver and driver // 1000 < version // 1000:
         needs, has = (f"{number // 1000}.{number % 1000 // 10}" for number in (version, driver))
@@ -126,7 +148,8 @@ def _why_no_gpu_runs_it(name: str, info: Mapping[str, str], capabilities: tuple[
 
 
 def _runs(built: str, capability: int) -> bool:
-    """Code for x.y runs on x.z with z >= y, for x.ya on x.y alone; PTX runs on anything newer."""
+    """Whether code for the architectures `built` runs on a GPU of this compute capability: code for x.y runs on x.z if z >= y, code for
+    x.ya or x.yf on x.y alone, and PTX on anything newer. (CUDA C++ Programming Guide, "Application Compatibility")"""
     for name in built.split():
         if name[-1] in "af":
             if int(name[:-1]) == capability:
@@ -139,7 +162,15 @@ def _runs(built: str, capability: int) -> bool:
 
 
 def cpu_isa(path: Path, at_most: str = "") -> str | None:
-    """The instruction set that the CPU kernels use, after limiting it to `at_most`; None if the library has none of that name."""
+    """Sets and returns the instruction set that the CPU kernels use.
+
+    Args:
+        path: of the loaded library.
+        at_most: "avx512", "avx2" or "baseline", the widest that is allowed; empty changes nothing.
+
+    Returns:
+        the widest allowed instruction set that this processor has; None, with nothing changed, if the library has none named `at_most`.
+    """
     function = ctypes.CDLL(str(path)).syncbn_cpu_isa
     function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
     name = function(at_most.encode() or None)
