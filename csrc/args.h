@@ -18,7 +18,10 @@ namespace syncbn {
 
 enum class DType : int { float32, float16, bfloat16, float64 };
 enum class Activation : int { none, relu, leaky_relu, silu };  // as in syncbn/activation.py
-constexpr int ACTIVATIONS = 4;
+constexpr int ACTIVATIONS = 4;                                 // the bindings refuse other numbers
+
+// In each function that has code for every activation: after a new one has been counted, each fails to compile until it is looked at.
+#define SYNCBN_HAS_CODE_FOR(number) static_assert(ACTIVATIONS == number, "write the new activation here, then raise the number")
 
 // Whether the derivative depends on nothing but the sign of z: with a residual, backward then needs one bit for each element, the mask.
 SYNCBN_HOST_DEVICE constexpr bool needs_only_sign(Activation activation) {

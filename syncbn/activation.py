@@ -60,8 +60,8 @@ def keeps_residual(activation: int, has_residual: bool) -> bool:
 
 
 def writes_dz(activation: int, residual: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether the residual's gradient differs from dy: a residual was added before an activation, and the backward pass is given what
-    `keeps_residual` or `keeps_mask` says."""
+    """Whether the residual's gradient differs from dy, because a residual was added before an activation. The residual or the mask of the
+    backward pass shows it: `keeps_residual` and `keeps_mask` say which of the two it is given."""
     return activation != Activation.none and (mask if needs_only_sign(activation) else residual) is not None
 
 
@@ -72,12 +72,16 @@ def module_of(name: str | None, negative_slope: float) -> nn.Module:
 
 
 def activate(z: Tensor, activation: int, negative_slope: float) -> Tensor:
-    """activation(z), elementwise."""
+    """activation(z), elementwise. Raises ValueError if no activation has this number."""
+    if activation == Activation.none:
+        return z
     if activation == Activation.relu:
         return F.relu(z)
     if activation == Activation.leaky_relu:
         return F.leaky_relu(z, negative_slope)
-    return F.silu(z) if activation == Activation.silu else z
+    if activation == Activation.silu:
+        return F.silu(z)
+    raise _unknown(activation)
 
 
 def scaled_by_sign(dy: Tensor, positive: Tensor, activation: int, negative_slope: float) -> Tensor:
@@ -87,7 +91,13 @@ def scaled_by_sign(dy: Tensor, positive: Tensor, activation: int, negative_slope
 
 
 def derivative(z: Tensor, activation: int) -> Tensor:
-    """activation'(z), elementwise, for an activation that needs more than the sign of z."""
-    assert activation == Activation.silu, activation
+    """activation'(z), elementwise, for an activation that needs more than the sign of z. Raises ValueError for any other number."""
+    if activation != Activation.silu:
+        raise _unknown(activation)
     s = torch.sigmoid(z)
     return s * (1 + z * (1 - s))
+
+
+def _unknown(activation: int) -> ValueError:
+    """The bindings raise the same."""
+    return ValueError(f"syncbn: activation must be one of syncbn.activation.Activation, got {activation}")

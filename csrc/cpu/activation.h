@@ -40,6 +40,7 @@ INLINE Pack<T> sigmoid(Pack<T> z) {
 
 template <Activation activation, typename T>
 INLINE Pack<T> activate(Pack<T> z, Pack<T> negative_slope) {
+  SYNCBN_HAS_CODE_FOR(4);
   if constexpr (activation == Activation::relu) return select_positive(z, z, Pack<T>(0));
   if constexpr (activation == Activation::leaky_relu) return select_positive(z, z, z * negative_slope);
   if constexpr (activation == Activation::silu) return z * sigmoid(z);
@@ -103,6 +104,7 @@ class ActivationGradient {
 // Calls f with the ActivationGradient specialized for the activation, residual and mask.
 template <typename scalar_t, class Args, typename F>
 void with_gradient(const Args& args, F f) {
+  SYNCBN_HAS_CODE_FOR(4);
   switch (args.activation) {
     case Activation::none: return f(ActivationGradient<scalar_t, Backward::identity, false>(args));
     case Activation::silu:

@@ -45,6 +45,7 @@ void run(const NormalizeArgs& args) {
 
 template <typename scalar_t, bool has_residual>
 auto choose(Activation activation) {
+  SYNCBN_HAS_CODE_FOR(4);
   switch (activation) {
     case Activation::relu: return run<scalar_t, Activation::relu, has_residual>;
     case Activation::leaky_relu: return run<scalar_t, Activation::leaky_relu, has_residual>;

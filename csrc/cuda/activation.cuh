@@ -18,6 +18,7 @@ __device__ inline bool positive(acc_t z) {
 // The switch is outside the loop: once per vector.
 template <typename acc_t, int WIDTH>
 __device__ inline void activate(acc_t (&z)[WIDTH], Activation activation, acc_t negative_slope) {
+  SYNCBN_HAS_CODE_FOR(4);
   switch (activation) {
     case Activation::none: break;
     case Activation::relu:
@@ -48,6 +49,7 @@ __device__ inline void load_bytes(unsigned (&bytes)[UNROLL], const uint8_t* mask
 template <typename scalar_t, class Args, class Step, class Affines, typename acc_t, int STEP_WIDTH, int CHANNELS>
 __device__ inline void gradient(acc_t (&dz)[STEP_WIDTH], const Vec<scalar_t, STEP_WIDTH>& dy, const Vec<scalar_t, STEP_WIDTH>& x,
                                 unsigned byte, const Args& args, const Step& step, int u, const Affines (&affine)[CHANNELS]) {
+  SYNCBN_HAS_CODE_FOR(4);
 #pragma unroll
   for (int j = 0; j < STEP_WIDTH; ++j) dz[j] = dy.get(j);
   if (args.activation == Activation::none) return;

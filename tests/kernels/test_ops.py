@@ -255,3 +255,17 @@ def test_nan_passes_through_relu_as_in_torch():
     y = syncbn.sync_batch_norm(x, None, None, activation="relu")
     want = F.relu(F.batch_norm(x, None, None, training=True))
     assert torch.equal(y.isnan(), want.isnan()) and y[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("number", [-1, len(Activation), 1 << 32])
+@pytest.mark.parametrize("implementation", [ops, reference], ids=["kernels", "reference"])
+@pytest.mark.parametrize("op", ["normalize", "backward_reduce", "backward_input"])
+def test_an_unknown_activation_is_an_error(op, implementation, number):
+    x, stats, sums = torch.ones(2, 3, 4), torch.ones(13).double(), torch.ones(8).double()
+    arguments = {
+        "normalize": (x, stats, None, None, None, None, None, None, 0.1, 1e-5, True),
+        "backward_reduce": (x, x, stats, None, None, None, None, 1e-5),
+        "backward_input": (x, x, stats, sums, None, None, None, None, 1e-5),
+    }[op]
+    with pytest.raises((ValueError, RuntimeError), match=rf"activation must be one of syncbn\.activation\.Activation, got {number}"):
+        getattr(implementation, op)(*arguments, number, 0.1)
