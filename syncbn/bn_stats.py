@@ -36,8 +36,8 @@ def update_bn_stats(
 ) -> None:
     """Sets every batch norm's running statistics to the mean and variance of its input over all given batches of all ranks.
 
-    The result equals one training step on the concatenated inputs with momentum 1: every value counts once, in float64, whichever
-    batch and rank holds it. The variance is biased if the layer's is. Every rank gets bitwise identical statistics.
+    The result equals one training step on the concatenated inputs with momentum 1: every value counts once, in float64, in whatever
+    batch and on whatever rank it is. The variance is biased if the layer's is. All ranks get bitwise identical statistics.
 
     Args:
         model: every batch norm in it that has running statistics is updated, plain or synchronized, unless `freeze_bn` has frozen it.
@@ -56,13 +56,13 @@ def update_bn_stats(
 
     Warns if the model has no running statistics, or if no rank has a batch; then nothing changes.
 
-    How each batch norm normalizes during this pass determines what later layers see. Each uses the statistics of the current batch on
-    this rank, with the rest of the model in eval mode (no dropout). The statistics of the group would need the ranks to step through
-    their batches together, and a rank with fewer batches would make the others wait forever. The moving statistics are about to be
-    replaced, and every deeper layer would inherit their error. So the result depends only on the set of batches, not on how they are
-    divided among the ranks, and the only exchanges are two sums at the end. Use batches of at least the size that a group trains with:
-    without gradients they fit in memory. A batch with a single value per channel has no variance and is normalized by the moving
-    statistics.
+    During this pass each batch norm normalizes by the statistics of the current batch on this rank, and the rest of the model is in eval
+    mode (no dropout). Two other ways are worse, because deeper layers see the outputs of this one: with the statistics of the group, the
+    ranks would have to step through their batches together, and a rank with fewer batches would make the others wait forever; with the
+    moving statistics, which are about to be replaced, every deeper layer would inherit their error. So the result depends only on the set
+    of batches, not on how they are divided among the ranks, and the only exchanges are two sums at the end. Use batches of at least the
+    size that a group trains with: without gradients they fit in memory. A batch with a single value per channel has no variance and is
+    normalized by the moving statistics.
 
     Nothing else changes: training flags, momentum, num_batches_tracked, hooks, and layers that no batch reached stay as they are. After
     an error or Ctrl-C the statistics are unchanged, too: either all layers get new ones or none does.

@@ -1,8 +1,8 @@
 """The backward pass as a differentiable function, for `create_graph=True`: gradient penalties and other losses of a gradient.
 
-The ops of the usual backward pass are opaque to autograd. Here it is once more, in plain torch, with the group's statistics as
-functions of x, so that autograd differentiates it again, any number of times, across the ranks. The loss that is differentiated
-is the sum of the ranks' losses, as it is in the first backward pass.
+The ops of the usual backward pass are opaque to autograd. This file has the same formula in plain torch, with the group's statistics as
+functions of x, so that autograd can differentiate it again, any number of times, across the ranks. The loss that is differentiated
+is the sum of the ranks' losses, as in the first backward pass.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .reference import through_activation
 
 
 class GroupSum(torch.autograd.Function):
-    """total = Σ local over the ranks. Each rank's loss depends on each rank's part: the gradient is summed over the ranks, too.
+    """total = Σ local over the ranks. Each rank's loss depends on each rank's part, so the gradient is summed over the ranks, too.
 
-    `known` is the total where it has been exchanged before; then the forward direction needs no collective.
+    `known` is the total if it has been exchanged before: the forward direction then needs no exchange.
     """
 
     @staticmethod
@@ -55,8 +55,8 @@ def differentiable_backward(
         xhat = (x - mean) * invstd,  dz = dy * activation'(weight * xhat + bias + residual)
         dx   = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n)
 
-    One collective here, as in the usual backward pass, and two in its derivative. `residual` is needed for silu only; the other
-    activations have the `mask` of signs.
+    It exchanges once, as the usual backward pass does, and its derivative twice. `residual` is needed for silu only; the other
+    activations use the `mask` of signs.
     """
     acc = acc_type(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]
@@ -67,7 +67,7 @@ def differentiable_backward(
     def over(t: Tensor) -> Tensor:
         return t.to(acc).view(-1, *[1] * (x.dim() - 2))
 
-    # Sums about the known mean: they do not cancel, and they are 0 and var in value.
+    # The moments about the known mean do not cancel: their values are 0 and var.
     var = finalize(stats, eps)[1]
     total_weight, n = parts(stats).weight.clamp(min=1), effective_count(stats, x, rank_weighted)
     hi, offset = split_mean(stats, acc)

@@ -4,7 +4,7 @@
     finished rank   is notified ──► joins the collectives that its last call had, with zeros ──► the other joinables' hooks
 
 Zeros represent a rank without samples, which every formula already handles. The exchanges use process groups that no other code uses:
-DDP's collectives, which a finished rank joins at the same time, can neither block them nor be mistaken for them.
+DDP's collectives, which a finished rank joins at the same time, can neither block them nor be confused with them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def join(
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
     if any(isinstance(layer.process_group, RecordedCommunicator) for layer in layers):
         raise RuntimeError("syncbn.join is active for this model: it cannot be entered a second time before it has been left")
-    others = [model, *joinables] if isinstance(model, Joinable) else [*joinables]  # as DistributedDataParallel is
+    others = [model, *joinables] if isinstance(model, Joinable) else [*joinables]  # a DistributedDataParallel is one
     if not layers or not enable:
         with Join(others, enable, throw_on_early_termination, **kwargs) if others else nullcontext():
             yield

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory: every layout is read as [outer, C, inner].
+"""Layouts in memory: every one is read as [outer, C, inner].
 
 A contiguous [N, C, *] tensor is (N, C, prod(*)); a channels-last one is (N * prod(*), C, 1). The element of channel c at
 (o, i) has the flat index (o * C + c) * inner + i in both, so kernels need no second family for channels-last.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Where torch has a name for it, it answers without a view, in a tenth of the time.
+# torch has names for these two, and checks them without making a view, in a tenth of the time.
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def is_channels_last(x: Tensor) -> bool:
     """True if dimension 1 of x [N, C, *] varies fastest in memory and x has no gaps."""
-    memory_format = _CHANNELS_LAST.get(x.dim()) if x.numel() else None  # without elements it says no
+    memory_format = _CHANNELS_LAST.get(x.dim()) if x.numel() else None  # torch's check is False without elements
     return x.movedim(1, -1).is_contiguous() if memory_format is None else x.is_contiguous(memory_format=memory_format)
 
 
@@ -25,7 +25,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def dense_like(t: Tensor, x: Tensor) -> Tensor:
-    """t with the strides of the dense tensor x of the same shape; a copy only where they differ."""
+    """t with the strides of the dense tensor x of the same shape; a copy only if they differ."""
     if x.is_contiguous():
         return t.contiguous()
     return t if is_channels_last(t) else torch.empty_like(x, dtype=t.dtype).copy_(t)
@@ -53,10 +53,10 @@ def samples_per_channel(x: Tensor) -> int:
 def mask_bytes(x: Tensor) -> int:
     """Bytes of the bit mask that `normalize` keeps for the dense tensor x.
 
-    A row is a run of memory that one thread group owns: a plane (length inner), or a pixel's channels (length C) where
-    inner is 1. Element f of memory, in row p, has bit f + 8 p (bit b is bit b % 8 of byte b // 8). The 8 idle bits behind
-    each row keep two rows out of one byte, so that rows are written independently and bytes stay aligned with memory;
-    what they hold means nothing (the CPU's kernels and the reference write zeros).
+    A row is a run of memory that one thread group owns: a plane (length inner), or a pixel's channels (length C) if
+    inner is 1. Element f of memory, in row p, has bit f + 8 p (bit b is bit b % 8 of byte b // 8). The 8 padding bits after
+    each row keep two rows out of one byte, so that rows are written independently and bytes stay aligned with memory.
+    Their values mean nothing; the CPU's kernels and the reference write zeros.
     """
     rows, length = mask_rows(x)
     return (rows * (length + 8) + 7) // 8

@@ -1,11 +1,11 @@
 """The statistics of a batch in plain torch: sums about a shift, how they merge, and what follows from them.
 
 Numerics (each is tested on adversarial data):
-  - Raw sums of squares cancel where mean >> std. Each chunk of a channel has a K of its own, the mean of values from all over it,
-    is summed about K in the accumulation type, and brought to the channel's shift in float64 (`rebase`).
+  - Raw sums of squares cancel if mean >> std. So each chunk of a channel is summed about a K of its own, the mean of values from all
+    over the chunk, in the accumulation type; its sums are then moved to the channel's shift in float64 (`_moved`).
   - The shift of a channel is one of its values: (shift - mean)² <= count * var, so that at most count * 2^-53 of the variance
-    cancels. Where statistics can only be added up, the shift is 0, and (mean / std)² * 2^-53 cancels.
-  - The mean is used as two numbers, mean = hi + lo with hi of the accumulation type, and x - hi comes before any product.
+    cancels. If statistics can only be added up, the shift is 0, and (mean / std)² * 2^-53 cancels.
+  - The mean is used as a pair, mean = hi + lo with hi in the accumulation type, and x - hi is computed before any product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from .layout import samples_per_channel
 
 CHUNK = 1024  # values that are summed about one K; long enough for speed, short enough for float32 sums
-K_VALUES = 128  # whose mean is K: a single one could be an outlier and cost three digits
+K_VALUES = 128  # K is the mean of this many values: a single one could be an outlier, and cost three digits
 
 
 def acc_type(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +29,9 @@ def acc_type(dtype: torch.dtype) -> torch.dtype:
 class Statistics(NamedTuple):
     """The parts of `stats` [3C + 4], in this order, as views.
 
-    sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted, over the rank's count. weight is what they are divided by:
-    the number of samples per channel, or of ranks that have any. If `tag` and `tag_squared`, summed over R ranks, are those of R ranks
-    with one tag, all ranks have sent this tag.
+    sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted they are divided by the rank's count. weight is their divisor:
+    the number of samples per channel, or with rank_weighted of ranks that have samples. If the sums of `tag` and `tag_squared` over R
+    ranks are R t and R t², every rank has sent the tag t.
     """
 
     shift: Tensor  # [C]
@@ -88,8 +88,8 @@ def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False, tag: in
 
     x [N, C, *]  ->  [3C + 4] float64: `Statistics`.
 
-    With rank_weighted the sums are over the count, and the weight is 1, so that each rank weighs the same. A rank without samples
-    gives zeros, apart from the tag. With shifted, the shift of a channel is its first value in x; else all shifts are 0, and the
+    With rank_weighted the sums are divided by the count, and the weight is 1, so that all ranks have equal weight. A rank without samples
+    returns zeros, apart from the tag. With shifted, the shift of a channel is its first value in x; else all shifts are 0, and the
     statistics of several ranks may be added up.
     """
     count = samples_per_channel(x)
@@ -120,7 +120,7 @@ def rebase(stats: Tensor, shift: Tensor) -> Tensor:
 
 
 def merge(a: Tensor, b: Tensor) -> Tensor:
-    """The statistics of the samples of both, each about any shifts."""
+    """The statistics of the samples of both; a and b may have different shifts."""
     shift = torch.where(parts(a).weight > 0, parts(a).shift, parts(b).shift)
     total = rebase(a, shift) + rebase(b, shift)
     return torch.cat([shift, total[len(shift) :]])
@@ -136,7 +136,7 @@ def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_mean(stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mean as hi of `dtype` and lo float64, hi + lo == shift + sum / weight. lo is what hi has lost, for float64, too."""
+    """The mean as hi of `dtype` and lo of float64, hi + lo == shift + sum / weight. lo is the rounding error of hi, in float64 as well."""
     s = parts(stats)
     offset = s.sum / s.weight.clamp(min=1)
     hi = (s.shift + offset).to(dtype)
@@ -151,7 +151,7 @@ def update_running_stats(
     momentum: float | None,
     unbiased: bool,
 ) -> None:
-    """running += momentum * (new - running), in place; without samples anywhere, nothing changes.
+    """running += momentum * (new - running), in place. If no rank has samples, nothing changes.
 
     momentum None is the cumulative average, 1 / num_batches_tracked, computed on the device.
     """
@@ -169,7 +169,7 @@ def update_running_stats(
     for running, new in ((running_mean, mean), (running_var, var)):
         if running is not None:
             old = running.double()
-            # From the nearer end: exact where the factor is 1, as momentum 1 and the first step of a cumulative average have it.
+            # From the nearer end, so that a factor of 1 is exact: that of momentum 1, and of a cumulative average's first step.
             moved = torch.where(factor < 0.5, old + factor * (new - old), new - (1 - factor) * (new - old))
             running.copy_(torch.where(factor == 0, old, moved))
 
@@ -188,7 +188,7 @@ def by_channel(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _chunks(x: Tensor) -> list[Tensor]:
-    """[C, count] -> [C, chunks, CHUNK] and the rest [C, 1, <CHUNK]; what is empty is left out."""
+    """[C, count] -> [C, chunks, CHUNK] and the rest [C, 1, <CHUNK]; empty parts are left out."""
     whole = x.shape[1] // CHUNK * CHUNK
     parts = (x[:, :whole].unflatten(1, (-1, CHUNK)) if whole else None, x[:, None, whole:] if whole < x.shape[1] else None)
     return [part for part in parts if part is not None]

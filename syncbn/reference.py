@@ -1,12 +1,12 @@
 """Every op in plain torch: the specification, the fallback on any device, and the oracle of the tests.
 
-    wire     stats(x): this rank's [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], float64, the sums of x - shift; about
-             one shift the ranks' are added up
+    wire     stats(x): this rank's [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], float64: sums of x - shift, which may
+             be added over the ranks if their shifts are equal
     forward  y  = activation(weight * xhat + bias + residual),          xhat = (x - mean) * invstd
     backward dz = dy through the activation
              dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n)
 
-The statistics, and how they keep their digits: moments.py.
+moments.py has the statistics, and the reasons why they are accurate.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """y = activation(weight * xhat + bias + residual), and the moving statistics updated in place.
 
-    x, residual, y [N, C, *] of one dtype; stats as `stats` gives them, summed over the ranks; weight, bias [C].
-    Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is an
-    `Activation`.
+    x, residual, y [N, C, *] of one dtype; stats as returned by `stats`, summed over the ranks; weight, bias [C].
+    Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is the number of an
+    `Activation`; any other is a ValueError.
 
-    alarm [1] int32 on the CPU is set to 1 if not each of the `ranks` has given `stats` this tag, and else stays as it is; for kernels on
-    other devices it is in pinned memory, and its value is that of the time when they have run. The results are the same either way.
+    alarm [1] int32 on the CPU is set to 1 unless each of the `ranks` has passed this tag to `stats`; if so, it stays as it is. Kernels of
+    other devices need it in pinned memory, and set it when they run. The results do not depend on it.
     """
     s = parts(stats)
     _verify(s.tag, s.tag_squared, tag, ranks, alarm)
@@ -78,8 +78,8 @@ def backward_reduce(
 
     dy, x [N, C, *]  ->  sums [2C + 2] float64: `moments.BackwardSums`; dweight; dbias.
 
-    residual is that of `normalize` before silu; before relu and leaky_relu the mask is enough. dweight and dbias have the type of
-    weight and bias, empty where these are None.
+    silu needs the residual that `normalize` had; relu and leaky_relu need the mask only. dweight and dbias have the types of weight and
+    bias, and are empty if these are None.
     """
     dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
     invstd = finalize(stats, eps)[2]
@@ -113,8 +113,8 @@ def backward_input(
 ) -> tuple[Tensor, Tensor]:
     """dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n) and dz, the residual's gradient, [N, C, *] of x's dtype.
 
-    sums are those of `backward_reduce`, summed over the ranks. n is the number of samples of the group; where ranks weigh the
-    same, it is this rank's count times the number of ranks. dz is empty unless a residual was added before an activation.
+    sums are those of `backward_reduce`, summed over the ranks. n is the number of samples of the group, or with rank_weighted this
+    rank's number times the number of ranks that have samples. dz is empty unless a residual was added before an activation.
     tag, ranks and alarm are those of `normalize`, for `sums`.
     """
     total = parts_of_sums(sums)
@@ -136,7 +136,7 @@ def backward_input(
 
 
 def _verify(tag_sum: Tensor, tag_squared_sum: Tensor, tag: int, ranks: int, alarm: Tensor | None) -> None:
-    """Sets alarm to 1 unless these are the sums over `ranks` of this tag and of its square."""
+    """Sets alarm to 1 unless the sums are those of `ranks` times this tag and its square."""
     if alarm is not None:
         mixed = (tag_sum != ranks * tag) | (tag_squared_sum != ranks * tag * tag)
         before = alarm.to(mixed.device, non_blocking=True)

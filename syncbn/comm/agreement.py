@@ -1,11 +1,16 @@
 """Checks, before tensors are summed, that all ranks are about to run the same exchange.
 
-    first     (default) compares whole signatures at a layer's first exchange in a group, in each direction
-    always    compares them at every exchange: to find where a run diverges later on
-    off       never, nor are exchanges verified by a digest, as every eager one is with the other two: sharing.py
+SYNCBN_CHECK says when the ranks compare whole signatures:
 
-Set by SYNCBN_CHECK. One all-reduce of 24 bytes per rank plus one, whatever the ranks are about to do: the digests of their signatures.
-Only if these differ, a second one gathers the signatures themselves, for the error. No check while tracing or capturing a graph.
+    first     (default) at a layer's first exchange in a group, in each direction
+    always    at every exchange, to find where a run diverges later on
+    off       never
+
+With first and always every eager exchange is also verified by a digest (sharing.py). Nothing is compared while a graph is traced or
+captured.
+
+To compare takes one all-reduce, of 24 bytes per rank and one more, with the digests of the signatures. If they differ, a second one
+gathers the signatures themselves, for the error.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ class RankMismatchError(RuntimeError):
 def verify(comm: Communicator, signature: str, details: str, device: torch.device) -> None:
     """Returns if `signature` is the same on every rank; else raises RankMismatchError on every rank.
 
-    `details` may differ between ranks, as the shapes of their inputs do; they are only shown in the error.
+    `details`, such as the shapes of the inputs, may differ between ranks; only the error shows them.
     """
     state = state_of(comm.group)
     signature = f"{signature}, verification {state.verifications + 1} of this group"

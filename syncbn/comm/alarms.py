@@ -1,8 +1,8 @@
-"""Exchanges of which only the device sees the sums: its kernels compare the ranks' tags, and the next exchange reads what they found.
+"""Exchanges whose sums only the device sees: its kernels compare the ranks' tags, and the next exchange reads the result.
 
-A rank that waited for the device after each exchange would lose more than the exchange takes. So each exchange of a layer has a word in
-pinned memory, which the kernel that uses the sums sets if another rank has added something else. No rank's comparison holds then, so
-every rank raises: at its next exchange, or one of those after it, whenever the device has come to the kernel.
+A rank that waited for the device after each exchange would lose more time than the exchange takes. So each exchange of a layer has a word
+in pinned memory, which the kernel that uses the sums sets if another rank has added something else. The comparison then fails on every
+rank, so every rank raises: at its next exchange, or at a later one if its device has not run the kernel by then.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Alarms:
         self._flags: dict[tuple[Any, ...], Tensor] = {}
 
     def word(self, key: tuple[Any, ...]) -> Tensor:
-        """[1] int32 on the CPU, in pinned memory if there is a GPU: 0 until ranks have mixed this exchange with another. The same for the
-        same exchange, as a captured graph needs it."""
+        """[1] int32 on the CPU, in pinned memory if there is a GPU: 0 until ranks have mixed this exchange with another. An exchange has
+        the same word each time, because a captured graph keeps its address."""
         word = self._words.get(key)
         if word is None:
             number = len(self._words)
@@ -42,7 +42,7 @@ class Alarms:
         return word
 
     def compare(self, key: tuple[Any, ...], sums: Tensor, expected: tuple[float, float]) -> None:
-        """What the kernels do, for sums [2] of a tag and its square that none of them uses."""
+        """Does what the kernels do, for the sums [2] of a tag and its square in a payload that no kernel uses."""
         word = self.word(key)
         mixed = (sums[:1] != expected[0]) | (sums[1:] != expected[1])  # with numbers: a tensor of them would wait for the device
         flag = self._flags.get(key)

@@ -24,7 +24,7 @@ _lock = threading.Lock()  # two threads of a rank may reach the first exchange t
 
 
 def duplicate_of_default(default: dist.ProcessGroup) -> dist.ProcessGroup:
-    """The duplicate of the default group. Every rank makes the first call, which makes it; it is destroyed with the default group."""
+    """The duplicate of the default group. The first call makes it, on every rank together. It is destroyed with the default group."""
     duplicate = _duplicates.get(default)
     if duplicate is None:
         with _lock:
@@ -38,7 +38,7 @@ def duplicate_of_default(default: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def duplicate_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A duplicate of this rank's group, made once. Every rank of the default group calls it, with its group."""
+    """A duplicate of this rank's group, made once. Every rank of the default group calls this, with its own group."""
     duplicate = _duplicates.get(group)
     if duplicate is None:
         duplicate = _duplicates[group] = split(all_gather(min(dist.get_process_group_ranks(group))))
@@ -47,12 +47,12 @@ def duplicate_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
 
 
 def destroy_with(group: dist.ProcessGroup, other: dist.ProcessGroup) -> None:
-    """Destroys `other` with `group`: torch keeps every group until it is destroyed, with its connections and threads."""
+    """Destroys `other` when `group` is destroyed: else torch would keep it, with its connections and threads."""
     weakref.finalize(group, _destroy, other).atexit = False
 
 
 def _destroy(group: dist.ProcessGroup) -> None:
-    with suppress(ValueError, AssertionError):  # it has been destroyed with the default group
+    with suppress(ValueError, AssertionError):  # if it has already been destroyed with the default group
         dist.destroy_process_group(group)
 
 

@@ -1,4 +1,4 @@
-"""Subgroups of ranks to normalize in: exchanges inside a node are several times as fast as between nodes."""
+"""Subgroups of ranks that normalize together. Exchanges inside a node are several times as fast as between nodes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def new_group(ranks_per_group: int | str) -> dist.ProcessGroup:
 
     Args:
         ranks_per_group: "node", the ranks on this host; a number n, ranks 0..n-1, n..2n-1, and so on; or "world", all ranks, as a group
-            that shares no messages with the default group. (Layers with process_group=None have such a group by themselves.)
+            that shares no messages with the default group. (Layers with process_group=None use such a group anyway.)
 
     Raises:
         ValueError: not "node", "world" or a positive number that divides the world size, or torch.distributed is not initialized.

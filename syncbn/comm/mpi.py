@@ -47,7 +47,7 @@ class MPICommunicator(SumsAboutZero):
     @property
     def group(self) -> Duplicate:
         """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
-        self._check()  # it may have been freed since the forward pass
+        self._check()  # the communicator may have been freed since the forward pass
         duplicate: Any = self.comm.Get_attr(_DUPLICATE)
         if duplicate is None:
             comms = []
@@ -104,10 +104,10 @@ class MPICommunicator(SumsAboutZero):
 
 
 class InFlight:
-    """A request and the memory into which MPI writes until it has completed.
+    """A request, and the memory into which MPI writes until the request has completed.
 
-    Whatever ends the wait (Ctrl-C, a signal handler's exception, the timeout), MPI goes on writing: late ranks complete the request. So
-    both are held from before the request is made until it has completed.
+    After a wait that was cut short (by Ctrl-C, a signal handler's exception, or the timeout) MPI continues to write, because late ranks
+    complete the request. So `_in_flight` holds both from before the request is made until it has completed.
     """
 
     def __init__(self, buffer: Any = None) -> None:

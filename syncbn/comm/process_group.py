@@ -1,4 +1,4 @@
-"""A torch.distributed process group: NCCL, gloo, or whatever else adds float64 tensors."""
+"""A torch.distributed process group: NCCL, gloo, or any other backend that adds float64 tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class NotAMember(ValueError):
 
 
 class OfTorch(SumsAboutZero):
-    """What the communicators over a process group have in common."""
+    """The common part of the communicators over a process group."""
 
-    if TYPE_CHECKING:  # at run time a dataclass would take it for the default of its field
+    if TYPE_CHECKING:  # at run time a dataclass would use the property as the default of its field
 
         @property
         def group(self) -> dist.ProcessGroup: ...
@@ -40,8 +40,8 @@ class OfTorch(SumsAboutZero):
         all_reduce_(number, self.group)
         if rank not in ranks:
             return None
-        # torch's new_group numbers groups by how many this rank belongs to, which may differ by rank. A re-created group would also read
-        # the addresses of the destroyed one.
+        # dist.new_group would not do: it names a group by the number of groups that this rank belongs to, which may differ by rank, and a
+        # group that is made again would read the addresses of the destroyed one.
         store = dist.PrefixStore(f"syncbn {number.item()}", default_store())
         timeout = timeout_of(self.group) or dist.default_pg_timeout
         group: Any = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), timeout)  # a backend, which adds as a group does
@@ -97,8 +97,8 @@ class DefaultGroupCommunicator(OfTorch):
 
 @torch.compiler.assume_constant_result
 def _name_of_duplicate() -> str:
-    """Tracing runs this: every rank traces its first exchange, or runs it. The guard on the default group, whose rank and size the
-    layer reads, makes torch trace again if that group is made again."""
+    """Runs while torch traces. Making the duplicate is collective, and every rank either traces its first exchange or runs it. The layer
+    reads the default group's rank and size, so torch guards on that group, and traces again if it is made again."""
     default = dist.group.WORLD
     assert default is not None
     return duplicate_of_default(default).group_name

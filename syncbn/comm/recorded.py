@@ -1,4 +1,4 @@
-"""A process group whose exchanges are noted, so that a rank without data can answer them; see `syncbn.join`."""
+"""A process group whose exchanges are recorded, so that a rank without data can answer them; see `syncbn.join`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .process_group import ProcessGroupCommunicator
 
 
 class Note(NamedTuple):
-    """One all-reduce, as much of it as a rank that only adds zeros must know."""
+    """One all-reduce: what a rank needs to take part in it with zeros."""
 
     group: dist.ProcessGroup
     length: int
@@ -21,7 +21,7 @@ class Note(NamedTuple):
     device: torch.device
 
     def answer(self) -> dist.Work:
-        """Adds nothing. Returns at once: the others may come much later."""
+        """Takes part with zeros. Returns at once, because the others may be much later."""
         zeros = torch.zeros(self.length, dtype=self.dtype, device=self.device)
         work = dist.all_reduce(zeros, group=self.group, async_op=True)
         assert work is not None
@@ -32,7 +32,7 @@ class Note(NamedTuple):
 class RecordedCommunicator(ProcessGroupCommunicator):
     exchanges: list[Note]
     outside: Any  # the layer's process_group outside of join, which a copy of the layer gets
-    compares = False  # only first calls do: a rank that has left would answer at every call, or never
+    compares = False  # ranks compare at first calls only, but a rank that has left answers the same exchanges at every call
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

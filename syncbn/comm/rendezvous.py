@@ -1,4 +1,4 @@
-"""Starts torch.distributed from what the launcher has set: where the ranks meet, and which GPU belongs to this rank."""
+"""Starts torch.distributed from the launcher's variables: where the ranks meet, and which GPU belongs to this rank."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..environment import RankInfo, rank_info
 def init_process_group(backend: str | None = None, timeout: datetime.timedelta | float | None = None) -> torch.device:
     """Starts torch.distributed from the launcher's variables, or for a single process, and returns this rank's device.
 
-    Under torchrun, mpirun (Open MPI, MPICH, Intel MPI, MVAPICH2), srun, jsrun, PALS, Flux, and wherever torch's own init finds RANK,
-    WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+    It works under torchrun, mpirun (Open MPI, MPICH, Intel MPI, MVAPICH2), srun, jsrun, PALS and Flux, and under any launcher that sets
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        backend: "nccl", "gloo" or another of torch's. None takes NCCL where each rank of the host has a GPU of its own, else gloo.
-        timeout: after which a collective that some rank does not join fails; seconds or a timedelta. None is torch's default.
+        backend: "nccl", "gloo" or another of torch's. None means NCCL if each rank of the host has a GPU of its own, else gloo.
+        timeout: how long a collective waits for a missing rank before it fails, in seconds or as a timedelta. None is torch's default.
 
     Returns:
-        cuda:<local rank>, set as the current device, where there are GPUs; else cpu.
+        cuda:<local rank>, set as the current device, if there are GPUs; else cpu.
 
     Raises:
         ValueError: an environment variable is missing or has a value that is not allowed, mpi4py belongs to another MPI than mpirun,
@@ -52,7 +52,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         _check_backend(backend)
         return torch.device("cuda", torch.cuda.current_device()) if _gpus() else torch.device("cpu")
     here = export()
-    if here.world_size == 1 and environment.get("MASTER_ADDR") is None:  # no address and no port that could be taken
+    if here.world_size == 1 and environment.get("MASTER_ADDR") is None:  # without an address, and without a port that might be in use
         store: dist.Store = dist.HashStore()
     else:
         store = _store_of_this_group(here, timeout or dist.default_pg_timeout)
@@ -66,7 +66,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
 
 
 def export() -> RankInfo:
-    """Sets the variables that torchrun would have set, as far as the launcher names them. Returns this process's ranks."""
+    """Sets the variables that torchrun would have set, those that the launcher gives values for. Returns this process's ranks."""
     here = rank_info()
     if here.launcher in (None, "torchrun"):
         return here
@@ -132,9 +132,9 @@ def _sees_a_gpu_of_its_own() -> bool:
 def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.Store:
     """A store in which no earlier process group has left its addresses.
 
-    A store outlives its process group, and torchrun's store outlives restarted ranks: ranks would read the addresses of their
-    predecessors (pytorch issue 135712). Rank 0 opens a generation; another rank takes part in the first one in which no process
-    has its rank yet. So a process that replaces a dead one meets the survivors, in whatever generation they are.
+    A store outlives its process group, and torchrun's store outlives restarted ranks, so ranks would read the addresses of their
+    predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the first generation in
+    which no process has its rank yet. So a process that replaces a dead one meets the survivors in their generation.
     """
     _check_address()
     try:
@@ -156,7 +156,7 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
 
 
 def _check_address() -> None:
-    """MASTER_ADDR and MASTER_PORT, or ValueError."""
+    """Raises ValueError unless MASTER_ADDR and MASTER_PORT say where the ranks meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if environment.get(name) is None:
             raise ValueError(f"environment variable {name} is not set, but RANK and WORLD_SIZE are: set it to where rank 0 listens")
@@ -166,9 +166,9 @@ def _check_address() -> None:
 
 
 def _with_local_rank(here: RankInfo, store: dist.Store) -> RankInfo:
-    """`here` with its local values, by the names of the ranks' hosts if some launcher has not set them.
+    """`here` with its local values, computed from the names of the ranks' hosts if the launcher has not set them.
 
-    Every rank calls it: whether another rank knows its local values, this one cannot tell.
+    Every rank calls it, because a rank cannot know whether another one has its local values.
     """
     store.set(f"host of rank {here.rank}", socket.gethostname())
     if here.local_rank is not None and here.local_world_size is not None:
@@ -205,7 +205,7 @@ def _meeting_point(here: RankInfo) -> tuple[str, int]:
     try:
         from mpi4py import MPI
     except ImportError:
-        # MPICH does not name its jobs: two of them on a host would take one port.
+        # MPICH does not identify its jobs, so two of them on a host would choose the same port.
         if here.local_world_size != here.world_size or not _job():
             raise ValueError(
                 f"{here.launcher} does not say where the ranks meet: install mpi4py (pip install 'syncbn[mpi]'),"

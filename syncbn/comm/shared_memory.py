@@ -1,8 +1,8 @@
 """Memory that all ranks of a host have mapped, and the sums that travel through it: a microsecond instead of a collective's hundreds.
 
 The protocol is in csrc/cpu/shared_memory.h: every rank publishes its values and waits for the others in compiled code, without the
-GIL, in slices of 50 ms. Between slices this file looks after signals, the timeout, and the life of the other ranks. Before any number is
-added, each rank has compared what all of them are about to exchange.
+GIL, in slices of 50 ms. Between slices this file handles signals and the timeout, and checks whether the other ranks are alive. Before any
+value is added, each rank has compared what all of them are about to exchange.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from .. import native
 from .failures import Incomplete
 
-with suppress(ImportError):  # Windows has none, and no compiled side either
+with suppress(ImportError):  # Windows has no fcntl, and no compiled side either
     import fcntl
 
 ALL_READ_ALL = 8  # up to this many ranks, each of them reads all slots; with more, each adds one segment
@@ -36,7 +36,7 @@ class Forked(RuntimeError):
 
 
 class SharedExchangeError(Incomplete):
-    """An exchange in shared memory that cannot be completed: says which rank is missing, and whether its process lives."""
+    """An exchange in shared memory cannot be completed. The message says which rank is missing, and whether its process is alive."""
 
 
 class Mismatch(Exception):
@@ -45,7 +45,7 @@ class Mismatch(Exception):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled side, or None where there is none."""
+    """The compiled side; None if it was not built or not loaded."""
     cpu = native.status()[0]
     if not cpu.loaded:
         return None
@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL | None:
 
 
 class SharedMemory:
-    """This rank's place in the memory. `file` is a descriptor of it, which this object closes once it has been made.
+    """This rank's place in the memory. The object owns `file`, a descriptor of the memory, and closes it.
 
     Args:
         file: of `bytes_for(len(names))` bytes, zero before the first rank has called `create`.
@@ -85,25 +85,26 @@ class SharedMemory:
         self._all_reduce = functions.syncbn_shared_all_reduce
         self.memory = torch.frombuffer(mmap.mmap(file, bytes_for(len(names))), dtype=torch.uint8)
         self._address = ctypes.c_void_p(self.memory.data_ptr())  # converted once, not at each call
-        # A lock of this process on byte `rank`, not on the open file: flock's would live on in forked children, as data loaders have.
+        # A lock that belongs to this process, on byte `rank`. One of flock belongs to the open file, and would live on in forked children,
+        # such as a data loader's workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         self._turn = threading.Lock()
         weakref.finalize(self, os.close, file)
 
     def create(self, by_segments: bool | None = None) -> None:
-        """By one rank, before any other maps the file."""
+        """Called by one rank, before any other maps the file."""
         ranks = len(self.names)
         self._functions.syncbn_shared_create(self._address, ranks, ranks > ALL_READ_ALL if by_segments is None else by_segments)
 
     def join(self, random: int) -> None:
-        """By each rank. `random` (64 bits) is what the other ranks must see."""
+        """Called by each rank. `random` (64 bits) is the value that the other ranks must find."""
         self._functions.syncbn_shared_join(self._address, self.rank, random)
 
     def randoms(self) -> list[int]:
         return [self._functions.syncbn_shared_random_of(self._address, rank) for rank in range(len(self.names))]
 
     def start(self) -> None:
-        """By each rank, once all have joined."""
+        """Called by each rank, once all have joined."""
         self._functions.syncbn_shared_start(self._address, self.rank)
 
     def all_reduce_(self, values: Tensor, digest: int, timeout: float, channels: int = 0) -> Tensor:
@@ -131,7 +132,7 @@ class SharedMemory:
                 raise self._error(status)
         except Mismatch:
             raise
-        except BaseException:  # Ctrl-C as well: the others may have this exchange's values, and this rank has no result
+        except BaseException:  # Ctrl-C included: the others may have completed this exchange, and this rank has no result of it
             self.abandon()
             raise
         finally:
@@ -139,7 +140,7 @@ class SharedMemory:
         return values
 
     def abandon(self) -> None:
-        """The other ranks' exchanges fail from now on, and this one's."""
+        """Makes all exchanges in this memory fail from now on, on this rank and on the others."""
         self._functions.syncbn_shared_abandon(self._address, self.rank)
 
     def _wait(self, call: tuple, timeout: float) -> int:
@@ -153,7 +154,7 @@ class SharedMemory:
         return status
 
     def _presence(self) -> dict[str, int]:
-        """Of each other rank."""
+        """The state of each other rank, by name."""
         look = self._functions.syncbn_shared_presence
         return {name: look(self._address, self.rank, r, self.file) for r, name in enumerate(self.names) if r != self.rank}
 
@@ -185,7 +186,7 @@ def bytes_for(ranks: int) -> int:
 
 
 def slots_offset(ranks: int) -> int:
-    """Where the values begin: what lies from here on is never read before it is written."""
+    """Where the values begin. Memory from here on is never read before it is written."""
     functions = library()
     assert functions is not None
     return functions.syncbn_shared_slots_offset(ranks)

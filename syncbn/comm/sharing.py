@@ -1,4 +1,4 @@
-"""How the ranks of a group exchange CPU tensors: in memory that they share where they can, else over the group.
+"""How the ranks of a group exchange CPU tensors: in shared memory if they can, else over the group.
 
     one host         in its memory
     several hosts    sums in each host's memory ──► the first rank of each host over the group's backend ──► results in each host's memory
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Sharing:
-    """Of one group. The first exchange sets it up, on all ranks together."""
+    """The shared memory of one group. The first exchange sets it up, on all ranks together."""
 
     def __init__(self) -> None:
         self.reason = ""  # why the ranks do not share memory
@@ -51,8 +51,12 @@ class Sharing:
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
 
     def set_up(self, comm: Communicator) -> Sharing:
-        """Every rank calls it. Raises RankMismatchError on every rank if the ranks differ in SYNCBN_CHECK (they would not verify alike) or
-        in `replace_torch` (their layers would be of different kinds)."""
+        """Every rank calls it.
+
+        Raises:
+            RankMismatchError: on every rank, if the ranks differ in SYNCBN_CHECK (they would not verify alike) or in `replace_torch` (their
+                layers would be of different kinds).
+        """
         with self._lock:
             if not self.ready:
                 check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
@@ -75,7 +79,7 @@ class Sharing:
         Args:
             payload: ends with `tag_of(digest, ranks)` and its square.
             digest: of what this rank is about to exchange.
-            channels: not 0, where `in_memory`, for statistics about different shifts.
+            channels: C if `payload` holds statistics about different shifts, which needs `in_memory`; else 0.
 
         Raises:
             Mismatch: on every rank, if they do not exchange the same.
@@ -92,7 +96,7 @@ class Sharing:
         if self.memory is not None:
             try:
                 self.memory.all_reduce_(payload, digest, self.timeout)
-            except Mismatch as error:  # the other hosts have to hear of it
+            except Mismatch as error:  # the other hosts learn of it from the NaN
                 mismatch = error
                 payload[-2:] = torch.nan
         if self.first_ranks is not None:
@@ -114,7 +118,7 @@ class Sharing:
             if self.memory is not None:
                 self.memory.abandon()
             raise
-        payload += 0.0  # a sum of nothing but -0.0 is 0.0 on every rank, as where others add zeros to it
+        payload += 0.0  # makes -0.0 into 0.0, as the zeros that the other ranks of the host add do
 
 
 _RESULTS = digest_of("the sums of all hosts")
@@ -122,7 +126,7 @@ _new = threading.Lock()
 
 
 def set_up_sharing(comm: Communicator) -> Sharing:
-    """Of this communicator's group, made if need be. Every rank calls it."""
+    """The `Sharing` of this communicator's group, made if there is none. Every rank calls it."""
     state = state_of(comm.group)
     with _new:
         state.sharing = state.sharing or Sharing()

@@ -1,4 +1,4 @@
-"""What an exchange is: a signature in words, its digest, and the tag of it that travels with the values."""
+"""The identity of an exchange: its signature in words, the digest of the signature, and the tag, which travels with the values."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ TAGS = 2  # values at the end of a payload: the tag and its square
 
 
 class Ticket(NamedTuple):
-    """How an exchange is verified: the ops write the tag and its square at the end of their sums; where only the device sees the total,
-    the op that uses it sets the alarm unless all `ranks` have had this tag."""
+    """How an exchange is verified: the ops write the tag and its square at the end of their sums. If only the device sees the total,
+    the op that uses it sets the alarm unless all `ranks` have sent this tag."""
 
     tag: int = 0
     ranks: int = 0
@@ -49,11 +49,11 @@ UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
 def tag_of(digest: int, ranks: int) -> int:
-    """As many bits of the digest that float64 holds the sum of `ranks` squares exactly: 20 up to 8192 ranks."""
+    """The low bits of the digest: as many as allow float64 holds the sum of `ranks` squares exactly, 20 for up to 8192 ranks."""
     bits = min(TAG_BITS, (53 - (ranks - 1).bit_length()) // 2)
     return digest & ((1 << bits) - 1)
 
 
 def sums_of_tags(ranks: int, tag: int) -> tuple[float, float]:
-    """What a payload ends with after an exchange in which all ranks had this tag."""
+    """The last two values of a payload after an exchange in which all ranks had this tag."""
     return float(ranks * tag), float(ranks * tag * tag)

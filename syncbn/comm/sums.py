@@ -1,4 +1,4 @@
-"""For communicators that can add tensors, and nothing else."""
+"""The base of communicators whose backend can only add tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class SumsAboutZero:
-    """The group's statistics as sums about 0: their shifts are all 0 and stay here, the rest is added up."""
+    """Exchanges statistics as sums about 0: the shifts, which are all 0, are not sent, and the rest is added up."""
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         raise NotImplementedError
@@ -17,5 +17,5 @@ class SumsAboutZero:
 
     def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
         total = self.all_reduce_(stats[channels:])
-        # A graph holds no exchange in place.
+        # An exchange in a graph is not in place.
         return torch.cat([stats[:channels], total]) if torch.compiler.is_compiling() else stats

@@ -44,7 +44,11 @@ _ANNOUNCED = "SYNCBN_ANNOUNCED"  # set for the processes that this one starts
 
 
 def read_settings(env: Mapping[str, str]) -> Settings:
-    """The settings that `env` holds. Raises ValueError that names the variable, its value and what is allowed."""
+    """The settings that `env` contains.
+
+    Raises:
+        ValueError: a value is not allowed; the message names the variable, its value and the allowed values.
+    """
     return Settings(**{variable.field: variable.read(env) for variable in VARIABLES})
 
 
@@ -52,7 +56,7 @@ settings = read_settings(os.environ)
 
 
 def reload(env: Mapping[str, str] | None = None) -> None:
-    """Reads the package's variables again, from the environment unless `env` is given. The settings stay if one is not allowed."""
+    """Reads the package's variables again, from the environment unless `env` is given. If a value is not allowed, the settings stay."""
     global settings
     settings = read_settings(os.environ if env is None else env)
 
@@ -69,15 +73,15 @@ def get(name: str) -> str | None:
 
 
 def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES; the empty text, which leaves no GPU, is another value than None, which leaves all."""
+    """CUDA_VISIBLE_DEVICES. Empty, it leaves no GPU; None, if it is not set, leaves all of them."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def announce(line: str) -> None:
-    """Prints a line to stderr once in a job, as far as its processes know each other: on rank 0, and in no process that this one starts."""
+    """Prints a line to stderr on rank 0, and not again in a process that this one starts: once in a job, as far as a process can tell."""
     try:
         rank = rank_info().rank
-    except ValueError:  # variables of a launcher that sets the others later; an exchange would name them
+    except ValueError:  # a launcher may set its other variables later; if it does not, the first exchange names them
         rank = 0
     if rank == 0 and os.environ.get(_ANNOUNCED) != line:
         os.environ[_ANNOUNCED] = line

@@ -63,9 +63,10 @@ class RankInfo:
 
 
 def read_rank_info(env: Mapping[str, str]) -> RankInfo:
-    """What a launcher's variables in `env` say; a single process if no launcher has set its variables.
+    """The rank and world size by a launcher's variables in `env`; a single process if no launcher has set its variables.
 
-    Raises ValueError if a variable is not a number, or if a rank is set without a world size or the reverse.
+    Raises:
+        ValueError: a variable is not a number, or a rank is set without a world size, or the reverse.
     """
     rows = [(launcher, [_first_set(env, names) for names in launcher.columns]) for launcher in LAUNCHERS]
     usable = [(launcher, names) for launcher, names in rows if names[0] and names[1]]
@@ -88,7 +89,7 @@ def _first_set(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:
 def _check_nothing_is_missing(rows: list[tuple[Launcher, list[str | None]]]) -> None:
     for launcher, names in rows:
         present = names[0] or names[1]
-        # A batch script has a SLURM_PROCID, too, before srun starts any task.
+        # A batch script has a SLURM_PROCID as well, before srun has started any task.
         if present and launcher.name != "srun":
             missing = " or ".join(launcher.world_size if names[0] else launcher.rank)
             raise ValueError(

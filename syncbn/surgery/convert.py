@@ -1,8 +1,7 @@
-"""Conversion of a model to synchronized batch normalization, and back. Lossless: a module's class changes, and no parameter,
-buffer, hook or reference.
+"""Conversion of a model to synchronized batch normalization, and back, without loss.
 
-Because each batch norm stays the same object, it keeps its parameters and buffers (optimizers stay valid), hooks, training flag,
-extra attributes, and every reference to it, inside the model or outside.
+Only the class of a batch norm changes. It stays the same object, with its parameters and buffers (optimizers stay valid), hooks, training
+flag and extra attributes, and every reference to it, inside the model or outside, stays valid.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
 
 
 def _is_of_a_users_class(child: SyncBatchNorm) -> bool:
-    """Whether the layer was built, not converted, and its class is a user's."""
+    """Whether the layer was built rather than converted, and its class is the user's own."""
     converted = child._conversion is not None and child._conversion.original_class is not None
     return not converted and class_below_parametrization(child) not in SYNCHRONIZED.values()
 

@@ -1,8 +1,8 @@
 """Finds the submodules that a module only calls, by reading the source of its class.
 
-It serves modules that torch.fx cannot trace. A submodule that the code only calls, or whose elements it only calls in a loop, is a unit.
-Only the forward of a unit uses the layers inside, so two layers that are adjacent there may be fused. A use that this reading does not
-understand counts as access to the layers inside.
+It is for modules that torch.fx cannot trace. A submodule that the code only calls, or whose elements it only calls in a loop, is a unit.
+Only the forward of a unit uses the layers inside, so two layers that are adjacent there may be fused. Any use that this file does not
+recognize counts as access to the layers inside.
 """
 
 from __future__ import annotations

@@ -175,7 +175,7 @@ def _memory_format(weight: Tensor) -> torch.memory_format:
 
 
 def _activation(batch_norm: _BatchNorm) -> nn.Module:
-    """The module that applies what the batch norm applies after its shift."""
+    """The module that applies the batch norm's activation, or the submodules of its tail."""
     if tail := tail_of(batch_norm):
         return nn.Sequential(*(getattr(batch_norm, name) for name in tail))
     if not isinstance(batch_norm, SyncBatchNorm):

@@ -1,7 +1,7 @@
 """`replace_torch`: torch.nn.SyncBatchNorm becomes this package's layer, for frameworks that convert models by themselves.
 
-torch's class stays and gets `SyncBatchNorm` as its base in place of its methods. So names that were bound before, subclasses, registries,
-isinstance and pickles hold: they all refer to the class itself.
+torch's class stays, loses its methods, and gets `SyncBatchNorm` as its base. So names that were bound before, subclasses, registries,
+isinstance and pickles remain valid: they all refer to the class itself.
 """
 
 from __future__ import annotations
