@@ -72,7 +72,7 @@ def all_reduce(network: Network, hosts: int, gpus: int, size: float) -> float:
 
 
 def all_gather(network: Network, hosts: int, gpus: int, size: float) -> float:
-    """µs of an all-gather of `size` bytes from each rank. NCCL has the ring alone for it where a host has several GPUs."""
+    """µs of an all-gather of `size` bytes from each rank. NCCL only has the ring for it if a host has several GPUs."""
     ranks = hosts * gpus
     steps, between_hosts = ranks - 1, hosts - 1
     inside = max(network.gpu_hop, network.overhead if hosts > 1 else 0.0)
@@ -102,7 +102,7 @@ def _sums(exchange: Callable[[Network, int, int, float], float], length: Callabl
     return lambda network, hosts, gpus, channels: exchange(network, hosts, gpus, width * length(channels))
 
 
-_FORWARD, _BACKWARD = lambda c: stats_numel(c) - c, sums_numel  # the shifts stay at home
+_FORWARD, _BACKWARD = lambda c: stats_numel(c) - c, sums_numel  # the shifts are not sent
 WAYS = (
     Way("syncbn, one all-reduce", _sums(all_reduce, _FORWARD, FLOAT64), _sums(all_reduce, _BACKWARD, FLOAT64)),
     Way("syncbn, by host", _sums(by_host, _FORWARD, FLOAT64), _sums(by_host, _BACKWARD, FLOAT64)),

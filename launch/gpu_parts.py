@@ -28,7 +28,7 @@ class Part:
     lines: int
     shows: str = r"\S"
     requires: str = ""
-    vital: bool = False  # without it, the results of all that follow would be worthless
+    vital: bool = False  # if it fails, the results of all later parts are worthless
     env: dict[str, str] = field(default_factory=dict)
 
 

@@ -87,7 +87,7 @@ def _load(device: str, path: Path, digest: str) -> Library:
 def _what_runs(device: str, path: Path) -> str:
     if device == "cuda":
         return f"compiled for sm {build_info.read(path).get('archs', '')}"
-    # Of the names that SYNCBN_CPU_ISA may have, a library for ARM knows baseline alone.
+    # Of the names that SYNCBN_CPU_ISA may have, a library for ARM has baseline only.
     return f"uses {cpu_isa(path, environment.settings.cpu_isa) or cpu_isa(path, 'baseline')}"
 
 

@@ -138,7 +138,7 @@ def time_limit() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> None:
-    """The same random numbers on every rank, whichever other tests run and wherever the file is."""
+    """The same random numbers on every rank, whatever other tests run and wherever the file is."""
     torch.manual_seed(zlib.crc32(request.node.nodeid.rpartition("/")[2].encode()))
 
 

@@ -1,4 +1,4 @@
-// What a library was built for. syncbn/build_info.py reads it in the file, before it is loaded.
+// What the library was built for. syncbn/build_info.py reads this from the file, before the library is loaded.
 #if defined(SYNCBN_CUDA_ARCHS)
 #include <cuda_runtime_api.h>
 #define TEXT_OF(number) #number

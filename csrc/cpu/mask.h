@@ -40,7 +40,7 @@ INLINE uint32_t read_row_bits(const uint8_t* mask, int64_t f, int64_t row, Lanes
 }
 INLINE uint32_t read_row_bits(const uint8_t* mask, int64_t f, int64_t row, Partial lanes) {
   const uint8_t* p = mask + f / 8 + row;
-  uint32_t bits = p[0] | uint32_t(p[1]) << 8;  // padding, if not more of the row, follows
+  uint32_t bits = p[0] | uint32_t(p[1]) << 8;  // more of the row follows, or its padding
   if (f % 8 + lanes.last > 16) bits |= uint32_t(p[2]) << 16;
   return bits >> (f % 8);
 }

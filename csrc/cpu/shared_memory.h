@@ -2,12 +2,13 @@
 //
 //   publish   write values, length and digest into slot[epoch % 2]; store the epoch (release); wake the ranks that sleep on it
 //   wait      for each rank, until it has published this epoch (acquire)
-//   verify    length and digest of every rank, before any number is added
-//   combine   add the slots in rank order: the same additions, hence the same bits, on every rank
+//   verify    length and digest of every rank, before any value is added
+//   combine   add the slots in rank order: the same additions, hence bitwise identical sums, on every rank
 //
 // Two slots are enough: a rank that publishes epoch e + 2 has seen every rank publish e + 1, and each of them published e + 1 only
-// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. Where every rank reading every slot would
-// be quadratic, rank r adds segment r of all slots into a result area, publishes a second epoch, and all ranks copy the result.
+// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. With many ranks,
+// for whom reading every slot would be quadratic, rank r adds segment r of all slots into a result area, publishes a second epoch, and all
+// ranks copy the result.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,7 @@ namespace syncbn::shared_memory {
 
 constexpr int kSlotNumbers = 8192;  // 64 KB
 
-// Of one call of all_reduce.
+// The result of one call of all_reduce.
 enum Status : int64_t {
   done = 0,
   waiting = 1,    // a slice of time is over, or a signal has come: call again with the same arguments
@@ -30,7 +31,7 @@ enum Status : int64_t {
   forked = 4,     // this process is a fork of the one that joined
 };
 
-// Of a rank, as another one sees it.
+// The state of a rank, as another one sees it.
 enum Presence : int64_t { arrived = 0, late = 1, ended = 2, gave_up = 3 };
 
 // What `ranks` ranks need. The memory must be zero at first.
@@ -38,12 +39,12 @@ size_t bytes(int ranks);
 // Where the slots begin, for tests that poison them.
 size_t slots_offset(int ranks);
 
-// By one rank, before the others join. `by_segments`: see above.
+// Called by one rank, before the others join. `by_segments`: see above.
 void create(void* memory, int ranks, bool by_segments);
 // Each rank calls it. `random`: a value that the other ranks must find in this rank's block, as proof that they mapped the same file.
 void join(void* memory, int rank, uint64_t random);
 uint64_t random_of(const void* memory, int rank);
-// By each rank after all have joined.
+// Called by each rank after all have joined.
 void start(void* memory, int rank);
 
 // Adds `values` of all ranks, in place. Returns after at most 50 ms; progress is kept in the memory.

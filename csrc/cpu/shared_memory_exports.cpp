@@ -1,4 +1,4 @@
-// What Python calls through ctypes, which gives up the GIL for the time of a call. An op of torch would cost more than the exchange.
+// The functions that Python calls through ctypes, which releases the GIL during a call. An op of torch would cost more than the exchange.
 #include "shared_memory.h"
 
 #if defined(SYNCBN_HAS_SHARED_MEMORY)

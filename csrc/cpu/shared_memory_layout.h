@@ -1,4 +1,4 @@
-// What lies in the shared memory: header, a control block for each rank, two slots for each rank, the result area.
+// The shared memory: a header, a control block for each rank, two slots for each rank, the result area.
 #pragma once
 
 #include <sched.h>
@@ -18,7 +18,7 @@ struct alignas(64) Control {
   std::atomic<uint32_t> abandoned;
   std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
   std::atomic<int32_t> core;       // on which it published last
-  // Of its rank alone: where it is in the exchange. On a line of its own, for the others read the first one all the time.
+  // Used by its rank only: where it is in the exchange. On a cache line of its own, because the others read the first one all the time.
   alignas(64) uint64_t exchanges;
   int64_t first;  // of the values in the piece
   Stage stage;

@@ -126,7 +126,7 @@ def test_rank_one_exchange_ahead_is_detected(world, group_only):
 
 @several
 def test_ranks_compare_again_in_a_recreated_group(world, monkeypatch, group_only):
-    """Nothing is remembered of a group that has been destroyed, though the next one may lie at its address."""
+    """Nothing is remembered of a group that has been destroyed, though the next one may have its address."""
     compared = []
     original = agreement.verify
     monkeypatch.setattr(agreement, "verify", lambda *arguments: compared.append(arguments) or original(*arguments))
@@ -154,7 +154,7 @@ def free(group: object) -> None:
 
 @several
 def test_reverting_and_reconverting_keeps_ranks_in_step(world):
-    """As one rank does to export what it trains."""
+    """One rank does this to export its model during training."""
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
     for _ in range(2):
         model(batch().requires_grad_()).sum().backward()
@@ -165,7 +165,7 @@ def test_reverting_and_reconverting_keeps_ranks_in_step(world):
 
 @dataclass(eq=False)
 class Alone:
-    """A communicator whose other ranks say nothing."""
+    """A communicator whose other ranks add nothing."""
 
     world_size: int
     rank: int = 0
@@ -198,7 +198,7 @@ def test_only_first_calls_compare(world, monkeypatch, group_only):
     for _ in range(3):
         layer(batch().requires_grad_()).sum().backward()
     assert [text.split(",")[0] for text in compared] == ['forward of layer "a"', 'backward of layer "a"']
-    copy.deepcopy(layer)(batch())  # a copy has agreed to nothing
+    copy.deepcopy(layer)(batch())  # a copy has verified nothing
     assert len(compared) == 3
     configure(monkeypatch, check="always")
     for _ in range(2):

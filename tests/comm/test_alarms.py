@@ -70,7 +70,7 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: Worl
     with pytest.raises(RankMismatchError, match='added something else to\n  (forward|backward|double backward) of layer "[ab]"'):
         diverge()
     a.eps = 1e-5
-    assert torch.isfinite(a(batch())).all()  # the ranks go on together
+    assert torch.isfinite(a(batch())).all()  # the ranks continue together
 
 
 @several

@@ -1,4 +1,4 @@
-"""Layers whose ranks share memory, beside layers that exchange over their group: the same results, verified at every step."""
+"""Layers whose ranks share memory, compared with layers that exchange over their group: the same results, verified at every step."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name)
     lines = str(error.value).splitlines()[1:]
     assert len(lines) == 2 and lines[1].startswith(f"  rank {world.size - 1}: "), error.value
     a.eps = 1e-5
-    assert torch.isfinite(a(batch())).all()  # the ranks go on together
+    assert torch.isfinite(a(batch())).all()  # the ranks continue together
 
 
 def test_a_divergence_is_not_noticed_if_the_user_says_so(world, path, monkeypatch):

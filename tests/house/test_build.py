@@ -1,4 +1,4 @@
-"""What setup.py builds, and what it says where it cannot."""
+"""What setup.py builds, and what it reports if it cannot."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_build_with_a_compiler_that_sees_no_torch_fails_and_says_which_flag_cu
 
 @pytest.mark.parametrize("where", ["active", "beside the source"])
 def test_an_isolated_build_finds_torch_in_the_environment_to_install_into(setup, monkeypatch, tmp_path, where):
-    """uv's builds run in an environment of their own, with the active one behind it on PATH."""
+    """uv's builds run in an environment of their own, with the active one after it on PATH."""
     header = tmp_path / ".venv/lib/python3.11/site-packages/torch/include/torch/csrc/stable/library.h"
     header.parent.mkdir(parents=True)
     header.touch()

@@ -17,7 +17,7 @@ def test_the_tables_in_the_docs_are_those_of_the_program():
 @pytest.mark.parametrize(
     "hosts, gpus, microseconds",
     [
-        (1, 1, 0),  # a rank alone has no exchange
+        (1, 1, 0),  # a single rank has no exchange
         (1, 2, 6.6 + 2 * 0.6),  # the ring: 2 (R - 1) hops
         (1, 8, 6.6 + 14 * 0.6),
         (8, 8, 6.8 + 2 * (7 * 0.6 + 3 * 5.0)),  # the tree: along a host's GPUs, then log2(hosts) hops, twice

@@ -14,7 +14,7 @@ TESTS = ROOT / "tests"
 SOURCES = sorted(TESTS.rglob("*.py"))
 IN_TESTS = {path.stem for path in SOURCES} - {"__init__"}
 MAX_LINES = 300
-# Which are read by programs, or drawn by them.
+# Files that programs read or draw.
 DATA = (".json", ".png", ".svg")
 
 

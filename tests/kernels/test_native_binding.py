@@ -1,4 +1,4 @@
-"""What the compiled ops refuse: the error names the argument and shows what came."""
+"""What the compiled ops refuse: the error names the argument and shows its value."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ SHAPES = [
     (2, 2, 97, 97),  # odd planes, one to a chunk
     (1, 6, 1, 33001),  # planes in several chunks, which start inside bytes of the mask
     (3, 5, 1, 33001),  # more values of a channel than a partial sum covers
-    (40, 9, 13, 20),  # several planes in a chunk, and a channel left over by those that go side by side
+    (40, 9, 13, 20),  # several planes in a chunk, and a channel left over by the concurrent streams
     (2, 301, 5, 5),  # more channels than a group
     (5, 4, 2, 2),  # planes shorter than a vector
     (19, 88, 7, 7),  # short planes summed as columns: strips of channels, the last one short
@@ -44,9 +44,9 @@ SHAPES = [
     (16, 33),  # 2-D: C not a multiple of a vector
     (8, 300),  # 2-D: rows folded
     (40, 2500),  # 2-D: more channels than a strip
-    (11, 2048),  # 2-D: wide rows abreast, and some alone
+    (11, 2048),  # 2-D: wide rows in concurrent streams, and some left over
     (140, 2080),  # the same, with threads and runs that begin within a row
-    (1, 5),  # fewer numbers than a vector
+    (1, 5),  # fewer values than a vector
     (700, 3),  # rows folded, the last one short
     (2, 3, 4, 5, 6),  # 5-D
     (0, 4, 5, 5),  # an empty batch

@@ -1,4 +1,4 @@
-"""The CPU kernels where a naive method fails: accuracy, masks, infinities, no samples; and the same bits for any number of threads."""
+"""The CPU kernels where a naive method fails: accuracy, masks, infinities, no samples; and equal bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_variance_of_the_final_partial_chunk_is_accurate():
 
 
 def dz_of(implementation, x, stats, residual, mask, *how):
-    """The residual's gradient where dy is 1."""
+    """The residual's gradient if dy is 1."""
     sums = torch.zeros(sums_numel(x.shape[1])).double()
     return implementation.backward_input(torch.ones_like(x), x, stats, sums, None, None, residual, mask, *how)[1]
 

@@ -167,7 +167,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_it_is_refused_before_any_collective(world, implementation, case):
-    """By one rank alone: the others would wait for it. Here all of them meet in the next exchange."""
+    """Done by a single rank, for which the others would wait. Here all of them meet in the next exchange."""
     make, options, message = REFUSED[case]
     if world.rank == 0:
         with pytest.raises(ValueError, match=message):

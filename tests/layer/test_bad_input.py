@@ -1,4 +1,4 @@
-"""Bad input, on any number of ranks: an error on every rank, before any collective, or the right result. Other faults: docs/faults.md.
+"""Bad input, on any number of ranks: an error on every rank, before any collective, or the right result. Other failures: docs/faults.md.
 
 After each error the ranks exchange once more, to show that none of them is out of step.
 """

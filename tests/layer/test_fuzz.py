@@ -66,7 +66,7 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limi
     end = time.monotonic() + SECONDS
     # The seeds make the ranks draw the same examples, and so does the next run: more of them with a larger SYNCBN_FUZZ.
     for number in itertools.count():
-        time_limit()  # anew: it is meant for a test of ordinary length
+        time_limit()  # again: the limit is meant for a test of ordinary length
         few = settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))
         few(seed(number)(cases(one)))()
         if world.all_gather(torch.tensor([time.monotonic() > end]))[0]:  # by rank 0's clock

@@ -92,7 +92,7 @@ def test_without_ddp_active_ranks_share_statistics(world, numbers):
     ],
 )
 def test_a_group_whose_other_ranks_have_left_continues(world, ranks_per_group, numbers):
-    """Layers that synchronize in groups: a group whose ranks have all left goes on with itself."""
+    """Layers that synchronize in groups: a group whose ranks have all left continues by itself."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net(), syncbn.new_group(ranks_per_group)))
     with syncbn.join(model):
         for x in batches(numbers)[world.rank]:

@@ -58,7 +58,7 @@ def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
 
 
 def test_buffers_of_another_type_than_parameters(world):
-    """float32 input, bfloat16 buffers: what a wrapper that casts buffers only leaves behind."""
+    """float32 input, bfloat16 buffers: the result of a wrapper that casts buffers only."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     for name in ("running_mean", "running_var"):
         setattr(layer, name, getattr(layer, name).bfloat16())
@@ -140,5 +140,5 @@ def test_fsdp1_recognizes_the_layer_as_a_batch_norm(world, wrapped):
             module.register_forward_hook(lambda m, inputs, y: seen.append((m.weight.dtype, m.running_var.dtype, y.dtype)))
     ys = train(model, torch.randn(2, 4, 3, 7))
     inside = torch.float32 if wrapped else torch.bfloat16
-    assert seen == [(inside, inside, torch.bfloat16)] * 4  # FSDP casts the output back for the layer behind
+    assert seen == [(inside, inside, torch.bfloat16)] * 4  # FSDP casts the output back for the next layer
     assert all(y.isfinite().all() for y in ys)

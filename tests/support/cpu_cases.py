@@ -59,7 +59,7 @@ def kept_mask(case, activation, add):
 
 
 def backward_args(case, activation, add, *, stats=None, sums=None):
-    """Of backward_reduce; of backward_input where sums are given."""
+    """The arguments of backward_reduce; those of backward_input if sums are given."""
     residual = case.residual if add else None
     stats = case.stats if stats is None else stats
     how = (case.weight, case.bias, residual, kept_mask(case, activation, add), EPS, activation, SLOPE)
@@ -83,7 +83,7 @@ def check_normalize(shape, dtype, layout, fusions=FUSIONS):
         (y, mask), (want, want_mask) = ops.normalize(*args), reference.normalize(*exact(args))
         close(y, want, 10, f"{activation} {add}")
         assert y.stride() == case.x.stride() and mask.shape == want_mask.shape
-        # A sign may differ only where z is within rounding of 0, which these seeds do not hit in float64. Both write idle bits as zeros.
+        # A sign may differ only where z is within rounding of 0, which these seeds do not hit in float64. Both write padding bits as zeros.
         assert (mask != want_mask).sum() <= (0 if dtype == torch.float64 else 1)
 
 

@@ -47,7 +47,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 
 
 def compile_kernel(source: Path, target: Path, *flags: str) -> None:
-    """One csrc/cuda/*.cu, with the headers beside it, by g++."""
+    """One csrc/cuda/*.cu, with the headers next to it, by g++."""
     _compile(["-O1", "-fsanitize=alignment", "-I", str(EMULATION / "include"), *flags, "-x", "c++", str(source)], target)
 
 

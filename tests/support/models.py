@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """[N, 3, H, W] -> [N, 10]; 9 batch norms, each behind a convolution or a linear layer."""
+    """[N, 3, H, W] -> [N, 10]; 9 batch norms, each after a convolution or a linear layer."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d) -> None:
         super().__init__()

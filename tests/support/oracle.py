@@ -70,8 +70,8 @@ def batch_norm_step(
 
 
 def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """mean and biased variance [C] of whole [N, C, *] where each rank weighs the same: mean of the ranks' means, and mean of their mean
-    squares less its square. Ranks without samples count for nothing."""
+    """mean and biased variance [C] of whole [N, C, *] if all ranks have equal weight: mean of the ranks' means, and mean of their mean
+    squares less its square. Ranks without samples do not count."""
     dims = [0, *range(2, whole.dim())]
     parts = [part for part in whole.split(counts) if len(part)]
     mean = torch.stack([part.mean(dims) for part in parts]).mean(0)

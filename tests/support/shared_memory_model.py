@@ -4,7 +4,7 @@ A rank's program is a list of instructions, each of which reads or writes one wo
 by word. Memory is sequentially consistent; the weaker orders of processors and compilers are what ThreadSanitizer checks on the C++.
 
     put address word      write
-    wait rank epoch       go on once this rank has published the epoch
+    wait rank epoch       continue once this rank has published the epoch
     compare address word  this rank does not agree if another word is there
     add address i         to the i-th sum
     store address i       the i-th sum
@@ -28,11 +28,11 @@ class Protocol(NamedTuple):
     values_first: bool = True  # before the epoch
     compares: bool = True
     waits_for_results: bool = True  # by segments
-    waits_for: str = "all"  # or "next", the next rank alone
+    waits_for: str = "all"  # or "next", the next rank only
 
 
 class Local(NamedTuple):
-    """What a rank knows."""
+    """The state of a rank."""
 
     step: int = 0
     agrees: bool = True
@@ -86,7 +86,7 @@ def step(code: list[tuple], local: Local, memory: dict) -> tuple[Local, dict] | 
         return (after, memory) if memory.get(("epoch", address), 0) >= argument[0] else None
     if verb == "put":
         return after, {**memory, address: argument[0]}
-    if not local.agrees:  # it goes on to the end of the exchange
+    if not local.agrees:  # it continues to the end of the exchange
         skips = verb in ("compare", "add", "store", "load")
         assert skips
         return after, memory
@@ -126,5 +126,5 @@ def explore(ranks: int, tags: Tags, protocol: Protocol) -> tuple[int, str]:
                 seen.add(state)
                 stack.append(state)
         if waiting and waiting == sum(local.step < len(code) for local, code in zip(locals_, codes, strict=True)):
-            return len(seen), "no rank can go on"
+            return len(seen), "no rank can continue"
     return len(seen), ""

@@ -1,4 +1,4 @@
-"""The ranks of this run: `pytest` alone, torchrun's or mpirun's."""
+"""The ranks of this run: the single one of a plain `pytest`, or those of torchrun or mpirun."""
 
 from __future__ import annotations
 

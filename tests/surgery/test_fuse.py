@@ -109,7 +109,7 @@ def test_what_cannot_be_traced_is_not_fused_and_the_warning_names_the_line():
 
 
 def test_reverting_a_part_brings_its_activation_back():
-    """Reverting the batch norm alone must not lose the ReLU that it took over."""
+    """Reverting only the batch norm must not lose the ReLU that it absorbed."""
     model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), fuse_activation=True)
     revert_sync_batchnorm(model[0])
     assert type(model[0]) is nn.BatchNorm2d and type(model[1]) is nn.ReLU

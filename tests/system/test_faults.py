@@ -1,5 +1,5 @@
 """Real processes that fail: the others end with an error within the timeout that names the layer, the launcher ends non-zero, and
-no process is left behind."""
+no process is left."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """With SYNCBN_REPLACE_TORCH=1 frameworks use this package's layers on the CPU, with nothing of theirs changed.
 
-Each script trains on two ranks, whose data differ, and never mentions this package. Moving statistics that are the same bits on both ranks
-are those of both. The check can fail: without the variable torch's layers refuse the CPU.
+Each script trains on two ranks, whose data differ, and never mentions this package. Moving statistics that are bitwise identical on both
+ranks are those of both. The check can fail: without the variable torch's layers refuse the CPU.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def test_does_not_depend_on_which_rank_has_which_batch(world):
 
 @pytest.mark.world_size(1)
 def test_each_batch_norm_normalizes_by_its_batch():
-    """What the layer behind it sees; a batch with one value per channel has no variance and takes the moving statistics."""
+    """What the next layer sees; a batch with one value per channel has no variance and takes the moving statistics."""
     first, second = nn.BatchNorm1d(3), SyncBatchNorm(2)
     model = nn.Sequential(first, nn.Dropout(), nn.Linear(3, 2), second).double()
     first(torch.randn(8, 3, dtype=torch.float64) + 3)

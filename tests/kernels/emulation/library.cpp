@@ -10,7 +10,7 @@ using namespace syncbn::cuda;
 
 namespace {
 
-// Runs one op with a workspace of the documented size: counters zeroed once, partial sums and what lies behind poisoned.
+// Runs one op with a workspace of the documented size: counters zeroed once, partial sums and the memory after them poisoned.
 template <class Args>
 const char* run(cudaError_t (*op)(const Args&, const Target&), const Args& args, int sm_count, uint64_t seed) {
   constexpr size_t GUARD = 64;

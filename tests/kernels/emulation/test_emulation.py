@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. What this cannot see: README.md."""
+"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. README.md says what this cannot see."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from syncbn import reference
 
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(emulated.COMPILER is None, reason="g++ is not on PATH")]
 
-# Every tensor there is: silu reads the residual again, and writes its gradient.
+# These have every tensor: silu reads the residual again, and writes its gradient.
 OFF_ALIGNMENT = [
     Case((70, 8, 3, 3), activation="silu", residual=True),
     Case((33, 24, 2, 2), True, torch.bfloat16, activation="silu", residual=True),
@@ -53,7 +53,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(kernels, op, case):
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             same = a.flatten().view(torch.uint8) == b.flatten().view(torch.uint8)
-            # Idle bits of the mask are nobody's, and stay as they were: poisoned alike.
+            # No kernel writes the mask's padding bits: they stay as they were poisoned, the same in each run.
             assert bool(same.all())
 
 

@@ -1,6 +1,6 @@
 """Mutation tests: deleting any barrier or changing an index or term must make a comparison fail.
 
-Each mutant is compiled for the one op that is checked, and runs in a child process, for it may crash or run for ever.
+Each mutant is compiled for the one op that is checked, and runs in a child process, because it may crash or run forever.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ USERS = {"reduce.cuh": ["stats", "backward_reduce"]}  # of a header's barriers
 
 
 def deleted_barriers() -> list[Mutant]:
-    """Every __syncthreads() there is, in every op that reaches it."""
+    """Every __syncthreads() in the sources, for every op that reaches it."""
     found = []
     for path in sorted(emulated.KERNELS.glob("*.cu*")):
         ops = [path.stem] if path.suffix == ".cu" else USERS.get(path.name, [])
@@ -46,7 +46,7 @@ def deleted_barriers() -> list[Mutant]:
 
 
 def overlooked_tensors() -> list[Mutant]:
-    """Each tensor whose alignment decides about vectors, left out."""
+    """Each tensor in turn left out of the check whether all are aligned for vectors."""
     braces = lambda names: "{" + ", ".join(f"args.{name}" for name in names) + "}"  # noqa: E731
     return [
         Mutant(f"{op}.cu", braces(names), braces([other for other in names if other != name]), op)
@@ -191,7 +191,7 @@ def is_noticed(library, op: str) -> bool:
 
 
 def run_all_checks_in_time(path: str, op: str) -> None:
-    """The same, and ends after 30 s of processor time: a mutant may run for ever."""
+    """The same, and ends after 30 s of processor time: a mutant may run forever."""
     resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
     run_all_checks(path, op)
 
