@@ -216,6 +216,14 @@ def all_reduce_in_graph(tensor: Tensor, group: Any) -> Tensor:
     return functional_collectives.all_reduce(tensor, "sum", group)
 
 
+def constant_in_graphs(function: Callable[[], str]) -> Callable[[], str]:
+    """What torch.compiler.assume_constant_result does, without loading the compiler: that takes as long as all of `import torch`.
+
+    Fallback: none, torch.compile then traces into the function, and reports what it cannot trace."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def is_collective_in_graph(op: Any) -> bool:
     """Whether an op of a graph is a collective such as `all_reduce_in_graph` makes, by its namespace. No fallback: a checkpoint's
     recomputation would exchange again, on all ranks."""

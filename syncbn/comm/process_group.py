@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch_private import all_reduce_in_graph, default_store
+from .._torch_private import all_reduce_in_graph, constant_in_graphs, default_store
 from .duplicates import duplicate_of_default, timeout_of
 from .failures import Incomplete
 from .sums import SumsAboutZero
@@ -95,7 +95,7 @@ class DefaultGroupCommunicator(OfTorch):
         return all_reduce_(tensor, duplicate_of_default(self.default))
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _name_of_duplicate() -> str:
     """Runs while torch traces. Making the duplicate is collective, and every rank either traces its first exchange or runs it. The layer
     reads the default group's rank and size, so torch guards on that group, and traces again if it is made again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -162,6 +163,17 @@ def test_the_compiler_is_loaded_once_something_is_compiled(monkeypatch):
     assert private.is_compiler_loaded()
     monkeypatch.delitem(sys.modules, "torch._dynamo")
     assert not private.is_compiler_loaded()
+
+
+def test_a_constant_in_graphs_is_not_traced():
+    @private.constant_in_graphs
+    def name():
+        return "a" if gc.isenabled() else "b"  # torch.compile cannot trace the question
+
+    def scaled(t):
+        return t * len(name())
+
+    assert torch.equal(torch.compile(scaled, backend="eager", fullgraph=True)(torch.ones(2)), torch.ones(2))
 
 
 class Doubled(torch.autograd.Function):
