@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from syncbn import native
 
-from .cases import KINDS, LARGE, SHAPES, Inputs, kept_megabytes, layer_calls, op_calls, peak_megabytes, rotations
+from .cases import KINDS, LARGE, SHAPES, TINY, Inputs, kept_megabytes, layer_calls, op_calls, peak_megabytes, rotations
 from .networks import NETWORKS
 from .report import Row, geometric_mean, save, table
 from .timing import clocks, copy_rate, host_microseconds, keep_memory, machine, medians, rotated, use_processor_time
@@ -72,8 +72,9 @@ def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) 
 def other_rows(device: str) -> list[Row]:
     """Host time of a tiny layer, the memory that a layer keeps for its backward pass, and its peak memory."""
     rows: list[Row] = []
-    for direction, calls in layer_calls(Inputs((2, 64, 2, 2), KINDS[0], device)).items():
-        rows.append({"what": f"host µs, {direction}", **host_microseconds(calls, device)})
+    for direction, calls in layer_calls(Inputs(TINY, KINDS[0], device)).items():
+        times = host_microseconds(calls, device)
+        rows.append({"what": f"host µs, {direction}", **times, "syncbn / torch": times["syncbn"] / times["torch"]})
     for after in ("", "relu", "add relu"):
         inputs = Inputs(SHAPES[0], KINDS[0], device)
         rows.append({"what": f"kept MB, BN {after}, x is {inputs.megabytes:.1f}", **kept_megabytes(inputs, after)})
@@ -95,7 +96,13 @@ def ops_speedups(ops: list[Row]) -> list[Row]:
     return rows
 
 
-def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
+def host_figure(host: list[Row]) -> Row:
+    """A tiny layer, whose time is that of the host, in a group of one rank."""
+    (both,) = (r for r in host if r["what"] == "host µs, both")
+    return {"figure": f"host, {TINY}, forward + backward, syncbn / torch", "value": both["syncbn / torch"], "target": "at most 1.25"}
+
+
+def summary_cuda(ops: list[Row], networks: list[Row], host: list[Row]) -> list[Row]:
     """The project's targets on a GPU."""
     large = [r for r in ops if r["MB"] >= 25 and "torch" not in r["op"]]
     rows: list[Row] = [
@@ -114,10 +121,10 @@ def summary_cuda(ops: list[Row], networks: list[Row]) -> list[Row]:
         if r["network"] == next(iter(NETWORKS)):
             figure = f"{r['network']}, {r['kind']}, exchanging, times torch's SyncBatchNorm"
             rows.append({"figure": figure, "value": r["exchanging"], "target": "3"})
-    return rows
+    return [*rows, host_figure(host)]
 
 
-def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]:
+def summary(layers: list[Row], networks: list[Row], ops: list[Row], host: list[Row]) -> list[Row]:
     """The project's targets on a CPU, and two figures that explain them."""
 
     def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
@@ -133,6 +140,7 @@ def summary(layers: list[Row], networks: list[Row], ops: list[Row]) -> list[Row]
         *({"figure": f"{r['network']}, {r['kind']}, times torch", "value": r["torch / syncbn"], "target": ""} for r in networks),
         {"figure": "ops alone, geometric mean of 12, times torch", "value": geometric_mean([r["both"] for r in ops]), "target": ""},
         {"figure": "ops alone, worst of 12, times torch", "value": min(r["both"] for r in ops), "target": ""},
+        host_figure(host),
     ]
 
 
@@ -157,13 +165,14 @@ def measure(args: argparse.Namespace, repeats: int, limit: float) -> Iterator[tu
         names, kinds = (list(NETWORKS)[:1], KINDS[:1]) if small else (list(NETWORKS), [KINDS[0], *KINDS[2:]])
         networks = network_rows(args.device, repeats, kinds, names)
     yield "networks", networks
-    yield "host and memory", other_rows(args.device)
+    host = other_rows(args.device)
+    yield "host and memory", host
     if args.device == "cuda":
-        yield "summary", summary_cuda(ops, networks)
+        yield "summary", summary_cuda(ops, networks, host)
     else:
         speedups = ops_speedups(ops)
         yield "ops, times torch", speedups
-        yield "summary", summary(layers, networks, speedups)
+        yield "summary", summary(layers, networks, speedups, host)
 
 
 def parse() -> argparse.Namespace:

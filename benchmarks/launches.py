@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch.autograd import DeviceType
 
 from . import timing
-from .cases import Inputs, layer_calls, op_calls, rotations
+from .cases import TINY, Inputs, layer_calls, op_calls, rotations
 from .host import host_split
 from .report import Row, table
 from .timing import clocks, machine, medians, rotated
 
-TINY = (2, 64, 2, 2)
 SMALL = [(2, 256, 56, 56), (2, 1024, 14, 14), (2, 2048, 7, 7)]  # ResNet-50 at batch 2: the device waits for the host, but for a graph
 PAIRS = [((2, 256, 56, 56), "float32"), ((8, 64, 112, 112), "bfloat16"), ((8, 64, 112, 112), "float32"),
          ((32, 64, 112, 112), "bfloat16"), ((32, 64, 112, 112), "float32")]  # 6, 13, 26, 51 and 103 MB  # fmt: skip

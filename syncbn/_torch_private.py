@@ -139,7 +139,10 @@ def tensors_of(module: nn.Module, names: Iterable[str]) -> list[Tensor | None]:
     if not _HAS_REGISTRIES:
         return [getattr(module, name) for name in names]
     parameters, buffers = module._parameters, module._buffers
-    return [parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name) for name in names]
+    tensors = []  # by a loop, since Python 3.11 calls a comprehension as it does a function
+    for name in names:
+        tensors.append(parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name))
+    return tensors
 
 
 def registered_names(module: nn.Module) -> set[str]:

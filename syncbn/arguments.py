@@ -19,46 +19,54 @@ TENSORS = ("input", "residual", "weight", "bias", "running_mean", "running_var",
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def check(
-    layer: str,
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-) -> None:
-    """Raises unless the tensors fit each other: input and residual [N, C, *], the others [C], num_batches_tracked int64.
+Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # those of TENSORS
 
-    Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
-    Instead the usual case, in which everything fits, is recognized by a few cheap tests; only if it is not, `_refuse` looks for the error.
+
+def check(layer: str, tensors: Tensors) -> None:
+    """Raises unless the tensors fit each other: input and residual [N, C, *], the others [C], num_batches_tracked int64.
 
     Raises:
         TypeError: the input is not of a floating-point dtype.
         ValueError: a tensor has the wrong shape, dtype or device.
     """
+    if not _are_usual(tensors):
+        _refuse(layer, *tensors)
+
+
+def check_eager(layer: str, tensors: Tensors) -> None:
+    """`check`, `check_transforms` and `check_memory`, at each training step of code that is not compiled.
+
+    Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
+    Instead the usual case, in which everything fits, is recognized by a few cheap tests; only if it is not, the others look for the error.
+    """
+    check_transforms(layer, tensors[0])
+    if not _are_usual(tensors):
+        _refuse(layer, *tensors)
+    for t in tensors:
+        if t is not None and not t.untyped_storage().nbytes():
+            check_memory(layer, *tensors)
+
+
+def _are_usual(tensors: Tensors) -> bool:
+    """Whether the tensors are as nearly all are; others may still be right."""
+    input, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     shape, dtype, device = input.shape, input.dtype, input.device
     vector = shape[1:2]
-    if (
-        len(vector) == 1
-        and vector[0] > 0
-        and dtype in FLOATING
+    if not vector or not vector[0] or dtype not in FLOATING:
+        return False
+    for t in (weight, bias, running_mean, running_var):
+        if t is not None and not (
+            t.shape == vector and (t.dtype is dtype or t.dtype is torch.float32) and t.device == device and t.is_contiguous()
+        ):
+            return False
+    return (
+        (running_mean is None) is (running_var is None)
+        and (
+            num_batches_tracked is None
+            or (num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == device and num_batches_tracked.numel() == 1)
+        )
         and (residual is None or (residual.dtype is dtype and residual.shape == shape and residual.device == device))
-        and (weight is None or _is_usual(weight, vector, device, dtype))
-        and (bias is None or _is_usual(bias, vector, device, dtype))
-        and (running_mean is None) is (running_var is None)
-        and (running_mean is None or _is_usual(running_mean, vector, device, dtype))
-        and (running_var is None or _is_usual(running_var, vector, device, dtype))
-        and (num_batches_tracked is None or _is_count(num_batches_tracked, device))
-    ):
-        return
-    _refuse(layer, input, residual, weight, bias, running_mean, running_var, num_batches_tracked)
-
-
-def _is_usual(t: Tensor, vector: torch.Size, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a parameter or a buffer is as nearly all are; the others may still be right."""
-    return t.shape == vector and t.device == device and (t.dtype is dtype or t.dtype is torch.float32) and t.is_contiguous()
+    )
 
 
 def _is_count(t: Tensor, device: torch.device) -> bool:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import checkpoint, ops, recompute
+from ._torch_private import in_backward
 from .activation import Activation, keeps_mask, keeps_residual
 from .arguments import check_count
-from .comm.exchange import Exchange
+from .comm.exchange import ALONE, Exchange
 from .comm.signatures import NO_TICKET, Ticket
 from .double_backward import differentiable_backward
 from .layout import dense_like
 from .moments import update_running_stats
 from .options import Options
 
-
-class Running(NamedTuple):
-    """A layer's moving statistics; a step updates them in place. All are None if nothing is tracked."""
-
-    mean: Tensor | None  # [C]
-    var: Tensor | None  # [C]
-    num_batches: Tensor | None  # [] int64
-
-
-NOTHING_TRACKED = Running(None, None, None)
+# A layer's moving statistics: mean [C], var [C] and number of batches [] int64. A step updates them in place. All are None if nothing is
+# tracked.
+Running = tuple[Tensor | None, Tensor | None, Tensor | None]
+NOTHING_TRACKED: Running = (None, None, None)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -59,86 +54,93 @@ class SyncBatchNormFunction(torch.autograd.Function):
         exchange: Exchange,
         options: Options,
     ) -> Tensor:
-        running = Running(running_mean, running_var, num_batches_tracked)
-        stats, running, ticket = _group_stats(x, running, exchange, options)
+        compiling = torch.compiler.is_compiling()
+        running = (running_mean, running_var, num_batches_tracked)
+        stats, running, ticket = (_traced_stats if compiling else _group_stats)(x, running, exchange, options)
         eps, activation, negative_slope = options.epilogue
         y, mask = ops.normalize(
             x, stats, weight, bias, residual, *running, options.momentum, eps, options.unbiased, activation, negative_slope, *ticket
         )
-        if running is not NOTHING_TRACKED:
-            _count_as_written(running)
-        if recompute.is_active():
+        # As torch's in-place operations do, and the compiled ops do not: if autograd has saved one of them for a backward pass, that pass
+        # then raises instead of using the changed values.
+        if written := [t for t in running if t is not None]:
+            increment_version(written)
+        if not compiling and recompute.in_context():
             ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
 
         ctx.has_residual = residual is not None
-        kept_residual = residual if keeps_residual(activation, ctx.has_residual) else None
-        kept_mask = mask if keeps_mask(activation, ctx.has_residual) else None
-        ctx.save_for_backward(x, stats, weight, bias, kept_residual, kept_mask)
+        kept_mask: Tensor | None = None
+        if residual is not None:
+            kept_mask = mask if keeps_mask(activation, True) else None
+            residual = residual if keeps_residual(activation, True) else None
+        ctx.save_for_backward(x, stats, weight, bias, residual, kept_mask)
         ctx.exchange, ctx.options = exchange, options
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, stats, weight, bias, residual, mask = ctx.saved_tensors
-        others = weight, bias, residual, mask
         options: Options = ctx.options
         exchange: Exchange = ctx.exchange
         needs_dx, needs_dresidual = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = differentiable_backward(dy, x, stats, *others, exchange, *options.epilogue, options.rank_weighted)
-            return _gradients(*(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)))
-        dy = dense_like(dy, x)
+            grads = differentiable_backward(dy, x, stats, weight, bias, residual, mask, exchange, *options.epilogue, options.rank_weighted)
+            return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *_NO_GRADIENTS
+        if not (dy.is_contiguous() and x.is_contiguous()):
+            dy = dense_like(dy, x)
 
-        ticket = exchange.ticket(x, "backward", 2 * x.shape[1])
-        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *others, *options.epilogue, ticket.tag)
-        sums = exchange.all_reduce_(sums, "backward")
+        eps, activation, negative_slope = options.epilogue
+        ticket = NO_TICKET if exchange is ALONE else exchange.ticket(x, "backward", 2 * x.shape[1])
+        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, ticket.tag)
+        if exchange is not ALONE:
+            sums = exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
         dz = dy if ctx.has_residual else None
-        needs_dz = needs_dresidual and options.epilogue.activation != Activation.none
+        needs_dz = needs_dresidual and activation != Activation.none
         if needs_dx or needs_dz:
-            dx, written = ops.backward_input(dy, x, stats, sums, *others, *options.epilogue, options.rank_weighted, *ticket)
-            dz = written if needs_dz else dz
+            dx, written = ops.backward_input(
+                dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, options.rank_weighted, *ticket
+            )
+            dx, dz = dx if needs_dx else None, written if needs_dz else dz
         else:
             exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
-        return _gradients(dx if needs_dx else None, dz, None if weight is None else dweight, None if bias is None else dbias)
+        return dx, dz, None if weight is None else dweight, None if bias is None else dbias, *_NO_GRADIENTS
 
 
-def _gradients(dx: Tensor | None, dz: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, ...]:
-    """What `backward` returns: a value for each argument of `forward`."""
-    return dx, dz, dweight, dbias, None, None, None, None, None, None
+_NO_GRADIENTS = (None,) * 6  # of the arguments of `forward` after the bias
 
 
 def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
-    """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify.
-
-    A compiled graph and an eager step differ here; elsewhere in this file only in that a graph is not differentiated twice."""
-    if torch.compiler.is_compiling():
+    """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify."""
+    replayed = checkpoint.replayed()
+    if replayed is None:
         stats, ticket = _exchanged_stats(x, exchange, options)
+    else:
+        stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
+    for record in checkpoint.records():
+        record.record(options.layer, stats)
+    if x.numel() <= x.shape[1]:
         check_count(options.layer, stats, x, exchange.comm)
-        # Updated outside `normalize`, which the compiler may then recompute in the backward pass.
-        update_running_stats(stats, *running, options.momentum, options.unbiased)
-        return stats, NOTHING_TRACKED, ticket
-    replayed = checkpoint.replay(options.layer, x.shape[1])
-    if replayed is not None or checkpoint.is_recomputation():
-        running = NOTHING_TRACKED  # already updated in the forward pass
-    stats, ticket = _exchanged_stats(x, exchange, options) if replayed is None else (replayed, NO_TICKET)
-    checkpoint.record(options.layer, stats)
-    check_count(options.layer, stats, x, exchange.comm)
+    if replayed is not None or in_backward():  # where a forward pass can only be a recomputation, after one that has updated them
+        running = NOTHING_TRACKED
     return stats, running, ticket
 
 
+def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
+    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs only in that it is not differentiated twice."""
+    stats, ticket = _exchanged_stats(x, exchange, options)
+    check_count(options.layer, stats, x, exchange.comm)
+    # Updated outside `normalize`, which the compiler may then recompute in the backward pass.
+    update_running_stats(stats, *running, options.momentum, options.unbiased)
+    return stats, NOTHING_TRACKED, ticket
+
+
 def _exchanged_stats(x: Tensor, exchange: Exchange, options: Options) -> tuple[Tensor, Ticket]:
+    if exchange is ALONE:
+        return ops.stats(x, options.rank_weighted, True), NO_TICKET
     shifted = exchange.merges(x)
     ticket = exchange.ticket(x, "forward", 2 * x.shape[1] + 2)
     return exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted, ticket.tag), x.shape[1], shifted), ticket
-
-
-def _count_as_written(running: Running) -> None:
-    """Increments the version counters of the moving statistics, as torch's in-place operations do (the compiled ops do not). If autograd
-    saved one of them for a backward pass, that pass then raises instead of using the changed values."""
-    written = [t for t in running if t is not None and not t.is_inference()]
-    if written:
-        increment_version(written)
 
 
 def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from ._torch_private import in_backward, is_collective_in_graph, is_traced_by_make_fx
+from ._torch_private import is_collective_in_graph, is_traced_by_make_fx
 from .moments import channels_of
 
 
@@ -35,7 +35,12 @@ class Record:
         self.entries: list[Entry] = []
         self.position = 0  # of the running recomputation
 
+    def record(self, layer: str, stats: Tensor) -> None:
+        """Keeps the statistics of `layer` for recomputations."""
+        self.entries.append(Entry(layer, stats))
+
     def replay(self, layer: str, channels: int) -> Tensor:
+        """The statistics that `layer` has to use again."""
         if self.position >= len(self.entries):
             raise RuntimeError(f"recomputation of a checkpoint: {layer} was not called in the forward pass ({_ADVICE})")
         recorded, stats = self.entries[self.position]
@@ -52,6 +57,9 @@ _ADVICE = "the function must call the same layers in the same order"
 # Each thread has its own: CUDA recomputes on autograd's threads.
 _recording: ContextVar[tuple[Record, ...]] = ContextVar("recording", default=())
 _replaying: ContextVar[Record | None] = ContextVar("replaying", default=None)
+
+records = _recording.get  # those of the checkpoints that this code runs in
+replayed = _replaying.get  # that of the checkpoint which this code recomputes, if it has one
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
@@ -83,23 +91,6 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
 def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Under torch.compile, where a checkpoint is a hint to the partitioner: what was exchanged is kept, the rest computed again."""
     return CheckpointPolicy.MUST_SAVE if is_collective_in_graph(op) else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def replay(layer: str, channels: int) -> Tensor | None:
-    """The statistics that `layer` has to use again, if this is a recomputation that has them."""
-    replaying = _replaying.get()
-    return None if replaying is None else replaying.replay(layer, channels)
-
-
-def record(layer: str, stats: Tensor) -> None:
-    """Keeps the statistics of `layer` for the recomputations of the checkpoints that it is in."""
-    for recording in _recording.get():
-        recording.entries.append(Entry(layer, stats))
-
-
-def is_recomputation() -> bool:
-    """True inside a backward pass, where a forward pass can only be one that is run again."""
-    return in_backward()
 
 
 class _Together:

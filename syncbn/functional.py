@@ -13,10 +13,10 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import recompute
 from ._torch_private import eager_apply
 from .activation import activate
-from .arguments import check, check_memory, check_transforms, plain
+from .arguments import check, check_eager, plain
 from .autograd import Running, SyncBatchNormFunction
-from .comm import Communicator, resolve
-from .comm.exchange import Exchange
+from .comm import LOCAL, Communicator, resolve
+from .comm.exchange import ALONE, Exchange
 from .comm.identity import LayerRecord
 from .layout import dense, dense_like
 from .moments import acc_type
@@ -50,35 +50,36 @@ def batch_norm_train(
     """
     tensors = (input, residual, weight, bias, *running)
     compiling = torch.compiler.is_compiling()
-    if not compiling and has_torch_function(tensors):
+    if compiling:
+        check(options.layer, tensors)
+    elif has_torch_function(tensors):
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
-    check(options.layer, *tensors)
-    if not options.epilogue.eps > 0:
-        raise ValueError(f"{options.layer}: eps must be positive in training, got {options.epilogue.eps}")
-    if not compiling:
-        check_transforms(options.layer, input)
-        check_memory(options.layer, *tensors)
+    else:
+        check_eager(options.layer, tensors)
+    eps = options.epilogue.eps
+    if not eps > 0:
+        raise ValueError(f"{options.layer}: eps must be positive in training, got {eps}")
     # Here, where autograd sees it: only tensors that are inputs of the autograd function can be differentiated a second time.
-    input = dense(input)
-    residual = None if residual is None else dense_like(residual, input)
-    anchor = None if comm.world_size == 1 or _requires_grad(weight) or _requires_grad(bias) else _ANCHOR
-    shape = None if compiling else input.shape
-    exchange = Exchange(comm, options.name, input.dtype, options.weighting, options.epilogue.eps, record, shape)
+    if not input.is_contiguous():
+        input = dense(input)
+    if residual is not None:
+        residual = dense_like(residual, input)
+    if comm is LOCAL:
+        exchange, anchor = ALONE, None
+    else:
+        exchange = Exchange(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
+        anchor = None if any(t is not None and t.requires_grad for t in (weight, bias)) else _ANCHOR
     apply = SyncBatchNormFunction.apply if compiling else _eager_apply
     return apply(input, residual, weight, bias, anchor, *running, exchange, options)
-
-
-def _requires_grad(parameter: Tensor | None) -> bool:
-    return parameter is not None and parameter.requires_grad
 
 
 def _with_torch_function(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
     """What a mode or a class of tensors calls. After a mode, such as the default device's, it is the turn of the class: the tensors keep
     theirs until then."""
-    input, residual, weight, bias, *running = tensors if has_torch_function(tensors) else map(plain, tensors)
+    input, residual, weight, bias, mean, var, num_batches = tensors if has_torch_function(tensors) else map(plain, tensors)
     assert input is not None
-    return batch_norm_train(input, residual, weight, bias, Running(*running), comm, options, record)
+    return batch_norm_train(input, residual, weight, bias, (mean, var, num_batches), comm, options, record)
 
 
 def batch_norm_eval(
@@ -91,7 +92,7 @@ def batch_norm_eval(
     options: Options,
 ) -> Tensor:
     """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises as `batch_norm_train`."""
-    check(options.layer, input, residual, weight, bias, running_mean, running_var, None)
+    check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if saves and not torch.compiler.is_exporting():
         # Copies, because a training step may update them before the backward pass.
@@ -182,7 +183,7 @@ def sync_batch_norm(
         )
     if training:
         comm = resolve(process_group)
-        return batch_norm_train(input, residual, weight, bias, Running(running_mean, running_var, None), comm, options)
+        return batch_norm_train(input, residual, weight, bias, (running_mean, running_var, None), comm, options)
     if running_mean is None or running_var is None:
         raise ValueError("sync_batch_norm: running_mean and running_var must be given when training is False")
     return batch_norm_eval(input, residual, weight, bias, running_mean, running_var, options)

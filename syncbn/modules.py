@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 from ._torch_private import _BatchNorm, tensors_of
-from .autograd import NOTHING_TRACKED, Running
+from .autograd import NOTHING_TRACKED
 from .comm import LOCAL, check_type, resolve
 from .comm.identity import description_of, record_of
 from .comm.recorded import RecordedCommunicator
@@ -119,7 +119,7 @@ class SyncBatchNorm(_BatchNorm):
             RankMismatchError: the other ranks are about to exchange something else; on every rank.
             RuntimeError: another rank has not come within the group's timeout.
         """
-        if isinstance(input, torch.fx.Proxy):
+        if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
             return record_in_fx_graph(self, input, residual)
         try:
             self._check_input_dim(input)
@@ -142,7 +142,7 @@ class SyncBatchNorm(_BatchNorm):
             comm = resolve(self.process_group) if training else LOCAL
         except ValueError as error:
             raise type(error)(f"{options.layer}: {error}") from None
-        running = Running(running_mean, running_var, num_batches_tracked) if self.track_running_stats else NOTHING_TRACKED
+        running = (running_mean, running_var, num_batches_tracked) if self.track_running_stats else NOTHING_TRACKED
         record = None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self)
         return batch_norm_train(input, residual, weight, bias, running, comm, options, record)
 
@@ -208,8 +208,7 @@ class SyncBatchNorm(_BatchNorm):
             self.negative_slope,
             self.weighting,
             self.unbiased,
-            self.layer_name or type(self).__name__,
-            description_of(self),
+            (self.layer_name, type(self).__name__, self.num_features),
         )
 
     def _check_input_dim(self, input: Tensor) -> None:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from .activation import Activation, parse
+from .activation import parse
+from .comm.identity import described
 
 WEIGHTINGS = ("samples", "ranks")
 
@@ -17,7 +18,7 @@ class Epilogue(NamedTuple):
     undo it."""
 
     eps: float
-    activation: Activation
+    activation: int  # an `Activation`; torch takes three times as long to pass an enumeration's member to an op as to pass an int
     negative_slope: float  # of leaky_relu
 
 
@@ -27,13 +28,10 @@ class Options(NamedTuple):
     momentum: float | None  # None for the cumulative average
     epilogue: Epilogue
     weighting: str
+    rank_weighted: bool  # weighting is "ranks"
     unbiased: bool
     name: str  # in logs and profiles
     layer: str  # how messages begin: `comm.identity.description_of`
-
-    @property
-    def rank_weighted(self) -> bool:
-        return self.weighting == "ranks"
 
 
 def options_of(
@@ -43,16 +41,15 @@ def options_of(
     negative_slope: float,
     weighting: str,
     unbiased: bool,
-    name: str = "sync_batch_norm",
-    layer: str = "sync_batch_norm",
+    layer: tuple[str | None, str, int] | None = None,
 ) -> Options:
-    """The options that these values make.
+    """The options that these values make. `layer` is the name, class and number of channels of the layer, if one has them.
 
     Raises:
         ValueError: an unknown activation or weighting, or a negative eps.
     """
-    values = momentum, eps, activation, negative_slope, weighting, unbiased, name, layer
-    if torch.compiler.is_compiling():  # which would warn that it does not trace a cache
+    values = momentum, eps, activation, negative_slope, weighting, unbiased, layer
+    if torch.compiler.is_dynamo_compiling():  # which would warn that it does not trace a cache
         return _options.__wrapped__(*values)
     try:
         return _options(*values)
@@ -60,7 +57,8 @@ def options_of(
         return _options.__wrapped__(*values)
 
 
-@functools.lru_cache(4096)  # by value, so that it needs no invalidation: a layer has the same values at nearly every call
+# By value, so that it needs no invalidation: a layer has the same values at nearly every call, and its texts alone cost as much as an op.
+@functools.lru_cache(4096)
 def _options(
     momentum: float | None,
     eps: float,
@@ -68,15 +66,16 @@ def _options(
     negative_slope: float,
     weighting: str,
     unbiased: bool,
-    name: str,
-    layer: str,
+    layer: tuple[str | None, str, int] | None,
 ) -> Options:
+    name, description = ("sync_batch_norm",) * 2 if layer is None else (layer[0] or layer[1], described(*layer))
     try:
         number = parse(activation)
     except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from None
+        raise ValueError(f"{description}: {error}") from None
     if weighting not in WEIGHTINGS:
-        raise ValueError(f"{layer}: weighting must be one of {WEIGHTINGS}, got {weighting!r}")
+        raise ValueError(f"{description}: weighting must be one of {WEIGHTINGS}, got {weighting!r}")
     if not eps >= 0:  # nor NaN
-        raise ValueError(f"{layer}: eps must not be negative, got {eps}")
-    return Options(momentum, Epilogue(float(eps), number, float(negative_slope)), weighting, unbiased, name, layer)
+        raise ValueError(f"{description}: eps must not be negative, got {eps}")
+    epilogue = Epilogue(float(eps), int(number), float(negative_slope))
+    return Options(momentum, epilogue, weighting, weighting == "ranks", unbiased, name, description)

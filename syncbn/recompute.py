@@ -65,6 +65,9 @@ def is_active() -> bool:
     return not torch.compiler.is_compiling() and _active.get()
 
 
+in_context = _active.get  # `is_active`, for code that knows that it is not compiled
+
+
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> object:
     """In the context: `output`, just computed, is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 

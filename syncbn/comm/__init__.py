@@ -79,22 +79,24 @@ class LocalCommunicator:
 LOCAL = LocalCommunicator()
 
 
+_HAS_DISTRIBUTED = dist.is_available()
+
+
 def resolve(process_group: Any = None) -> Communicator:
     """The communicator of what a user passes as `process_group`.
 
     None is a duplicate of the default group if torch.distributed is initialized, else this process alone. Raises ValueError for anything
     that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
     """
-    if isinstance(process_group, ProcessGroupCommunicator):  # as syncbn.join gives its layers
-        return process_group
     if process_group is None:
-        if not (dist.is_available() and dist.is_initialized()):  # compiled by torch 2.11, WORLD never is None
+        default = dist.group.WORLD if _HAS_DISTRIBUTED else None
+        if default is None or (torch.compiler.is_dynamo_compiling() and not dist.is_initialized()):  # by torch 2.11, WORLD never is None
             if not torch.compiler.is_compiling():
                 _warn_if_started_with_others()
             return LOCAL
-        default = dist.group.WORLD
-        assert default is not None
         return DefaultGroupCommunicator(default) if default.size() > 1 else LOCAL
+    if isinstance(process_group, ProcessGroupCommunicator):  # as syncbn.join gives its layers
+        return process_group
     if _is_mpi(process_group):
         from .mpi import MPICommunicator  # only here: mpi4py starts MPI when it is imported
 

@@ -97,7 +97,7 @@ class Exchange:
             RuntimeError: another rank did not arrive within the group's timeout, or its process exited; or the exchange failed on this
                 rank. Names the layer.
         """
-        return self._exchanged(tensor, 0, kind)
+        return tensor if self.comm is LOCAL else self._exchanged(tensor, 0, kind)
 
     def merges(self, x: Tensor) -> bool:
         """`Communicator.merges` for x's device, or the ranks share memory. Raises as `all_reduce_`.
@@ -114,7 +114,9 @@ class Exchange:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
 
         `shifted` is what `merges` returned: if a graph breaks between the two calls, this one may be traced, and that one not."""
-        if shifted and self.comm is not LOCAL and torch.compiler.is_compiling():
+        if self.comm is LOCAL:
+            return stats
+        if shifted and torch.compiler.is_compiling():
             stats = rebase(stats, torch.zeros_like(stats[:channels]))
         return self._exchanged(stats, channels, "forward")
 
@@ -174,7 +176,7 @@ class Exchange:
 
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
         """Of statistics, if `channels` is not 0."""
-        if self.comm is LOCAL or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return self._over_the_group(tensor, channels)
         values = tensor.numel() - channels - TAGS  # all shifts are known, or merged away
         try:
@@ -261,6 +263,9 @@ class Exchange:
         _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.comm.rank, self.layer, kind, values, dtype, milliseconds)
         return total
 
+
+# That of every layer of this process alone, which exchanges nothing: a step tests for it, and asks it for nothing.
+ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
 
 # Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
 _NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError

@@ -84,14 +84,19 @@ class LayerRecord:
 
 def class_and_channels(layer: torch.nn.Module) -> str:
     """`SyncBatchNorm2d(8)`, or `SyncBatchNorm2d()` if it has not been built."""
-    return f"{type(layer).__name__}({getattr(layer, 'num_features', 0) or ''})"
+    return described(None, type(layer).__name__, getattr(layer, "num_features", 0))
 
 
 def description_of(layer: torch.nn.Module) -> str:
     """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. Every message about a layer
     begins with this."""
-    name: str | None = getattr(layer, "layer_name", None)
-    return f'layer "{name}" ({class_and_channels(layer)})' if name else class_and_channels(layer)
+    return described(getattr(layer, "layer_name", None), type(layer).__name__, getattr(layer, "num_features", 0))
+
+
+def described(name: str | None, class_name: str, channels: int) -> str:
+    """`description_of` a layer that has these."""
+    layer = f"{class_name}({channels or ''})"
+    return f'layer "{name}" ({layer})' if name else layer
 
 
 # Beside the layers, not in them: a copy is another layer, and a layer that one rank reverts and converts again remains the same one.

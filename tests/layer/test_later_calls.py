@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from syncbn import ops
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -64,6 +65,9 @@ CASES = {
     "expanded statistic": Case(("buffer", "running_var", torch.ones(1).expand(6)), ValueError, "memory of its own"),
     "one statistic": Case(("buffer", "running_var", None), ValueError, "both or neither"),
     "count of another dtype": Case(("buffer", "num_batches_tracked", torch.tensor(0.0)), ValueError, "must be one int64"),
+    "count of several numbers": Case(("buffer", "num_batches_tracked", torch.zeros(2).long()), ValueError, "must be one int64"),
+    "count elsewhere": Case(("buffer", "num_batches_tracked", torch.zeros((), device="meta").long()), ValueError, "int64 on cpu"),
+    "freed count": Case(("free", "num_batches_tracked"), ValueError, "num_batches_tracked .* has no memory"),
     "freed parameter": Case(("free", "weight"), ValueError, "weight .* has no memory"),
     "freed statistic": Case(("free", "running_mean"), ValueError, "running_mean .* has no memory"),
     "eps": Case(("attribute", "eps", 0.0), ValueError, "eps must be positive"),
@@ -88,6 +92,27 @@ def test_what_has_become_wrong_is_an_error(name, calls_before):
     for _ in range(2):  # and remains one
         with pytest.raises(case.error, match=case.message):
             call()
+
+
+def test_messages_call_the_layer_by_its_present_name():
+    call = Call()
+    call()
+    for name in ("encoder.bn1", "decoder.bn1"):
+        call.layer.layer_name = name
+        call()
+        with pytest.raises(ValueError, match=rf'^layer "{name}" \(SyncBatchNorm\(6\)\): input must have'):
+            call.layer(torch.randn(4, 5))
+
+
+def test_ops_are_given_plain_numbers(monkeypatch):
+    """torch converts the members of an enumeration by a slow path, which takes longer than the kernel of a small layer."""
+    given: list[Any] = []
+    for name in ("normalize", "backward_reduce", "backward_input"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op: given.extend(args) or op(*args))
+    syncbn.SyncBatchNorm(6, activation="relu")(torch.randn(4, 6, 3, 3, requires_grad=True)).sum().backward()
+    assert {type(t) for t in given if not isinstance(t, Tensor)} <= {int, float, bool, type(None)}
+    assert int in map(type, given)
 
 
 @pytest.mark.parametrize(
