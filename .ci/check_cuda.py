@@ -76,6 +76,9 @@ def instructions(sass: str) -> dict[str, collections.Counter[str]]:
 
 def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
     """What is wrong with the loads and stores of one op."""
+    if op == "peer_all_reduce":  # of memory that another GPU reads or writes: not of a cache, and each value at once
+        (counts,) = kernels.values()
+        return [f"{op} has no {code}.E.128.STRONG.SYS" for code in ("LDG", "STG") if not counts[f"{code}.E.128.STRONG.SYS"]]
     problems = []
     for scalar, vector in VECTORS.items():
         for layout in ("Planes", "Columns"):

@@ -142,7 +142,7 @@ def main() -> int:
     if args.dry_run:
         return dry_run({day: DAYS[day] for day in ([args.day] if args.day else DAYS)})
     if args.day is None:
-        parser.error("which of the two scripts, 1 or 2?")
+        parser.error("which of the three scripts, 1, 2 or 3?")
     return run_day(DAYS[args.day][1])
 
 

@@ -59,6 +59,7 @@ KERNELS = "tests/kernels/test_gpu_kernels.py"
 LAYER = ("tests/layer/test_cuda_graphs.py", "tests/layer/test_gpu_layer.py")
 TWO_RANKS = pytest_command("tests/layer/test_layer.py", "-m", "gpu")
 NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
+PEERS = "SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 SYNCBN_TEST_BACKEND=gloo"  # the ranks may share one GPU
 CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 TESTS = {"lines": 3, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
 GRAPHS_AND_LAUNCHES = ("-k", "captured or graphed or launches or wait or plain")
@@ -80,6 +81,16 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
         Part("gloo", 50, (torchrun(2, (*TWO_RANKS, "tests/comm/test_alarms.py"), "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
         Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
                                    f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),
+    ]),
+    # Peer memory. Two GPUs or more; on one, which two ranks then share, all but the benchmark.
+    "3": (300, [
+        Part("cards", 5, (("nvidia-smi", CLOCKS, "--format=csv"), ("nvidia-smi", "topo", "-m")), 12),
+        Part("path", 60, (torchrun(2, (sys.executable, "-m", "syncbn.check"), PEERS),), 3, "^exchange|layer|^problem",
+             "exchange in each other's GPU memory"),
+        Part("laws", 100, (torchrun(2, pytest_command("tests/comm/test_peers.py", "-m", "gpu"), PEERS),), **TESTS),
+        Part("table", 80, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"), PEERS),), **TESTS),
+        Part("peers", 55, (torchrun(2, (sys.executable, "-m", "benchmarks.peers"), "SYNCBN_CHECK=first"),), 12, "[│┃]|needs|rank",
+             "peer memory|needs two ranks"),
     ]),
 }  # fmt: skip
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "SYNCBN_TEST_TIMEOUT": "40", "OMP_NUM_THREADS": "2"}

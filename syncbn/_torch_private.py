@@ -8,10 +8,11 @@ Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -244,3 +245,25 @@ def timeout_of_backend(group: dist.ProcessGroup, device: torch.device) -> timede
 def default_store() -> dist.Store:
     """The store over which the ranks of the default group met. No fallback: an AttributeError."""
     return dist.distributed_c10d._get_default_store()
+
+
+class SymmetricMemory(NamedTuple):
+    """Memory of this rank's GPU that the others have mapped, and theirs."""
+
+    own: Tensor  # uint8
+    addresses: list[int]  # of each rank's, in this process
+    handle: Any  # keeps the others' mapped
+
+
+def symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory:
+    """`size` zero bytes on each rank's GPU. Every rank of the group calls it. The module of torch is documented, as an alpha feature
+    (`torch.distributed._symmetric_memory`), and nothing public maps the memory of another process's GPU.
+
+    No fallback: an error, whose words are the reason for which the ranks stay with their group's collectives."""
+    symmetric = importlib.import_module("torch.distributed._symmetric_memory")
+    own = symmetric.empty(size, dtype=torch.uint8, device=device)
+    own.zero_()
+    torch.cuda.synchronize(device)  # before another rank can write to it
+    handle = symmetric.rendezvous(own, group)
+    offset = getattr(handle, "offset", 0)  # of the tensor in its allocation; older versions have one allocation for each tensor
+    return SymmetricMemory(own, [address + offset for address in handle.buffer_ptrs], handle)

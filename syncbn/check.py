@@ -137,9 +137,9 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
         exchange.sum(tensor, "forward")
         _wait(device)
         times.append(time.perf_counter() - start)
-    sharing = state_of(comm.group).sharing
-    path = f"over {dist.get_backend()}" if sharing is None or device.type != "cpu" else sharing.path
-    return sorted(times)[repeats // 2] * 1e3, path
+    state = state_of(comm.group)
+    way = state.sharing if device.type == "cpu" else state.peers
+    return sorted(times)[repeats // 2] * 1e3, f"over {dist.get_backend()}" if way is None else way.path
 
 
 def describe_problems() -> list[str]:

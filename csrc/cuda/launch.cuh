@@ -21,6 +21,7 @@ namespace syncbn::cuda {
 
 constexpr int WARP = 32;
 constexpr int THREADS = 256;
+constexpr int PEER_THREADS = 64;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for more
 
@@ -97,6 +98,13 @@ inline Config columns_config(const Layout& layout, int vector, int unroll, int m
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
   config.runs_each = runs / splits;
   config.threads = THREADS, config.shared_bytes = sum_bytes(THREADS / WARP, width, vector);
+  return config;
+}
+
+// One thread for each value, in small blocks: they spread over many SMs, of which each sends a few values to all other ranks.
+inline Config peers_config(int64_t numel) {
+  Config config{};
+  config.groups = static_cast<int>(ceil_div(numel, PEER_THREADS)), config.splits = 1, config.threads = PEER_THREADS;
   return config;
 }
 

@@ -1,9 +1,8 @@
 """A layer's communicator: attaches the layer to its collectives, for verification, logs, profiles and errors.
 
-    group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange CPU tensors: sharing.py
-    verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies every
-                     exchange by itself
-    collective   ──► in shared memory or the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
+    group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange: sharing.py, peers.py for GPUs
+    verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies each
+    collective   ──► in memory or the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
     count        ──► identity.py: only if all of this has completed
 
 SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting for it; profilers show a range for each.
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .. import environment
-from .._torch_private import is_batched, is_fake, is_profiling
+from .._torch_private import is_profiling
 from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .alarms import Alarms
 from .identity import GroupState, LayerRecord, Membership, state_of
+from .peer_memory import Missing
+from .peers import PeerExchange, set_up_peers
 from .shared_memory import Mismatch
 from .sharing import Sharing, set_up_sharing
 from .signatures import NO_TICKET, TAGS, UNVERIFIED, Ticket, digest, signature, size, sums_of_tags, tag_of
@@ -36,7 +37,7 @@ class Exchange:
     It looks up once where the layer and its group stand: an exchange in shared memory takes less time than the look-ups.
     """
 
-    __slots__ = ("_state", "comm", "dtype", "eps", "layer", "membership", "record", "shape", "sharing", "weighting")
+    __slots__ = ("_state", "comm", "dtype", "eps", "layer", "membership", "peers", "record", "shape", "sharing", "weighting")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Exchange:
         self._state: GroupState | None = None
         self.membership: Membership | None = None  # of the layer in the group; None before its first exchange there
         self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None if only the communicator's collective does
+        self.peers: PeerExchange | None = None  # the same for CUDA tensors
 
     @property
     def _channels(self) -> int | None:
@@ -142,13 +144,15 @@ class Exchange:
     def _enter(self, tensor: Tensor) -> GroupState:
         """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is
         the group's first exchange."""
-        check_possible(tensor)
+        failures.check_possible(tensor)
         state = self._state
         if state is None:
             group = self.comm.group
             state = self._state = state_of(group)
             self.membership = None if self.record is None else self.record.memberships.get(group)
-        if self.comm.compares and not self._is_verified_later(tensor):
+        if self.comm.compares and self._is_verified_later(tensor):
+            self.peers = self._peers_in(state, tensor.device)
+        elif self.comm.compares:
             self.sharing = self._sharing_in(state)
         return state
 
@@ -174,6 +178,15 @@ class Exchange:
             _log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
         return sharing
 
+    def _peers_in(self, state: GroupState, device: torch.device) -> PeerExchange:
+        peers = state.peers
+        if peers is not None and peers.ready:
+            return peers
+        peers = set_up_peers(self.comm, device)
+        if environment.settings.debug and peers.ready:
+            _log().info("rank %d exchanges %s", self.comm.rank, peers.path)
+        return peers
+
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
         """Of statistics, if `channels` is not 0."""
         if torch.compiler.is_compiling():
@@ -181,6 +194,8 @@ class Exchange:
         values = tensor.numel() - channels - TAGS  # all shifts are known, or merged away
         try:
             state = self._enter(tensor)
+            if self.peers is not None:
+                self.peers.check()  # before the alarms, which sums of values that have not arrived set as well
             if state.alarms is not None:
                 state.alarms.check()
             if self.sharing is None or not self.sharing.in_memory:
@@ -194,7 +209,7 @@ class Exchange:
         except _NO_FAILURES:
             raise
         except Exception as error:
-            if self._state is not None and self._state.alarms is not None:
+            if self._state is not None and self._state.alarms is not None and not isinstance(error, Missing):
                 self._state.alarms.check()  # another rank has read its alarm, and not come
             raise self._failure(error, values, kind) from error
         state.exchanges += 1
@@ -203,6 +218,9 @@ class Exchange:
         return total
 
     def _sum(self, tensor: Tensor, channels: int, kind: str, values: int) -> Tensor:
+        if self.peers is not None and self.peers.takes(tensor[channels:]):
+            self.peers.all_reduce_(tensor[channels:], self._key(kind, values))  # shifts are 0, and stay here
+            return tensor
         sharing, verifies = self.sharing, environment.settings.check != "off"
         if sharing is None or (sharing.reason and not verifies):
             return self._over_the_group(tensor, channels)
@@ -269,19 +287,6 @@ ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
 
 # Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
 _NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
-
-
-def check_possible(tensor: Tensor) -> None:
-    """Raises before the group is made, since the other ranks would have to take part in that."""
-    if torch.jit.is_tracing():
-        raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
-    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
-        raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
-    if is_batched(tensor):
-        raise RuntimeError(
-            "several gradients in one call (is_grads_batched=True, jacobian(vectorize=True)) cannot be exchanged with other ranks:"
-            " compute one after the other"
-        )
 
 
 def _now(tensor: Tensor) -> float:

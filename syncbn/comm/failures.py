@@ -1,8 +1,12 @@
-"""An exchange that fails: whose failure it is, and what the error says."""
+"""An exchange that cannot be, or fails: whose failure it is, and what the error says."""
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+
+from .._torch_private import is_batched, is_fake
 
 
 class Incomplete(RuntimeError):
@@ -33,3 +37,16 @@ def ordinal(number: int) -> str:
     """1st, 2nd, 3rd, 4th, 11th, 21st"""
     ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number % 100 not in (11, 12, 13) else "th"
     return f"{number}{ending}"
+
+
+def check_possible(tensor: Tensor) -> None:
+    """Raises before the group is made, since the other ranks would have to take part in that."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
+    if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
+        raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
+    if is_batched(tensor):
+        raise RuntimeError(
+            "several gradients in one call (is_grads_batched=True, jacobian(vectorize=True)) cannot be exchanged with other ranks:"
+            " compute one after the other"
+        )

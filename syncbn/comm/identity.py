@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from .alarms import Alarms
+    from .peers import PeerExchange
     from .sharing import Sharing
 
 
@@ -26,6 +27,7 @@ class GroupState:
         self.verifications = 0  # a rank that has missed one is at another count
         self.unnamed_layers = 0
         self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None before the first exchange
+        self.peers: PeerExchange | None = None  # how the ranks exchange CUDA tensors; None before the first exchange
         self.alarms: Alarms | None = None  # of exchanges that kernels verify; None before the first
 
 

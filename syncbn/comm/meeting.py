@@ -49,8 +49,8 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         gather: returns the bytes, PAYLOAD + REASON, of every rank.
     """
     why = _why_not()
-    identity, why = (None, why) if why else _try(_identity)
-    identities = _agree(gather, identity or b"", why)
+    identity, why = (None, why) if why else _try(host_identity)
+    identities = agree(gather, identity or b"", why)
     hosts = list({host: [r for r in range(world_size) if identities[r] == host] for host in identities}.values())
     if len(hosts) == world_size:
         raise Unusable("each rank is on a host, or in a container, of its own")
@@ -62,17 +62,17 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         if rank == here[0] and len(here) > 1:
             path = FOLDER / f"syncbn-{secrets.token_hex(16)}"
             memory, why = _try(_create, path, here)
-        names = _agree(gather, path.name.encode() if path and not why else b"", why)
+        names = agree(gather, path.name.encode() if path and not why else b"", why)
         path = FOLDER / names[here[0]].rstrip(b"\0").decode()
         if len(here) > 1 and memory is None:
             memory, why = _try(_map, path, here, rank)
         random = secrets.randbits(63) + 1
         if memory is not None:
             memory.join(random)
-        randoms = _agree(gather, random.to_bytes(8, "little"), why)
+        randoms = agree(gather, random.to_bytes(8, "little"), why)
         if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
             why = f"{FOLDER} of the ranks {here} is not the same memory"
-        _agree(gather, b"", why)
+        agree(gather, b"", why)
     finally:  # all ranks of the host have it by now, or will not use it; and the first one may have been killed
         if path is not None and len(here) > 1:
             with suppress(OSError):  # another rank has removed it, or is another user, whose files stay
@@ -82,7 +82,7 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
     return Hosts(hosts, memory)
 
 
-def _agree(gather: Gather, payload: bytes, reason: str) -> list[bytes]:
+def agree(gather: Gather, payload: bytes, reason: str) -> list[bytes]:
     """The payload of each rank. Raises Unusable on every rank if one has a reason."""
     rows = gather(payload.ljust(PAYLOAD, b"\0") + reason.encode()[:REASON].ljust(REASON, b"\0"))
     reasons: dict[str, list[str]] = {}
@@ -104,7 +104,7 @@ def _why_not() -> str:
     return "" if FOLDER.is_dir() else f"there is no {FOLDER}"
 
 
-def _identity() -> bytes:
+def host_identity() -> bytes:
     """Equal for the ranks that may share memory: the same kernel, running since the same moment, host name, and file system.
 
     Containers of one machine have their own host names or their own /dev/shm.

@@ -20,6 +20,7 @@ class Settings(NamedTuple):
     mpi_timeout: float
     mpi_cuda_aware: bool
     shared_memory: bool
+    peer: bool
     replace_torch: bool
 
 
@@ -79,6 +80,11 @@ VARIABLES = (
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
     Variable("mpi_cuda_aware", "0", "0 or 1", _switch, "1: hand CUDA tensors to MPI directly, instead of a copy in host memory"),
     Variable("shared_memory", "1", "0 or 1", _switch, "0: the ranks of a host exchange over their group, not in memory that they share"),
+    Variable(
+        "peer", "0", "0 or 1", _switch,
+        "1: the ranks of a node exchange CUDA tensors in each other's GPU memory, not over their group; the same on all ranks; has never"
+        " run on a GPU",
+    ),
     Variable(
         "replace_torch", "0", "0 or 1", _switch,
         "1: `import torch` makes torch.nn.SyncBatchNorm this package's layer; the same on all ranks",

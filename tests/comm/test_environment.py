@@ -93,6 +93,7 @@ WRONG_SETTINGS = {
     "SYNCBN_MPI_TIMEOUT": ("nan", "a positive number of seconds"),
     "SYNCBN_MPI_CUDA_AWARE": ("true", "0 or 1"),
     "SYNCBN_SHARED_MEMORY": ("off", "0 or 1"),
+    "SYNCBN_PEER": ("yes", "0 or 1"),
     "SYNCBN_REPLACE_TORCH": ("yes", "0 or 1"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +52,28 @@ def test_an_all_reduce_in_a_graph_is_a_collective(group, by_name):
     ops = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     collectives = [op.name() for op in ops if private.is_collective_in_graph(op)]
     assert "_c10d_functional::all_reduce" in collectives and "aten::mul.Tensor" not in collectives
+
+
+def test_symmetric_memory_is_zero_and_has_the_addresses_of_the_tensors(monkeypatch):
+    """With a stand-in for torch's module, which needs GPUs."""
+    done = []
+
+    def empty(size, dtype, device):
+        return torch.full((size,), 7, dtype=dtype, device=device)
+
+    def rendezvous(own, group):
+        assert done == ["waited"] and not own.any()
+        return SimpleNamespace(buffer_ptrs=[1000, 2000], **({"offset": 64} if group == "newer" else {}))
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: done.append("waited"))
+    monkeypatch.setattr(private.importlib, "import_module", lambda name: SimpleNamespace(empty=empty, rendezvous=rendezvous))
+    for group, addresses in (("older", [1000, 2000]), ("newer", [1064, 2064])):
+        done.clear()
+        memory = private.symmetric_memory(48, group, torch.device("cpu"))
+        assert memory.own.numel() == 48 and memory.addresses == addresses and memory.handle.buffer_ptrs == [1000, 2000]
+
+
+def test_torch_has_what_symmetric_memory_uses():
+    module = private.importlib.import_module("torch.distributed._symmetric_memory")
+    assert callable(module.empty) and callable(module.rendezvous)
+    assert {"buffer_ptrs", "rendezvous"} <= set(dir(torch._C._distributed_c10d._SymmetricMemory))

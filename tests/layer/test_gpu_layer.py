@@ -72,6 +72,7 @@ def test_a_group_of_one_is_plain_batch_norm(world, group_of_one, dtype):
 # NCCL refuses two ranks on one GPU, unless it takes them for ranks on different hosts, or is new enough to be told. As bash sets them.
 WAYS = {
     "gloo": "SYNCBN_TEST_BACKEND=gloo",
+    "peer memory": "SYNCBN_TEST_BACKEND=gloo SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1",
     "NCCL over sockets": "SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1",
     "NCCL on a shared GPU": "SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl NCCL_MULTI_RANK_GPU_ENABLE=1 NCCL_NVLS_ENABLE=0 NCCL_MAX_CTAS=2",
 }

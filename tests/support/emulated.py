@@ -88,12 +88,30 @@ def build_sweep(op: str, target: Path) -> None:
     _run([COMPILER, *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
 
 
+def build_peers(folder: Path) -> Path:
+    """peer_all_reduce, with what Python calls of it, and tests/kernels/emulation/peers.cu."""
+    compile_kernel(KERNELS / "peer_all_reduce.cu", folder / "peer_all_reduce.o")
+    compile_kernel(KERNELS / "peer_all_reduce_exports.cpp", folder / "exports.o", "-include", str(EMULATION / "host_runtime.h"))
+    compile_peers(KERNELS, folder / "peers.o")
+    _compile_scheduled(EMULATION / "scheduler.cpp", folder)
+    return link(folder, {})
+
+
+def compile_peers(kernels: Path, target: Path, *flags: str) -> None:
+    """tests/kernels/emulation/peers.cu with the headers in this folder."""
+    compile_kernel(EMULATION / "peers.cu", target, "-U_FORTIFY_SOURCE", "-I", str(kernels), *flags)
+
+
 def _compile_emulation(folder: Path, *sources: Path) -> None:
     compile_kernel(EMULATION / "faulty.cu", folder / "faulty.o")
     for source in sources:
-        # Fibers longjmp between stacks, which _FORTIFY_SOURCE rejects.
-        folders = [flag for path in (EMULATION, EMULATION / "include", KERNELS) for flag in ("-I", str(path))]
-        _compile(["-O2", "-U_FORTIFY_SOURCE", *folders, str(source)], folder / f"{source.stem}.o")
+        _compile_scheduled(source, folder)
+
+
+def _compile_scheduled(source: Path, folder: Path) -> None:
+    # Fibers longjmp between stacks, which _FORTIFY_SOURCE rejects.
+    folders = [flag for path in (EMULATION, EMULATION / "include", KERNELS) for flag in ("-I", str(path))]
+    _compile(["-O2", "-U_FORTIFY_SOURCE", *folders, str(source)], folder / f"{source.stem}.o")
 
 
 def link(folder: Path, replaced: dict[str, Path]) -> Path:

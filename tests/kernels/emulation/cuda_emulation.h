@@ -43,6 +43,7 @@ size_t dynamic_shared_bytes();
 void barrier(const char* site);
 const uint64_t* exchange(const char* site, unsigned mask, uint64_t word);  // -> the words of the warp's 32 lanes
 void yield();
+void pause();                                        // of a thread that polls: it goes on when no other thread can
 [[noreturn]] void fail(const std::string& message);  // ends the grid
 
 template <typename T>
@@ -113,6 +114,14 @@ inline unsigned __float_as_uint(float value) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
+
+// Memory of other GPUs, for peer_all_reduce.cuh: see peers.cu.
+namespace syncbn::cuda {
+void send(uint4* to, uint4 words);
+uint4 receive(const uint4* from);
+uint64_t nanoseconds();
+void pause();
+}  // namespace syncbn::cuda
 
 inline void __stcg(uint4* p, uint4 value) { *p = value; }
 

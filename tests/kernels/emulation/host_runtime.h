@@ -1,5 +1,5 @@
-// As much of CUDA's runtime as benchmarks/sweep.cu calls, in the emulation. Memory is the host's. A graph's kernels run once, while they
-// are captured; every replay takes a millisecond, so that what the program prints can be predicted.
+// As much of CUDA's runtime as benchmarks/sweep.cu and peer_all_reduce_exports.cpp call, in the emulation. Memory is the host's. A graph's
+// kernels run once, while they are captured; every replay takes a millisecond, so that what the program prints can be predicted.
 #pragma once
 
 #include <cstdlib>
@@ -24,6 +24,8 @@ inline cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"emulated", 2};
   return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaHostGetDevicePointer(void** mapped, void* host, unsigned) { return *mapped = host, cudaSuccess; }
 inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
   *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   return *memory ? cudaSuccess : cudaErrorInvalidValue;

@@ -1,9 +1,11 @@
 // Runs a grid: takes blocks in random order, a few at a time, and runs a random runnable fiber. After most barriers
-// one thread of the block is late: it goes on when no other thread of any block can.
+// one thread of the block is late: it goes on when no other thread of any block can. Threads that poll all go on when not even that
+// one can.
 #include <ucontext.h>
 #include <algorithm>
 #include <csetjmp>
 #include <cstdio>
+#include <deque>
 #include <memory>
 #include <random>
 #include <string>
@@ -73,9 +75,12 @@ struct Fiber {
 std::mt19937_64 random_bits;
 std::string failure;
 jmp_buf scheduler;
-std::vector<Fiber> fibers(MAX_THREADS* MAX_RESIDENT);
-Block blocks[MAX_RESIDENT];
+std::deque<Fiber> fibers;   // MAX_THREADS of each slot
+std::vector<Block> blocks;  // by slot
 std::vector<Fiber*> ready;  // a heap
+std::vector<Fiber*> polling;
+uint64_t rounds_of_polling = 0;
+int kept_resident = 0;
 Fiber* running = nullptr;
 const std::function<void()>* kernel_of_grid = nullptr;
 
@@ -93,6 +98,13 @@ void wake(Fiber& fiber, bool late = false) {
   fiber.priority = late ? 0 : random_bits();
   ready.push_back(&fiber);
   std::push_heap(ready.begin(), ready.end(), lower);
+}
+
+bool wake_polling() {
+  ++rounds_of_polling;
+  for (Fiber* fiber : polling) wake(*fiber);
+  polling.clear();
+  return !ready.empty();
 }
 
 // What g++ says of an access: the start of its struct.
@@ -152,7 +164,7 @@ void admit(int slot, unsigned index, int threads, int shared_bytes) {
 // Threads that wait for ever: some have left, or wait elsewhere.
 std::string stuck(int threads) {
   std::string message = "divergent:";
-  for (int slot = 0; slot < MAX_RESIDENT; ++slot) {
+  for (size_t slot = 0; slot < blocks.size(); ++slot) {
     if (blocks[slot].left == 0) continue;
     int count[5] = {};
     for (int t = 0; t < threads; ++t) ++count[fibers[slot * MAX_THREADS + t].state];
@@ -168,9 +180,14 @@ std::string stuck(int threads) {
 void seed(uint64_t value) {
   random_bits.seed(value);
   failure.clear();
+  rounds_of_polling = 0;
 }
 
 const std::string& error() { return failure; }
+
+void keep_resident(int number) { kept_resident = number; }
+uint64_t rounds() { return rounds_of_polling; }
+uint64_t random_number() { return random_bits(); }
 
 void fail(const std::string& message) {
   if (failure.empty()) failure = message;
@@ -188,17 +205,16 @@ void launch(int grid, int threads, int shared_bytes, const std::function<void()>
   std::vector<unsigned> order(grid);
   for (int i = 0; i < grid; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), random_bits);
-
   ready.clear();
-  const int resident = 1 + random_bits() % MAX_RESIDENT;
-  for (int slot = 0; slot < MAX_RESIDENT; ++slot) {
-    blocks[slot].left = 0;
-    if (slot < resident && !order.empty()) {
-      admit(slot, order.back(), threads, shared_bytes);
-      order.pop_back();
-    }
+  polling.clear();
+  const int resident = std::min(kept_resident ? kept_resident : 1 + int(random_bits() % MAX_RESIDENT), grid);
+  blocks = std::vector<Block>(resident);
+  if (fibers.size() < size_t(resident * MAX_THREADS)) fibers.resize(resident * MAX_THREADS);
+  for (int slot = 0; slot < resident; ++slot) {
+    admit(slot, order.back(), threads, shared_bytes);
+    order.pop_back();
   }
-  while (failure.empty() && !ready.empty()) {
+  while (failure.empty() && (!ready.empty() || wake_polling())) {
     std::pop_heap(ready.begin(), ready.end(), lower);
     Fiber& fiber = *ready.back();
     ready.pop_back();
@@ -265,6 +281,11 @@ const uint64_t* exchange(const char* site, unsigned mask, uint64_t word) {
 
 void yield() {
   wake(*running);
+  wait(READY);
+}
+
+void pause() {
+  polling.push_back(running);
   wait(READY);
 }
 

@@ -8,4 +8,8 @@ namespace emulation {
 void seed(uint64_t value);   // of the order of blocks and threads; forgets an error
 const std::string& error();  // what went wrong since, or empty
 
+void keep_resident(int blocks);  // from now on, so many at once, instead of a random number; 0 for that
+uint64_t rounds();               // since seed(), how often no thread could go on but those that poll
+uint64_t random_number();
+
 }  // namespace emulation

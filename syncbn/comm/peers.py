@@ -1,0 +1,153 @@
+"""How the ranks of a group exchange CUDA tensors: in each other's memory if SYNCBN_PEER=1 and all can, else over the group.
+
+    gather who is where ──► same node? access? ──► gather answers ──► map memory ──► gather random numbers ──► add them ──► compare
+
+Each gathering is one exchange over the group itself, which carries this rank's reason to stay with it: all ranks go on, or none, and all
+have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has not tried.
+
+The values of a layer end with a tag and its square, which are added like any value: `normalize` and `backward_input` verify them here as
+they do over the group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import environment, native
+from . import agreement, peer_memory
+from .identity import state_of
+from .meeting import Unusable, agree, host_identity
+from .peer_memory import MAX_PEERS, PeerMemory
+from .signatures import signature
+
+if TYPE_CHECKING:
+    from . import Communicator
+
+CAPACITY = 2 * 4096 + 4  # values of an exchange: those of 4096 channels, with weight, samples and tag; more go over the group
+HOST, GPU = 32, 16  # bytes of a rank's row
+FIRST_TIMEOUT = 60.0  # seconds, at most, of the exchange that tries the memory
+
+
+class PeerExchange:
+    """Of one group. The first exchange of CUDA tensors sets it up, on all ranks together."""
+
+    def __init__(self) -> None:
+        self.reason = ""  # why the ranks do not use each other's memory
+        self.memory: PeerMemory | None = None
+        self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
+        self.ready = False
+
+    @property
+    def path(self) -> str:
+        """How the ranks exchange, in words."""
+        return f"over the group: {self.reason}" if self.memory is None else "in each other's GPU memory"
+
+    def set_up(self, comm: Communicator, device: torch.device) -> PeerExchange:
+        """Every rank calls it. While a graph is captured it does nothing: that exchange, and its replays, are the group's."""
+        with self._lock:
+            if not self.ready and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                try:
+                    self.memory = _meet(comm, device)
+                except Unusable as why:
+                    self.reason = str(why)
+                self.ready = True
+        return self
+
+    def takes(self, values: Tensor) -> bool:
+        """Whether `all_reduce_` is for them: else the group's collective is."""
+        return self.memory is not None and self.memory.takes(values)
+
+    def all_reduce_(self, values: Tensor, key: tuple[Any, ...]) -> Tensor:
+        assert self.memory is not None
+        return self.memory.all_reduce_(values, key)
+
+    def check(self) -> None:
+        """Raises `Missing` if a rank did not come to an earlier exchange."""
+        if self.memory is not None:
+            self.memory.check()
+
+
+_new = threading.Lock()
+
+
+def set_up_peers(comm: Communicator, device: torch.device) -> PeerExchange:
+    """Of this communicator's group, made if need be. Every rank calls it."""
+    state = state_of(comm.group)
+    with _new:
+        state.peers = state.peers or PeerExchange()
+    return state.peers.set_up(comm, device)
+
+
+def _meet(comm: Communicator, device: torch.device) -> PeerMemory:
+    """Every rank calls it. Raises Unusable on every rank if one of them cannot take part."""
+    gather = lambda row: agreement.gather(comm, row, device)  # noqa: E731
+    why, identity, memory = _why_not(comm), b"", None
+    if not why:
+        try:
+            identity = host_identity() + gpu_digest(device)
+        except Exception as error:  # of any kind: the other ranks wait in the next gathering
+            why = f"this rank's GPU cannot be told from others: {error}"
+    rows = agree(gather, identity, why)
+    if len({row[:HOST] for row in rows}) > 1:
+        raise Unusable("the ranks are on several nodes, or in containers of their own")
+    agree(gather, b"", why_no_access(device, [row[HOST:][:GPU] for row in rows]))
+    number = secrets.randbits(40)
+    try:
+        memory = PeerMemory(comm.group, device, comm.timeout, signature, CAPACITY)
+    except Exception as error:
+        why = f"torch's symmetric memory: {str(error).partition(chr(10))[0] or type(error).__name__}"
+    numbers = [int.from_bytes(row[:8], "little") for row in agree(gather, number.to_bytes(8, "little"), why)]
+    assert memory is not None
+    agree(gather, b"", _try(memory, float(number), float(sum(numbers))))
+    return memory
+
+
+def _why_not(comm: Communicator) -> str:
+    if not environment.settings.peer:
+        return "not turned on by SYNCBN_PEER=1"
+    if not (dist.is_available() and isinstance(comm.group, dist.ProcessGroup)):
+        return "only the ranks of a torch.distributed process group can map each other's memory"
+    if comm.world_size > MAX_PEERS:
+        return f"{comm.world_size} ranks are more than {MAX_PEERS}"
+    if peer_memory.library() is None:
+        cuda = native.status()[1]
+        return "the compiled library is of another version" if cuda.loaded else f"the compiled library is not loaded: {cuda.reason}"
+    return ""
+
+
+def _try(memory: PeerMemory, number: float, wanted: float) -> str:
+    """Adds a number of each rank in both turns of the memory. Returns what is wrong, or nothing."""
+    try:
+        for _ in range(2):
+            values = torch.full((memory.capacity,), number, dtype=torch.float64, device=memory.device)
+            with memory.waiting(FIRST_TIMEOUT):
+                memory.all_reduce_(values, ("the ranks", "first exchange", memory.capacity, values.dtype, "none", 0.0, None))
+                sums = values.cpu()  # waits for the kernel
+                memory.check()
+            if not bool((sums == wanted).all()):
+                return "a first exchange in it has given a wrong sum"
+    except Exception as error:
+        return f"a first exchange in it has failed: {error}"
+    return ""
+
+
+def gpu_digest(device: torch.device) -> bytes:
+    """Of the GPU's UUID: its number may be another in another process."""
+    return hashlib.sha256(str(torch.cuda.get_device_properties(device).uuid).encode()).digest()[:GPU]
+
+
+def why_no_access(device: torch.device, gpus: list[bytes]) -> str:
+    """Which of the ranks' GPUs this one cannot write to, as far as this process sees them; torch fails to map memory of the others."""
+    seen = {gpu_digest(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
+    for rank, gpu in enumerate(gpus):
+        index = seen.get(gpu, device.index)
+        if index != device.index and not torch.cuda.can_device_access_peer(device.index, index):
+            return f"its GPU cannot access the memory of rank {rank}'s"
+    return ""
