@@ -65,8 +65,7 @@ def exchange_of(group, layer="layer") -> Exchange:
 
 
 @several
-@pytest.mark.parametrize("weighting", ["samples", "ranks"])
-def test_results_equal_those_over_the_group(fresh, counts, weighting):
+def test_results_equal_those_over_the_group(fresh, counts):
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) * 3 + 10
     dy = torch.randn(whole.shape, dtype=torch.float64)
     results = []
@@ -74,7 +73,7 @@ def test_results_equal_those_over_the_group(fresh, counts, weighting):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(environment, "settings", environment.settings._replace(peer=peer))
             group = dist.new_group()
-            layer = SyncBatchNorm(3, process_group=group, weighting=weighting, dtype=torch.float64)
+            layer = SyncBatchNorm(3, process_group=group, dtype=torch.float64)
             x = fresh.mine(whole, counts).requires_grad_()
             for _ in range(2):
                 y = layer(x)
