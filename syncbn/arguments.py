@@ -48,7 +48,7 @@ def check_eager(layer: str, tensors: Tensors) -> None:
 
 
 def _are_usual(tensors: Tensors) -> bool:
-    """Whether the tensors are as nearly all are; others may still be right."""
+    """Whether a few cheap tests show that the tensors are right. Those of which they do not may still be."""
     input, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     shape, dtype, device = input.shape, input.dtype, input.device
     vector = shape[1:2]

@@ -153,7 +153,7 @@ def sync_batch_norm(
         weight, bias: [C], of the input's type, float32 or float64; None means 1 and 0.
         training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
         momentum: a number; the cumulative average, None, needs a layer, which counts its batches.
-        process_group: None (a duplicate of the default group if there is one, else this process alone), a ProcessGroup, a
+        process_group: None (a duplicate of the default group if there is one, else a single process), a ProcessGroup, a
             one-dimensional DeviceMesh, or an mpi4py communicator.
         residual: [N, C, *] of the input's shape and type, added before the activation.
         activation: None, "relu", "leaky_relu" (with `negative_slope`) or "silu".

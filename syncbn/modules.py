@@ -42,7 +42,7 @@ class SyncBatchNorm(_BatchNorm):
         momentum: running += momentum * (new - running); None for the cumulative average.
         affine: learn weight and bias, both [C].
         track_running_stats: keep running_mean and running_var; else eval mode normalizes by this rank's batch.
-        process_group: None (a duplicate of the default group if torch.distributed runs, else this process alone), a ProcessGroup,
+        process_group: None (a duplicate of the default group if torch.distributed runs, else a single process), a ProcessGroup,
             a one-dimensional DeviceMesh, or an mpi4py communicator.
         device, dtype: of parameters and buffers.
         bias: learn the bias, if affine.

@@ -44,18 +44,18 @@ class Communicator(Protocol):
         """A communicator of these ranks of this one, which lives as long. Every rank calls it; those that are not among them get None."""
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum of `tensor` over the ranks, equal bits on all of them. May be `tensor` itself, overwritten."""
+        """The elementwise sum of `tensor` over the ranks, bitwise identical on all of them. May be `tensor` itself, overwritten."""
 
     def merges(self, device: torch.device) -> bool:
         """Whether `all_reduce_stats_` takes statistics about any shifts, where x is on this device; else all shifts must be 0."""
 
     def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
-        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 4]), equal bits on all of
-        them. May be `stats` itself, overwritten. One collective."""
+        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 4]), bitwise
+        identical on all of them. May be `stats` itself, overwritten. One collective."""
 
 
 class LocalCommunicator:
-    """This process alone."""
+    """A single process, which has nothing to add."""
 
     compares = False
     group = None
@@ -85,12 +85,12 @@ _HAS_DISTRIBUTED = dist.is_available()
 def resolve(process_group: Any = None) -> Communicator:
     """The communicator of what a user passes as `process_group`.
 
-    None is a duplicate of the default group if torch.distributed is initialized, else this process alone. Raises ValueError for anything
+    None is a duplicate of the default group if torch.distributed is initialized, else this single process. Raises ValueError for anything
     that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
     """
     if process_group is None:
         default = dist.group.WORLD if _HAS_DISTRIBUTED else None
-        if default is None or (torch.compiler.is_dynamo_compiling() and not dist.is_initialized()):  # by torch 2.11, WORLD never is None
+        if default is None or (torch.compiler.is_dynamo_compiling() and not dist.is_initialized()):  # in torch 2.11 WORLD is never None
             if not torch.compiler.is_compiling():
                 _warn_if_started_with_others()
             return LOCAL

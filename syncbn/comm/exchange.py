@@ -282,7 +282,7 @@ class Exchange:
         return total
 
 
-# That of every layer of this process alone, which exchanges nothing: a step tests for it, and asks it for nothing.
+# The exchange of every layer in a single process. A training step recognizes it, and leaves out all that belongs to an exchange.
 ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
 
 # Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
