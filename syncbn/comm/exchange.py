@@ -10,9 +10,6 @@ SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting f
 
 from __future__ import annotations
 
-import functools
-import logging
-import time
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from .._torch_private import is_profiling
 from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .alarms import Alarms
+from .debug import log, now
 from .identity import GroupState, LayerRecord, Membership, state_of
 from .peer_memory import Missing
 from .peers import PeerExchange, set_up_peers
@@ -175,7 +173,7 @@ class Exchange:
             return sharing
         sharing = set_up_sharing(self.comm)
         if environment.settings.debug:
-            _log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
+            log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
         return sharing
 
     def _peers_in(self, state: GroupState, device: torch.device) -> PeerExchange:
@@ -184,7 +182,7 @@ class Exchange:
             return peers
         peers = set_up_peers(self.comm, device)
         if environment.settings.debug and peers.ready:
-            _log().info("rank %d exchanges %s", self.comm.rank, peers.path)
+            log().info("rank %d exchanges %s", self.comm.rank, peers.path)
         return peers
 
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
@@ -249,7 +247,7 @@ class Exchange:
             return
         agreement.verify(self.comm, self.signature(kind, values), self.details(), device)
         if environment.settings.debug:
-            _log().info("rank %d  %s  %s  compared", self.comm.rank, self.layer, kind)
+            log().info("rank %d  %s  %s  compared", self.comm.rank, self.layer, kind)
         if self.record is not None:
             self.membership = self.record.join(self.comm.group)
             self.membership.verified.add(kind)
@@ -274,11 +272,11 @@ class Exchange:
         return self._identity(), kind, values, self.dtype, self.weighting, self.eps, self._channels
 
     def _logged(self, tensor: Tensor, channels: int, kind: str, values: int) -> Tensor:
-        start = _now(tensor)
+        start = now(tensor)
         total = self._sum(tensor, channels, kind, values)
-        milliseconds = (_now(tensor) - start) * 1e3
+        milliseconds = (now(tensor) - start) * 1e3
         dtype = str(tensor.dtype).removeprefix("torch.")
-        _log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.comm.rank, self.layer, kind, values, dtype, milliseconds)
+        log().info("rank %d  %s  %s  %d x %s  %.3f ms", self.comm.rank, self.layer, kind, values, dtype, milliseconds)
         return total
 
 
@@ -287,19 +285,3 @@ ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
 
 # Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
 _NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
-
-
-def _now(tensor: Tensor) -> float:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
-    return time.perf_counter()
-
-
-@functools.cache
-def _log() -> logging.Logger:
-    """Visible even if the application has not configured logging."""
-    log = logging.getLogger("syncbn")
-    log.setLevel(logging.INFO)
-    if not logging.getLogger().handlers:
-        log.addHandler(logging.StreamHandler())
-    return log

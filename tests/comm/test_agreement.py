@@ -16,7 +16,7 @@ import torch.nn as nn
 import syncbn
 from support.divergence import another_group, named
 from syncbn import RankMismatchError, SyncBatchNorm, environment
-from syncbn.comm import agreement, exchange, identity, resolve
+from syncbn.comm import agreement, debug, identity, resolve
 
 several = pytest.mark.world_size(2, 3, 4)
 
@@ -228,7 +228,7 @@ def test_always_finds_a_divergence_late_in_a_run(world, monkeypatch):
 def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog, group_only):
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)), world.group)
     logging.getLogger("syncbn").setLevel(logging.WARNING)  # the variable is enough
-    exchange._log.cache_clear()
+    debug.log.cache_clear()
     configure(monkeypatch, debug=True)
     model(batch().requires_grad_()).sum().backward()
     compared, forward, compared_again, backward = caplog.messages

@@ -17,7 +17,7 @@ from support.collectives import collectives
 from support.divergence import DIVERGENCES, another_group, batch, named
 from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
-from syncbn.comm import exchange, resolve, shared_memory, signatures
+from syncbn.comm import debug, exchange, resolve, shared_memory, signatures
 from syncbn.comm.identity import state_of
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -171,7 +171,7 @@ def test_sums_of_tags_are_exact_for_any_number_of_ranks(ranks):
 
 def test_the_path_is_logged(world, monkeypatch, caplog):
     layer = SyncBatchNorm(3, process_group=another_group(world))
-    exchange._log.cache_clear()
+    debug.log.cache_clear()
     monkeypatch.setattr(environment, "settings", environment.settings._replace(debug=True))
     layer(batch())
     path, forward = caplog.messages

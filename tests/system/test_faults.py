@@ -174,10 +174,10 @@ from torch import nn
 syncbn.init_process_group("gloo", timeout={TIMEOUT})
 model, rank = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3)), dist.get_rank()
 syncbn.convert_sync_batchnorm(model)  # names the layer
-began = time.time()
 try:
     with {{joined}}:
         for step in range(4):
+            began = time.time()
             if rank == 1 and step == 2:
                 {{fault}}
             model(torch.randn(5, 4)).sum().backward()
