@@ -61,10 +61,7 @@ def _are_usual(tensors: Tensors) -> bool:
             return False
     return (
         (running_mean is None) is (running_var is None)
-        and (
-            num_batches_tracked is None
-            or (num_batches_tracked.dtype is torch.int64 and num_batches_tracked.device == device and num_batches_tracked.numel() == 1)
-        )
+        and (num_batches_tracked is None or _is_count(num_batches_tracked, device))
         and (residual is None or (residual.dtype is dtype and residual.shape == shape and residual.device == device))
     )
 

@@ -151,7 +151,7 @@ class PeerMemory:
     def _stream(self) -> Any:
         """The current stream, which waits for the exchanges of another one: their kernels count on following each other."""
         stream, last = current_stream(self.device), self._last
-        # An edge between work that is captured and work that is not cannot be: whoever replays a graph orders it.
+        # A capture cannot wait for work outside it, nor the reverse: the caller who replays the graph has to order the two.
         if last is not None and last != stream and is_capturing(last) == is_capturing(stream):
             stream.wait_stream(last)
         self._last = stream

@@ -161,7 +161,7 @@ void admit(int slot, unsigned index, int threads, int shared_bytes) {
   }
 }
 
-// Threads that wait for ever: some have left, or wait elsewhere.
+// Threads that wait forever: some have left, or wait elsewhere.
 std::string stuck(int threads) {
   std::string message = "divergent:";
   for (size_t slot = 0; slot < blocks.size(); ++slot) {

@@ -136,7 +136,7 @@ MUTANTS = [
 
 
 def survives(path: Path) -> None:
-    """Raises if a law does not hold. Ends after 10 s of processor time: a mutant may wait for ever."""
+    """Raises if a law does not hold. Ends after 10 s of processor time: a mutant may wait forever."""
     resource.setrlimit(resource.RLIMIT_CPU, (10, 10))
     ranks = Ranks(path)
     check_sums(ranks, 3)
