@@ -152,11 +152,8 @@ def plain(t: Tensor | None) -> Tensor | None:
 def check_count(layer: str, stats: Tensor, x: Tensor, comm: Communicator) -> None:
     """Raises ValueError, on every rank, if each channel has one value over all ranks: its variance is undefined.
 
-    Reads the device only if this rank has at most one value, so that realistic training steps never synchronize with the device. All
-    ranks that could raise read it, and agree.
+    For ranks on which a channel has at most one value, since it waits for the device. All ranks that could raise call it, and agree.
     """
-    if x.numel() > x.shape[1]:  # more than one value for each channel
-        return
     if (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     total = samples_per_channel(x) if comm is LOCAL else parts(stats).samples.item()

@@ -57,6 +57,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         running = (running_mean, running_var, num_batches_tracked)
         stats, running, ticket = (_traced_stats if compiling else _group_stats)(x, running, exchange, options)
+        if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
+            check_count(options.layer, stats, x, exchange.comm)
         eps, activation, negative_slope = options.epilogue
         y, mask = ops.normalize(
             x, stats, weight, bias, residual, *running, options.momentum, eps, options.unbiased, activation, negative_slope, *ticket
@@ -65,7 +67,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
             increment_version(written)
-        if not compiling and recompute.in_context():
+        if not compiling and recompute.is_active():
             ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
 
         ctx.has_residual = residual is not None
@@ -119,8 +121,6 @@ def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Optio
         stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
     for record in checkpoint.records():
         record.record(options.layer, stats)
-    if x.numel() <= x.shape[1]:
-        check_count(options.layer, stats, x, exchange.comm)
     if replayed is not None or in_backward():  # where a forward pass can only be a recomputation, after one that has updated them
         running = NOTHING_TRACKED
     return stats, running, ticket
@@ -129,7 +129,6 @@ def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Optio
 def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
     """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs only in that it is not differentiated twice."""
     stats, ticket = _exchanged_stats(x, exchange, options)
-    check_count(options.layer, stats, x, exchange.comm)
     # Updated outside `normalize`, which the compiler may then recompute in the backward pass.
     update_running_stats(stats, *running, options.momentum, options.unbiased)
     return stats, NOTHING_TRACKED, ticket

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from . import recompute
 from ._torch_private import eager_apply
-from .activation import activate
+from .activation import Activation, activate
 from .arguments import check, check_eager, plain
 from .autograd import Running, SyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
@@ -20,7 +20,7 @@ from .comm.exchange import ALONE, Exchange
 from .comm.identity import LayerRecord
 from .layout import dense, dense_like
 from .moments import acc_type
-from .options import Options, options_of
+from .options import Epilogue, Options, options_of
 
 # A leaf that requires a gradient. With it, a layer that has no trainable parameters still joins the backward collective, even on a rank
 # whose input requires none.
@@ -93,7 +93,7 @@ def batch_norm_eval(
 ) -> Tensor:
     """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises as `batch_norm_train`."""
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight, bias))
     if saves and not torch.compiler.is_exporting():
         # Copies, because a training step may update them before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()
@@ -102,12 +102,17 @@ def batch_norm_eval(
         dtype = acc_type(input.dtype)
         running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
         weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = _evaluated(running_mean, running_var, weight, bias, options, input, residual)
-    if saves and recompute.is_active():
-        parameters = recompute.copy_of(weight), recompute.copy_of(bias)
-        again = partial(_evaluated, running_mean, running_var, *parameters, options)
+    epilogue = options.epilogue
+    linear = Epilogue(epilogue.eps, Activation.none, epilogue.negative_slope)
+    z = _evaluated(running_mean, running_var, weight, bias, linear, input, residual)
+    y = activate(z, epilogue.activation, epilogue.negative_slope)
+    if saves and not torch.compiler.is_compiling() and recompute.is_active():
+        parameters = running_mean, running_var, recompute.copy_of(weight), recompute.copy_of(bias)
         node: Any = y.grad_fn
-        node.metadata["syncbn"] = recompute.remember(y, again, input, residual)
+        node.metadata["syncbn"] = [  # of both, since some activations save z, others y
+            recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual)
+            for output, applied in ((z, linear), (y, epilogue))
+        ]
     return y
 
 
@@ -116,14 +121,14 @@ def _evaluated(
     running_var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    options: Options,
+    epilogue: Epilogue,
     input: Tensor,
     residual: Tensor | None,
 ) -> Tensor:
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=options.epilogue.eps)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, training=False, eps=epilogue.eps)
     if residual is not None:
         y = y + residual
-    return activate(y, options.epilogue.activation, options.epilogue.negative_slope)
+    return activate(y, epilogue.activation, epilogue.negative_slope)
 
 
 def sync_batch_norm(

@@ -4,6 +4,7 @@ A layer keeps its input x for its own backward pass. A convolution after it keep
 `normalize` of x by the statistics that the layer keeps, too: bitwise the same y, whatever the activation, without an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
+               remember  an op that saves its own output, as relu does, has packed it before the layer knows the recipe ──► its recipe
     backward   unpack    recipe ──► the output, computed once while someone holds it
 """
 
@@ -60,12 +61,7 @@ def recompute_outputs() -> Iterator[None]:
         _active.reset(token)
 
 
-def is_active() -> bool:
-    """Whether `remember` is of use here."""
-    return not torch.compiler.is_compiling() and _active.get()
-
-
-in_context = _active.get  # `is_active`, for code that knows that it is not compiled
+is_active = _active.get  # whether `remember` is of use here; for code that is not compiled, since a graph cannot ask
 
 
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> object:
@@ -78,7 +74,11 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
     chain = 1 + max((t.recipe.chain for t in kept if isinstance(t, _View)), default=0)
     if chain <= _LONGEST_CHAIN:
         recipe = _Recipe(compute, kept, output, chain)
-        _recipes[output.untyped_storage()] = weakref.ref(recipe)
+        memory = output.untyped_storage()
+        saved = _known_of(memory)
+        if isinstance(saved, _Kept):
+            saved.replace_by(recipe)
+        _known[memory] = weakref.ref(recipe)
         return recipe
     return None
 
@@ -96,6 +96,10 @@ class _Recipe:
         self.version, self.dtype, self.device = version_of(output), output.dtype, output.device
         self.lock = threading.Lock()  # the backward passes of several devices run in threads
         self.last: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by stream, none of which waits for what another one computes
+
+    def is_for(self, tensor: Tensor) -> bool:
+        """Whether a tensor in the output's memory is unchanged."""
+        return version_of(tensor) == self.version and tensor.dtype is self.dtype
 
     def memory(self) -> torch.UntypedStorage:
         """That of the output, shared by all who hold it at the same time."""
@@ -122,38 +126,58 @@ class _View(NamedTuple):
     offset: int
 
 
-# Keyed by memory, which ends with the last tensor that views it; an address may be used again. The layer's autograd node keeps the
-# recipe: an output that is kept without its graph must not keep the layer's input.
-_recipes: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe]] = WeakKeyDictionary()
+class _Kept:
+    """A tensor as it is, until `remember` finds how to compute it. torch does not look at the version of what hooks keep."""
+
+    __slots__ = "__weakref__", "now", "version"
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.now: Tensor | _View = tensor
+        self.version = version_of(tensor)
+
+    def replace_by(self, recipe: _Recipe) -> None:
+        """Frees the tensor, if it is or views this recipe's output, unchanged."""
+        if isinstance(self.now, Tensor) and recipe.is_for(self.now):
+            self.now = _view(self.now, recipe)
 
 
-class _Kept(NamedTuple):
-    """A tensor as it is. torch does not look at the version of what hooks keep."""
+# What this file knows of memory: the recipe of the output in it, or the last tensor of it that a hook has kept. Keyed by memory, which
+# ends with the last tensor that views it; an address may be used again. The layer's autograd node keeps the recipe: an output that is
+# kept without its graph must not keep the layer's input.
+_known: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe] | weakref.ref[_Kept]] = WeakKeyDictionary()
 
-    tensor: Tensor
-    version: int
+
+def _known_of(memory: torch.UntypedStorage) -> _Recipe | _Kept | None:
+    found = _known.get(memory)
+    return None if found is None else found()
 
 
 def _pack(tensor: Tensor) -> Tensor | _Kept | _View:
     if tensor.is_inference():
         return tensor
     if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
-        return _Kept(tensor, version_of(tensor))
-    found = _recipes.get(tensor.untyped_storage())
-    recipe = None if found is None else found()
-    if recipe is None or version_of(tensor) != recipe.version or tensor.dtype is not recipe.dtype:
-        return _Kept(tensor, version_of(tensor))
+        return _Kept(tensor)
+    memory = tensor.untyped_storage()
+    known = _known_of(memory)
+    if isinstance(known, _Recipe):
+        return _view(tensor, known) if known.is_for(tensor) else _Kept(tensor)
+    kept = _Kept(tensor)
+    _known[memory] = weakref.ref(kept)
+    return kept
+
+
+def _view(tensor: Tensor, recipe: _Recipe) -> _View:
     return _View(recipe, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(packed: Any) -> Any:
     if isinstance(packed, _Kept):
-        if version_of(packed.tensor) != packed.version:
+        packed, version = packed.now, packed.version
+        if isinstance(packed, Tensor) and version_of(packed) != version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: a tensor"
-                f" {list(packed.tensor.shape)} is at version {version_of(packed.tensor)}; expected version {packed.version} instead"
+                f" {list(packed.shape)} is at version {version_of(packed)}; expected version {version} instead"
             )
-        return packed.tensor
     if not isinstance(packed, _View):
         return packed
     recipe = packed.recipe

@@ -57,10 +57,15 @@ MODELS = {
     "no running statistics": chain(syncbn.SyncBatchNorm(4, track_running_stats=False)),
     "eval mode": chain(syncbn.SyncBatchNorm(4).eval()),
     "eval mode, relu": chain(syncbn.SyncBatchNorm(4, activation="relu").eval()),
+    "eval mode, leaky relu": chain(syncbn.SyncBatchNorm(4, activation="leaky_relu").eval()),
+    "eval mode, silu": chain(syncbn.SyncBatchNorm(4, activation="silu").eval()),
+    "frozen, relu": chain(syncbn.freeze_bn(syncbn.SyncBatchNorm(4, activation="relu"), parameters=True)),
     "one layer after the other": lambda: nn.Sequential(*(syncbn.SyncBatchNorm(4) for _ in range(5)), nn.Conv2d(4, 4, 3)),
     "residual": lambda: Residual(None),
     "residual, relu": lambda: Residual("relu"),
     "residual, silu": lambda: Residual("silu"),
+    "residual, eval mode, relu": lambda: Residual("relu").eval(),
+    "residual, eval mode, silu": lambda: Residual("silu").eval(),
     "Keras": keras,
     "a separate activation": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU())),
     "an activation in place": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU(inplace=True))),
@@ -132,11 +137,12 @@ def is_kept(layer: nn.Module, after: nn.Module, recompute: bool, between: Callab
     [(lambda y: y, False), (lambda y: y[:, :, 1:], False), (lambda y: y.transpose(2, 3), False), (lambda y: y.mul_(2), True)],
     ids=["as it is", "a slice", "transposed", "changed in place"],
 )
-@pytest.mark.parametrize("activation", [None, "relu", "silu"])
-def test_an_output_is_not_kept(activation: str | None, between: Callable[[Tensor], Tensor], kept: bool) -> None:
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("training", [True, False])
+def test_an_output_is_not_kept(training: bool, activation: str | None, between: Callable[[Tensor], Tensor], kept: bool) -> None:
     conv = nn.Conv2d(4, 4, 3)
-    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation), conv, True, between) is kept
-    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation), conv, False, between)
+    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation).train(training), conv, True, between) is kept
+    assert is_kept(syncbn.SyncBatchNorm(4, activation=activation).train(training), conv, False, between)
 
 
 @single
@@ -239,11 +245,14 @@ def nested(model: nn.Module, x: Tensor) -> Tensor:
 
 
 @single
+@pytest.mark.parametrize(("training", "activation"), [(True, "silu"), (False, "relu"), (False, "silu")])
 @pytest.mark.parametrize("loss", [with_gradient_penalty, retaining, checkpointed, inside_a_checkpoint, on_cpu, autocast, nested])
-def test_with_other_tools_gradients_are_bitwise_those_without(loss: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def test_with_other_tools_gradients_are_bitwise_those_without(
+    loss: Callable[[nn.Module, Tensor], Tensor], training: bool, activation: str
+) -> None:
     def build() -> nn.Module:
-        layers = [nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4, activation="silu")]
-        return nn.Sequential(*layers, nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3))
+        layers = [nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4, activation=activation)]
+        return nn.Sequential(*layers, nn.Conv2d(4, 4, 3), syncbn.SyncBatchNorm(4), nn.Conv2d(4, 4, 3)).train(training)
 
     assert_bitwise(*twice(build, torch.randn(2, 4, 12, 12), loss=loss))
 

@@ -1,0 +1,109 @@
+"""`syncbn.recompute_outputs` where a layer normalizes by its running statistics: in eval mode, and frozen.
+
+It then runs torch's operators, each of which saves what its own backward pass needs: in the context nothing as large as the output."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import syncbn
+from syncbn.recompute import recompute_outputs
+
+pytestmark = pytest.mark.world_size(1)
+
+SHAPE = (2, 4, 8, 8)
+
+
+class Made(TorchDispatchMode):
+    """What operators have made of the size of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t.untyped_storage() for t in tree_leaves(args) if isinstance(t, Tensor)]
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, Tensor) and t.shape == SHAPE and t.untyped_storage() not in given:
+                self.memory.add(t.untyped_storage())
+        return result
+
+
+def evaluated(activation: str | None, frozen: bool) -> nn.Module:
+    layer = syncbn.SyncBatchNorm(4, activation=activation)
+    return syncbn.freeze_bn(layer, parameters=True) if frozen else layer.eval()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nothing_of_the_outputs_size_is_kept(frozen: bool, activation: str | None, residual: bool) -> None:
+    x, z = torch.randn(SHAPE, requires_grad=True), torch.randn(SHAPE) if residual else None
+    layer, conv = evaluated(activation, frozen), nn.Conv2d(4, 4, 3)
+    kept = []
+    for recompute in (True, False):
+        with Made() as made, recompute_outputs() if recompute else nullcontext():
+            loss = conv(layer(x, z)).sum()
+        kept.append(len(made.memory))
+        loss.backward()
+    assert kept == [0, 2 if activation in ("leaky_relu", "silu") else 1]  # which keep the value before the activation, too
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_a_residual_may_be_all_that_needs_a_gradient(activation: str) -> None:
+    layer, conv = evaluated(activation, frozen=True), nn.Conv2d(4, 4, 3)
+    x, residual = torch.randn(SHAPE), torch.randn(SHAPE, requires_grad=True)
+    with Made() as made, recompute_outputs():
+        loss = conv(layer(x, residual)).square().sum()
+    assert len(made.memory) == 0
+    (actual,) = torch.autograd.grad(loss, residual)
+    (expected,) = torch.autograd.grad(conv(layer(x, residual)).square().sum(), residual)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_statistics_changed_after_the_forward_pass_are_the_forward_passs(activation: str) -> None:
+    """As a training step between the two passes changes them."""
+    layer, conv, x = evaluated(activation, frozen=False), nn.Conv2d(4, 4, 3), torch.randn(SHAPE, requires_grad=True)
+    results = []
+    for recompute in (True, False):
+        with recompute_outputs() if recompute else nullcontext():
+            loss = conv(layer(x)).square().sum()
+        mean = layer.running_mean.clone()
+        layer.running_mean.add_(1)
+        results.append(torch.autograd.grad(loss, [x, conv.weight]))
+        layer.running_mean.copy_(mean)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_an_output_changed_in_place_leaves_the_activation_the_one_before() -> None:
+    """torch's relu, which saves its output, would raise; in training mode the layer's own never does."""
+    layer, conv, x = evaluated("relu", frozen=False), nn.Conv2d(4, 4, 3), torch.randn(SHAPE, requires_grad=True)
+    with recompute_outputs():
+        y = layer(x)
+        loss = conv(y.mul_(2)).square().sum()
+    (actual,) = torch.autograd.grad(loss, x)
+    (expected,) = torch.autograd.grad(conv(layer(x) * 2).square().sum(), x)
+    assert torch.equal(actual, expected)
+
+
+def test_a_tensor_that_another_op_keeps_first_stays_an_error_if_it_is_changed() -> None:
+    """What is known of a kept tensor is replaced only by the recipe of an output in the same memory."""
+    w = torch.randn(SHAPE, requires_grad=True)
+    with recompute_outputs():
+        x = w.exp()  # keeps x
+        y = evaluated("relu", frozen=False)(x)
+    with torch.no_grad():
+        x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
