@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._torch_private import is_torchs_layer_replaced
 from .identity import state_of
 
 if TYPE_CHECKING:
@@ -36,12 +37,15 @@ class RankMismatchError(RuntimeError):
 
 
 def verify(comm: Communicator, signature: str, details: str, device: torch.device) -> None:
-    """Returns if `signature` is the same on every rank; else raises RankMismatchError on every rank.
+    """Returns if `signature` is the same on every rank, and so is whether `replace_torch` is in effect, without which a rank's layers may
+    be torch's; else raises RankMismatchError on every rank.
 
     `details`, such as the shapes of the inputs, may differ between ranks; only the error shows them.
     """
     state = state_of(comm.group)
     signature = f"{signature}, verification {state.verifications + 1} of this group"
+    if is_torchs_layer_replaced():
+        signature += ", torch.nn.SyncBatchNorm is replaced (SYNCBN_REPLACE_TORCH, which must be the same on all ranks)"
     text = _both_ends(f"{signature}; {details}" if details else signature)
     rows = gather(comm, hashlib.sha256(signature.encode()).digest()[:DIGEST] + len(text).to_bytes(LENGTH, "little"), device)
     state.verifications += 1

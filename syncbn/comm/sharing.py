@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .. import environment
-from .._torch_private import is_torchs_layer_replaced
 from . import agreement
 from .identity import state_of
 from .meeting import Unusable, meet
@@ -54,14 +53,12 @@ class Sharing:
         """Every rank calls it.
 
         Raises:
-            RankMismatchError: on every rank, if the ranks differ in SYNCBN_CHECK (they would not verify alike) or in `replace_torch` (their
-                layers would be of different kinds).
+            RankMismatchError: on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike.
         """
         with self._lock:
             if not self.ready:
                 check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
-                layer = "replaced" if is_torchs_layer_replaced() else "torch's own"
-                agreement.verify(comm, f"{check}, like SYNCBN_REPLACE_TORCH (torch.nn.SyncBatchNorm is {layer})", "", torch.device("cpu"))
+                agreement.verify(comm, check, "", torch.device("cpu"))
                 try:
                     ranks, self.memory = meet(lambda row: agreement.gather(comm, row, torch.device("cpu")), comm.rank, comm.world_size)
                     self.hosts, self.timeout = len(ranks), comm.timeout

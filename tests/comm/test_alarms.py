@@ -11,8 +11,8 @@ import torch
 
 from support.divergence import DIVERGENCES, another_group, batch, named
 from support.world import World
-from syncbn import RankMismatchError, environment
-from syncbn.comm import resolve
+from syncbn import RankMismatchError, environment, replace_torch, restore_torch
+from syncbn.comm import agreement, resolve
 from syncbn.comm.alarms import CAPACITY, Alarms
 from syncbn.comm.exchange import Exchange
 from syncbn.comm.identity import state_of
@@ -100,6 +100,28 @@ def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, m
     if world.rank > 0:  # the others would not exchange with rank 0 again
         with pytest.raises(RankMismatchError, match="added something else"):
             layer(batch())
+
+
+@several
+def test_ranks_that_differ_in_replace_torch_are_told_apart_at_the_first_exchange(
+    world: World, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the comparison that a first exchange makes anyway."""
+    fresh = dataclasses.replace(world, group=another_group(world))
+    torch.set_default_device(device)
+    a, b = named("a", fresh), named("b", fresh)
+    if world.rank == 0:
+        replace_torch()
+    try:
+        with pytest.raises(RankMismatchError, match=r"ranks? 0: forward of layer .a.*torch.nn.SyncBatchNorm is replaced"):
+            a(batch())
+    finally:
+        restore_torch()
+    rows: list[bytes] = []
+    gather = agreement.gather
+    monkeypatch.setattr(agreement, "gather", lambda comm, row, device: rows.append(row) or gather(comm, row, device))
+    b(batch())
+    assert len(rows) == 1
 
 
 @several
