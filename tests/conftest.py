@@ -31,6 +31,7 @@ from torch.overrides import _get_current_function_mode_stack
 
 import syncbn
 from support import ROOT
+from support.forks import ForkServer, fork_server
 from support.installed import with_entry_point
 from support.paths import over_the_group
 from support.step import SPLITS
@@ -217,6 +218,13 @@ def subprocess_env() -> dict[str, str]:
     drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")
     env = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
     return env | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def forks(subprocess_env: dict[str, str]) -> Iterator[ForkServer]:
+    """Starts the ranks of a job whose subject is neither a launcher nor the import of torch."""
+    with fork_server(subprocess_env) as server:
+        yield server
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.oracle import assert_close
-from support.processes import run, torchrun
+from support.processes import two_ranks
 from syncbn.comm import resolve
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -152,11 +151,12 @@ open(f"{sys.argv[1]}/{rank}", "w").write(repr(counts))
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("destroyed", ["default group", "subgroup"])
-def test_duplicates_are_destroyed_with_their_groups(destroyed, tmp_path, subprocess_env):
+def test_duplicates_are_destroyed_with_their_groups(destroyed, tmp_path, forks, subprocess_env):
     """No descriptor and no thread is left, whether layers or syncbn.join made the duplicate."""
-    (tmp_path / "job.py").write_text(LEFT_BEHIND)
-    done = run([*torchrun(), str(tmp_path / "job.py"), str(tmp_path), destroyed], env=subprocess_env, timeout=200)
-    assert done.returncode == 0, done.stderr
+    script = tmp_path / "job.py"
+    script.write_text(LEFT_BEHIND)
+    ended = forks.run(script, str(tmp_path), destroyed, env=subprocess_env, timeout=200, ranks=two_ranks())
+    assert all(rank.returncode == 0 for rank in ended), ended
     for rank in "01":
         counts = ast.literal_eval((tmp_path / rank).read_text())
         assert len(counts) >= 3 and counts[-1] == counts[0], counts
@@ -178,9 +178,11 @@ print([str(warning.message) for warning in caught])
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_without_a_process_group_are_told_once_that_each_normalizes_alone(ranks, subprocess_env):
+def test_ranks_without_a_process_group_are_told_once_that_each_normalizes_alone(ranks, tmp_path, forks, subprocess_env):
+    script = tmp_path / "job.py"
+    script.write_text(ALONE)
     env = subprocess_env | {"RANK": "0", "WORLD_SIZE": str(ranks), "SYNCBN_NATIVE": "0"}
-    done = run([sys.executable, "-c", ALONE], env=env, timeout=100)
+    (done,) = forks.run(script, env=env, timeout=100)
     assert done.returncode == 0, done.stderr
     warned = ast.literal_eval(done.stdout)
     assert len(warned) == (ranks > 1)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -111,8 +109,9 @@ def test_a_wrong_setting_is_an_error_that_names_it_its_value_and_what_is_allowed
 
 
 @pytest.mark.world_size(1)
-def test_a_wrong_setting_fails_at_import_and_again_until_it_is_right(subprocess_env):
-    code = """
+def test_a_wrong_setting_fails_at_import_and_again_until_it_is_right(tmp_path, forks, subprocess_env):
+    script = tmp_path / "job.py"
+    script.write_text("""
 import os
 for value in ("sometimes", "sometimes", "always"):
     os.environ["SYNCBN_CHECK"] = value
@@ -121,8 +120,9 @@ for value in ("sometimes", "sometimes", "always"):
         print(syncbn.environment.settings.check)
     except ValueError as error:
         print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True, timeout=100, check=True)
+""")
+    (done,) = forks.run(script, env=subprocess_env, timeout=100)
+    assert done.returncode == 0, done.stderr
     wrong = "environment variable SYNCBN_CHECK is 'sometimes': it must be first, always or off"
     assert done.stdout.splitlines() == [wrong, wrong, "always"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 
 import syncbn
-from support.processes import job, run, torchrun, two_ranks
+from support.forks import ForkServer
+from support.processes import run, torchrun, two_ranks
 from support.srun import SRUN
 from syncbn import environment
 from syncbn.comm import rendezvous
@@ -81,20 +81,19 @@ def check_outputs(folder: Path, size: int, local_rank: bool) -> None:
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("missing", [("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE",)], ids=["PyTorchJob", "DeepSpeed"])
-def test_the_local_rank_is_found_by_the_hosts(missing, tmp_path, subprocess_env):
+def test_the_local_rank_is_found_by_the_hosts(missing, tmp_path, forks, subprocess_env):
     """With nothing but what torch's own init reads."""
-    (tmp_path / "job.py").write_text(JOB)
-    command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-    statuses = in_two_processes(command, subprocess_env, missing)
-    assert statuses == [0, 0]
+    ranks = [{name: value for name, value in rank.items() if name not in missing} for rank in two_ranks()]
+    run_on_each(forks, JOB, tmp_path, subprocess_env, ranks)
     check_outputs(tmp_path, 2, True)
 
 
-def in_two_processes(command: list[str], env: dict[str, str], missing: tuple[str, ...] = ()) -> list[int]:
-    """The exit statuses of two ranks that no launcher has started."""
-    with job(env) as env:
-        place_of = [{name: value for name, value in rank.items() if name not in missing} for rank in two_ranks()]
-        return [process.wait(100) for process in [subprocess.Popen(command, env=env | variables) for variables in place_of]]
+def run_on_each(forks: ForkServer, code: str, folder: Path, env: dict[str, str], ranks: list[dict[str, str]]) -> None:
+    """A job that no launcher starts."""
+    script = folder / "job.py"
+    script.write_text(code)
+    ended = forks.run(script, str(folder), env=env, timeout=100, ranks=ranks)
+    assert all(rank.returncode == 0 for rank in ended), ended
 
 
 def test_a_missing_address_is_named(monkeypatch):
@@ -131,10 +130,8 @@ open(f"{sys.argv[1]}/{rank}", "w").write(f"{int(x)} {fresh}")
 
 
 @pytest.mark.world_size(1)
-def test_a_process_that_replaces_a_dead_one_meets_the_survivors(tmp_path, subprocess_env):
-    (tmp_path / "job.py").write_text(NEWCOMER)
-    done = run([*torchrun(), str(tmp_path / "job.py"), str(tmp_path)], env=subprocess_env, timeout=100)
-    assert done.returncode == 0, done.stderr
+def test_a_process_that_replaces_a_dead_one_meets_the_survivors(tmp_path, forks, subprocess_env):
+    run_on_each(forks, NEWCOMER, tmp_path, subprocess_env, two_ranks())
     assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 False", "2 True"]
 
 
@@ -181,12 +178,9 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 
 
 @pytest.mark.world_size(1)
-def test_recreated_default_group_has_no_stale_state(tmp_path, subprocess_env):
+def test_recreated_default_group_has_no_stale_state(tmp_path, forks, subprocess_env):
     """Its subgroups and those of join, too."""
-    (tmp_path / "job.py").write_text(AGAIN)
-    command = [*torchrun(), str(tmp_path / "job.py"), str(tmp_path)]
-    done = run(command, env=subprocess_env, timeout=100)
-    assert done.returncode == 0, done.stderr
+    run_on_each(forks, AGAIN, tmp_path, subprocess_env, two_ranks())
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
 

@@ -2,7 +2,8 @@
 
 A comment before a block says how it runs, if not in this process:
 
-    <!-- run: torchrun -->           on two ranks, as a script; or mpirun
+    <!-- run: torchrun -->           on two ranks, as a script, with torchrun's variables
+    <!-- run: mpirun -->             on two ranks, as a script
     <!-- run: with lightning -->     if that package is installed
     <!-- not run: the reason -->
 """
@@ -13,7 +14,6 @@ import ast
 import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -23,14 +23,11 @@ import pytest
 
 import syncbn
 from support import ROOT
+from support.processes import run, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-LAUNCHERS = {
-    "torchrun": ["torchrun", "--standalone", "--nproc-per-node=2"],
-    "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"],
-}
 # The names that blocks take for granted.
 PREAMBLE = """
 import copy
@@ -69,25 +66,32 @@ def blocks(page: Path) -> list[Block]:
 
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
+JOBS = [block for block in PYTHON if block.mark in ("run: torchrun", "run: mpirun")]
 COMMANDS = [block for block in BLOCKS if block.language == "bash"]
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
-def test_block_runs(block, subprocess_env, tmp_path, monkeypatch):
+@pytest.mark.parametrize("block", JOBS, ids=lambda block: block.name)
+def test_block_runs_on_two_ranks(block, forks, subprocess_env, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(PREAMBLE + block.code)
+    env = subprocess_env | {"PYTHONPATH": str(ROOT)}
+    if block.mark == "run: mpirun":
+        pytest.importorskip("mpi4py")
+        if not shutil.which("mpirun"):
+            pytest.skip("mpirun is not on PATH")
+        ended = [run(["mpirun", "-n", "2", sys.executable, "-m", "mpi4py", str(script)], env=env, timeout=110)]
+    else:
+        ended = forks.run(script, env=env, timeout=110, ranks=two_ranks())
+    assert all(done.returncode == 0 for done in ended), "".join(done.stderr[-3000:] for done in ended)
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON if block not in JOBS], ids=lambda block: block.name)
+def test_block_runs(block, tmp_path, monkeypatch):
     kind, _, value = block.mark.partition(": ")
     if kind == "not run":
         pytest.skip(value)
     monkeypatch.chdir(tmp_path)
-    if value in LAUNCHERS:
-        if value == "mpirun":
-            pytest.importorskip("mpi4py")
-        if not shutil.which(value):
-            pytest.skip(f"{value} is not on PATH")
-        Path("script.py").write_text(PREAMBLE + block.code)
-        env = subprocess_env | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*LAUNCHERS[value], "script.py"], env=env, capture_output=True, text=True, timeout=110)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return
     if value:
         pytest.importorskip(value.removeprefix("with "))
     names: dict[str, object] = {"__name__": "block"}

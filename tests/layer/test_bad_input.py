@@ -14,7 +14,7 @@ from torch import nn
 
 import syncbn
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
-from support.processes import run, torchrun
+from support.processes import two_ranks
 
 
 def assert_ranks_in_step(world):
@@ -220,7 +220,7 @@ def test_nan_and_inf_on_one_rank_propagate_as_in_batch_norm(world, value, dtype)
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("failing", [0, 1], ids=["rank 0 fails", "rank 1 fails"])
-def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subprocess_env, failing):
+def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, forks, subprocess_env, failing):
     """The rank that fails ends; the one that waits for it gets an error within the group's timeout, not never."""
     timeout = 5
     script = tmp_path / "job.py"
@@ -236,16 +236,16 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, subproce
             layer(x)
         except ValueError as error:
             print("named:", error, flush=True)
-            time.sleep({4 * timeout})  # still there, but never coming: only the timeout can end the wait
+            time.sleep({2 * timeout})  # still there, but never coming: only the timeout can end the wait
         except RuntimeError as error:
             print(f"after {{time.time() - start:.1f}} s: {{error}}", flush=True)
             raise
         """)
     )
-    command = [*torchrun(), str(script)]
-    done = run(command, env=subprocess_env, timeout=60)
-    assert done.returncode != 0
-    assert 'named: layer "encoder.bn" (SyncBatchNorm(3)): input must have 3 channels' in done.stdout
-    waited = re.search(rf'after ([\d.]+) s: layer "encoder\.bn" .*\nrank {1 - failing} of 2 could not complete its forward', done.stdout)
-    assert waited, done.stdout
-    assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, done.stdout
+    ended = forks.run(script, env=subprocess_env, timeout=60, ranks=two_ranks())
+    failed, other = ended[failing], ended[1 - failing]
+    assert 'named: layer "encoder.bn" (SyncBatchNorm(3)): input must have 3 channels' in failed.stdout
+    assert other.returncode != 0
+    waited = re.search(rf'after ([\d.]+) s: layer "encoder\.bn" .*\nrank {1 - failing} of 2 could not complete its forward', other.stdout)
+    assert waited, other.stdout
+    assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, other.stdout

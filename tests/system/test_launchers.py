@@ -16,6 +16,9 @@ pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digi
 pytestmark = pytest.mark.world_size(1)
 
 
+EXAMPLES = ROOT / "examples"
+
+
 def output(command: list[str], env: dict[str, str]) -> str:
     done = run(command, env=env, cwd=ROOT, timeout=110)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -23,34 +26,34 @@ def output(command: list[str], env: dict[str, str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory) -> Path:
+def one_process(tmp_path_factory, forks, subprocess_env) -> Path:
     """The result of a single process with the whole batch."""
     out = tmp_path_factory.mktemp("segmentation")
-    command = [sys.executable, "examples/segmentation.py", "--norm", "local", "--batch-size", "8", "--steps", "3", "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=110)
+    arguments = ["--norm", "local", "--batch-size", "8", "--steps", "3", "--out", str(out)]
+    (done,) = forks.run(EXAMPLES / "segmentation.py", *arguments, env=subprocess_env, timeout=110)
+    assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.mark.parametrize("launcher", ["torchrun.sh", "mpirun.sh"])
 @pytest.mark.parametrize("norm", ["sync", "local"])
-def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, subprocess_env):
+def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, forks, subprocess_env):
     env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
     example = ["examples/segmentation.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)]
     output([f"launch/{launcher}", *example], env)
     (result,) = tmp_path.glob("*.pt")
-    compare = [
-        sys.executable,
-        "examples/compare.py",
-        str(result),
-        *map(str, one_process.glob("*.pt")),
-        "--plot",
-        str(tmp_path / "plot.png"),
-    ]
-    table = output(compare, env)
-    assert "2 x 4" in table and (tmp_path / "plot.png").stat().st_size > 10_000
+    arguments = [str(result), *map(str, one_process.glob("*.pt")), "--plot", str(tmp_path / "plot.png")]
+
+    def compare() -> subprocess.CompletedProcess[str]:
+        (done,) = forks.run(EXAMPLES / "compare.py", *arguments, env=subprocess_env, timeout=110)
+        return done
+
+    done = compare()
+    assert done.returncode == 0, done.stderr
+    assert "2 x 4" in done.stdout and (tmp_path / "plot.png").stat().st_size > 10_000
     if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow
         torch.save({**torch.load(result), "norm": "sync"}, result)
-        done = run(compare, env=env, cwd=ROOT, timeout=110)
+        done = compare()
         assert done.returncode == 1 and "does not follow" in done.stdout
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,13 +90,13 @@ FAULTS = {  # of rank 1: (rank 0's error, its latest time in seconds)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_of_rank_1_is_an_error_on_rank_0(fault, tmp_path, subprocess_env):
-    (tmp_path / "job.py").write_text(SCRIPT)
+def test_a_fault_of_rank_1_is_an_error_on_rank_0(fault, tmp_path, subprocess_env, forks):
+    script = tmp_path / "job.py"
+    script.write_text(SCRIPT)
     words, latest = FAULTS[fault]
     before = set(Path("/dev/shm").glob("syncbn-*"))
     with job(subprocess_env) as env, open(os.devnull, "w") as null:
-        command = [sys.executable, str(tmp_path / "job.py"), str(tmp_path)]
-        first, _second = (subprocess.Popen([*command, str(rank), fault], env=env, stdout=null, stderr=null) for rank in range(2))
+        first, _second = (forks.start(script, str(tmp_path), rank, fault, env=env, stdout=null, stderr=null) for rank in "01")
         assert first.wait(LIMIT) == 1
     said = (tmp_path / "0.error").read_text()
     match = re.match(words, said)

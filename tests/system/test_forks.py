@@ -1,0 +1,64 @@
+"""The helper that forks the ranks of other tests: its processes are as if Python had been started with the script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from support.processes import job, marked, two_ranks
+
+pytestmark = [
+    pytest.mark.world_size(1),
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes by /proc"),
+]
+SCRIPT = """
+import atexit, os, signal, sys
+print(sys.argv, sys.path[:2], os.getcwd(), __name__, __file__, "syncbn" in sys.modules)
+print(sorted((name, value) for name, value in os.environ.items() if name != "SYNCBN_TEST_JOB"))
+print(sys.stdin.read(), file=sys.stderr)
+atexit.register(print, "the end")
+"""
+ENDS = {
+    "returns": "",
+    "exits": "sys.exit(3)",
+    "exits with a message": "sys.exit('a message')",
+    "raises": "raise ValueError('a reason')",
+    "is killed": "sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)",
+    "becomes another program": "sys.stdout.flush(); os.execv('/bin/sh', ['sh', '-c', 'echo $OTHER; exit 4'])",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_fork_is_like_a_process(end, forks, subprocess_env, tmp_path, monkeypatch):
+    script, env = tmp_path / "job.py", subprocess_env | {"OTHER": "2", "PYTHONPATH": str(tmp_path / "more")}
+    script.write_text(SCRIPT + ENDS[end])
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, str(script), "a", "b c"]
+    want = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=100)
+    (got,) = forks.run(script, "a", "b c", env=env, timeout=100)
+    assert (got.returncode, got.stdout) == (want.returncode, want.stdout)
+    assert got.stderr.splitlines()[-1:] == want.stderr.splitlines()[-1:]
+
+
+def test_each_fork_has_the_variables_of_its_rank(forks, subprocess_env, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text("import ctypes, os; print(os.environ['RANK']); ctypes.CDLL(None).system(b'echo $LOCAL_RANK')")
+    ended = forks.run(script, env=subprocess_env, timeout=100, ranks=two_ranks())
+    assert [sorted(rank.stdout.split()) for rank in ended] == [["0", "0"], ["1", "1"]]
+
+
+def test_a_job_kills_its_forks(forks, subprocess_env, tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text("import time; time.sleep(600)")
+    with open(os.devnull, "w") as null, job(subprocess_env) as other:
+        there = forks.start(script, env=other, stdout=null, stderr=null)
+        with job(subprocess_env) as env:
+            first, second = (forks.start(script, env=env, stdout=null, stderr=null) for _ in range(2))
+            with pytest.raises(subprocess.TimeoutExpired):
+                first.wait(0.1)
+            assert sorted(marked(env)) == sorted([first.pid, second.pid])
+        assert [first.wait(10), second.wait(10)] == [-9, -9]
+        assert marked(env) == [] and marked(other) == [there.pid]
