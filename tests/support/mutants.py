@@ -35,10 +35,13 @@ CASES = [
 ]  # fmt: skip
 
 
-def run_all_checks(path: str, op: str) -> None:
-    """Raises if a comparison fails."""
+def run_all_checks(path: str, op: str, dtype: torch.dtype | None = None) -> None:
+    """Raises if a comparison fails: of all cases, or of those of one type."""
     kernels = emulated.Emulated.load(path)
+    cases = [case for case in CASES if dtype in (None, case.dtype)]
     for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):
-        for case in CASES:
+        for case in cases:
             CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
-    CHECKS[op](replace(kernels, sm_count=MANY_BLOCKS[0]), MANY_BLOCKS[1])
+    sm_count, case = MANY_BLOCKS
+    if dtype in (None, case.dtype):
+        CHECKS[op](replace(kernels, sm_count=sm_count), case)

@@ -10,8 +10,10 @@ import re
 import resource
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import torch
 
 from support import emulated
 from support.mutants import run_all_checks
@@ -26,6 +28,7 @@ class Mutant:
     new: str
     op: str
     nth: int = 0  # occurrence of `old`
+    dtype: str = "float32"  # compiled for this type of x alone, and compared with the cases of that type
 
     def __str__(self) -> str:
         return re.sub(r"[^\w+*/%<=,.-]+", "_", f"{self.op}:{self.file}:{self.old}->{self.new}:{self.nth}")
@@ -95,15 +98,15 @@ CHANGED = [
     Mutant("reduce.cuh", "split < splits &&", "", "stats"),
     Mutant("reduce.cuh", "first + threadIdx.x < C", "true", "stats"),
     Mutant("reduce.cuh", "loaded[u] = {0, 0};", "", "stats"),
-    Mutant("reduce.cuh", "r < rows &&", "", "backward_reduce"),
+    Mutant("reduce.cuh", "r < rows &&", "", "backward_reduce", dtype="bfloat16"),
     Mutant("reduce.cuh", "&& r < splits", "&& r < splits - 1", "stats"),
     Mutant("reduce.cuh", "sums[r * columns + threadIdx.x]", "sums[threadIdx.x * rows + r]", "backward_reduce"),
     Mutant("launch.cuh", "warps * (width + 1) * vector", "warps * width * vector", "stats"),
     Mutant("launch.cuh", ", warps * WARP) * 16", ", 0) * 16", "backward_reduce"),
     Mutant("reduce.cuh", "offset = width;", "offset = 1;", "stats"),
     Mutant("reduce.cuh", "[walk.group], splits - 1)", "[walk.group], splits)", "stats"),
-    Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "backward_reduce"),
-    Mutant("reduce.cuh", "k += BATCH * rows", "k += rows", "stats"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "backward_reduce", dtype="bfloat16"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += rows", "stats", dtype="bfloat16"),
     Mutant("reduce.cuh", "k + u * rows", "k + u", "stats"),
     Mutant("reduce.cuh", "workspace.counters[walk.group]", "workspace.counters[0]", "stats"),
     Mutant("mask.cuh", "bits << (f & 7)", "bits", "normalize"),
@@ -129,13 +132,13 @@ CHANGED = [
     Mutant("stats.cu", "args.rank_weighted && count > 0 ? count : 1", "1", "stats"),
     Mutant("stats.cu", "&& count > 0 ? count : 1", "? count : 1", "stats"),
     Mutant("stats.cu", "args.rank_weighted ? count > 0", "args.rank_weighted ? 1", "stats"),
-    Mutant("stats.cu", "- to_acc(channel_shift[j])", "", "stats"),
+    Mutant("stats.cu", "- to_acc(channel_shift[j])", "", "stats", dtype="float64"),
     Mutant("stats.cu", "args.shifted && args.layout.outer * args.layout.inner > 0", "args.shifted", "stats"),
     Mutant("../formulas.h", "- offset * offset", "", "normalize"),
-    Mutant("../formulas.h", "weight < 1 ? 1 :", "", "normalize"),
+    Mutant("../formulas.h", "weight < 1 ? 1 :", "", "normalize", dtype="float64"),
     Mutant("../formulas.h", "weight < 1 ? 1 :", "", "backward_reduce"),
-    Mutant("../formulas.h", "divisor_of(rank_weighted", "(rank_weighted", "backward_input"),
-    Mutant("../formulas.h", "var < 0 ? 0 : var", "var", "normalize"),
+    Mutant("../formulas.h", "divisor_of(rank_weighted", "(rank_weighted", "backward_input", dtype="float64"),
+    Mutant("../formulas.h", "var < 0 ? 0 : var", "var", "normalize", dtype="bfloat16"),
     Mutant("../formulas.h", "clamped + eps", "clamped", "normalize"),
     Mutant("finalize.cuh", "stats_tail::weight", "stats_tail::samples", "normalize"),
     # The exchange's tag
@@ -148,7 +151,7 @@ CHANGED = [
     Mutant("backward_input.cu", "tag_sums.verify(args.verification);", "", "backward_input"),
     Mutant("stats.cu", "args.tag * args.tag", "args.tag", "stats"),
     Mutant("backward_reduce.cu", "args.tag * args.tag", "args.tag", "backward_reduce"),
-    Mutant("../formulas.h", "(shift - hi) + offset", "(shift + offset) - hi", "normalize"),
+    Mutant("../formulas.h", "(shift - hi) + offset", "(shift + offset) - hi", "normalize", dtype="float64"),
     Mutant("../formulas.h", "bias - lo * scale", "bias", "normalize"),
     Mutant("../formulas.h", "rank_weighted ? weight", "false ? weight", "backward_input"),
     Mutant("vec.cuh", "  c *= v.stride;\n", "", "normalize"),
@@ -159,7 +162,7 @@ CHANGED = [
     Mutant("normalize.cu", "walk.split == 0 && t < columns", "t < columns", "normalize"),
     Mutant("../formulas.h", "count > 2 ? count - 1 : 1", "count", "normalize"),
     Mutant("../formulas.h", "count > 2 ? count - 1 : 1", "count - 1", "normalize"),
-    Mutant("normalize.cu", "!(count > 0) || factor == 0", "!(count > 0)", "normalize"),
+    Mutant("normalize.cu", "!(count > 0) || factor == 0", "!(count > 0)", "normalize", dtype="float64"),
     Mutant("normalize.cu", "!(count > 0) || factor == 0", "factor == 0", "normalize"),
     Mutant("normalize.cu", "last && count > 0", "last", "normalize"),
     Mutant("normalize.cu", "last = walk.group == 0", "last = true", "normalize"),
@@ -183,31 +186,54 @@ CHANGED = [
 ]
 
 
-def is_noticed(library, op: str) -> bool:
-    child = multiprocessing.get_context("fork").Process(target=run_all_checks_in_time, args=(library, op))
+def is_noticed(library, op: str, dtype: str) -> bool:
+    child = multiprocessing.get_context("fork").Process(target=run_all_checks_in_time, args=(library, op, dtype))
     child.start()
     child.join()
     return child.exitcode != 0
 
 
-def run_all_checks_in_time(path: str, op: str) -> None:
+def run_all_checks_in_time(path: str, op: str, dtype: str) -> None:
     """The same, and ends after 30 s of processor time: a mutant may run forever."""
     resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
-    run_all_checks(path, op)
+    run_all_checks(path, op, getattr(torch, dtype))
+
+
+def sources_for(dtype: str, folder: Path) -> Path:
+    """csrc/cuda for one type of x: a quarter of the code, which compiles in less than half the time."""
+    sources = shutil.copytree(emulated.KERNELS.parent, folder / "csrc") / "cuda"
+    text = (sources / "vec.cuh").read_text()
+    text, others = re.subn(rf"case DType::(?!{dtype}:)\w+: return f\(.*", "", text)
+    assert others == len(emulated.DTYPES) - 1, "with_dtype() in vec.cuh has changed"
+    (sources / "vec.cuh").write_text(text)
+    return sources
+
+
+def build(library: Path, sources: Path, op: str, folder: Path) -> Path:
+    emulated.compile_kernel(sources / f"{op}.cu", folder / "mutant.o", "-O0")
+    return emulated.link(library.parent, {op: folder / "mutant.o"})
+
+
+MUTANTS = [*deleted_barriers(), *overlooked_tensors(), *CHANGED]
 
 
 @pytest.mark.parametrize("op", emulated.OPS)
 def test_unmodified_kernels_pass(library, op):
-    assert not is_noticed(library, op)
+    run_all_checks(library, op)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("mutant", [*deleted_barriers(), *overlooked_tensors(), *CHANGED], ids=str)
+@pytest.mark.parametrize(("op", "dtype"), sorted({(mutant.op, mutant.dtype) for mutant in MUTANTS}))
+def test_unmodified_kernels_of_one_type_pass(library, tmp_path, op, dtype):
+    assert not is_noticed(build(library, sources_for(dtype, tmp_path), op, tmp_path), op, dtype)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_mutant_is_killed(library, tmp_path, mutant):
-    sources = shutil.copytree(emulated.KERNELS.parent, tmp_path / "csrc") / "cuda"
+    sources = sources_for(mutant.dtype, tmp_path)
     parts = (sources / mutant.file).read_text().split(mutant.old)
     assert len(parts) > mutant.nth + 1, f"{mutant.old!r} is not in {mutant.file}"
     changed = mutant.old.join(parts[: mutant.nth + 1]) + mutant.new + mutant.old.join(parts[mutant.nth + 1 :])
     (sources / mutant.file).write_text(changed)
-    emulated.compile_kernel(sources / f"{mutant.op}.cu", tmp_path / "mutant.o", "-O0")
-    assert is_noticed(emulated.link(library.parent, {mutant.op: tmp_path / "mutant.o"}), mutant.op)
+    assert is_noticed(build(library, sources, mutant.op, tmp_path), mutant.op, mutant.dtype)
