@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import zlib
@@ -68,16 +69,19 @@ def build_from_ptx(folder: Path) -> Path:
 
 
 def _compile_ptx(op: str, folder: Path) -> None:
-    flags = ["-std=c++17", "-O3", "-arch=sm_90", *PLANS, "-Xcompiler", "-fPIC", "--keep", "--keep-dir", str(folder)]
-    _run([NVCC, *flags, "-c", str(KERNELS / f"{op}.cu"), "-o", str(folder / f"{op}.o")])
-    compile_translated((folder / f"{op}.ptx").read_text(), op, folder / f"{op}_ptx.o")
+    # No machine code: ptxas has nothing to do. And the PTX is in the object as it is, so that one file is all that is kept.
+    flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90,code=compute_90", "--no-compress", *PLANS, "-Xcompiler", "-fPIC"]
+    compile_once([NVCC, *flags, str(KERNELS / f"{op}.cu")], folder / f"{op}.o")
+    (text,) = re.findall(rb"\.version [^\0]*", (folder / f"{op}.o").read_bytes())
+    (folder / f"{op}.ptx").write_bytes(text)
+    compile_translated(text.decode(), op, folder / f"{op}_ptx.o")
 
 
-def compile_translated(text: str, op: str, target: Path) -> None:
+def compile_translated(text: str, op: str, target: Path, *flags: str) -> None:
     """The PTX of one op, as C++."""
     source = target.with_suffix(".cpp")
     source.write_text(translate(text, f"{op}.ptx"))
-    _compile(["-O1", "-fwrapv", "-ffp-contract=off", "-I", str(EMULATION), "-I", str(PTX), str(source)], target)
+    _compile(["-O1", "-fwrapv", "-ffp-contract=off", *flags, "-I", str(EMULATION), "-I", str(PTX), str(source)], target)
 
 
 def build_sweep(op: str, target: Path) -> None:

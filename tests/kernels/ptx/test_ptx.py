@@ -53,7 +53,7 @@ def test_ptx_mutant_is_killed(library, tmp_path, op, old, new, message):
     text = (library.parent / f"{op}.ptx").read_text()
     changed = re.sub(old, new, text)
     assert changed != text
-    emulated.compile_translated(changed, op, tmp_path / "mutant.o")
+    emulated.compile_translated(changed, op, tmp_path / "mutant.o", "-O0")
     with pytest.raises((AssertionError, RuntimeError), match=message):
         run_all_checks(emulated.link(library.parent, {f"{op}_ptx": tmp_path / "mutant.o"}), op)
 
