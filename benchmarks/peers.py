@@ -20,7 +20,8 @@ from torch import Tensor
 import syncbn
 from syncbn import environment
 from syncbn.comm import resolve
-from syncbn.comm.peers import PeerExchange, set_up_peers
+from syncbn.comm.identity import state_of
+from syncbn.comm.peers import PeerExchange
 
 from .launches import graph_microseconds
 from .report import Row, table
@@ -75,7 +76,8 @@ def main() -> None:
         return
     device = syncbn.init_process_group("nccl", timeout=60)
     environment.settings = environment.settings._replace(peer=True)
-    peers = set_up_peers(resolve(), device)
+    comm = resolve()
+    peers = state_of(comm.group).way(PeerExchange).set_up(comm, device)
     if peers.memory is None:
         print(f"rank {here.rank}: {peers.path}")
     else:

@@ -26,7 +26,9 @@ from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
 from .comm.exchange import Exchange
 from .comm.identity import state_of
+from .comm.peers import PeerExchange
 from .comm.rendezvous import init_process_group
+from .comm.sharing import Sharing
 from .environment import rank_info
 from .modules import SyncBatchNorm
 
@@ -137,9 +139,8 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
         exchange.sum(tensor, "forward")
         _wait(device)
         times.append(time.perf_counter() - start)
-    state = state_of(comm.group)
-    way = state.sharing if device.type == "cpu" else state.peers
-    return sorted(times)[repeats // 2] * 1e3, f"over {dist.get_backend()}" if way is None else way.path
+    way = state_of(comm.group).way(Sharing if device.type == "cpu" else PeerExchange)
+    return sorted(times)[repeats // 2] * 1e3, way.path
 
 
 def describe_problems() -> list[str]:

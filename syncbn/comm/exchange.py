@@ -21,11 +21,11 @@ from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .alarms import Alarms
 from .debug import log, now
-from .identity import GroupState, LayerRecord, Membership, state_of
+from .identity import GroupState, LayerRecord, Membership, W, state_of
 from .peer_memory import Missing
-from .peers import PeerExchange, set_up_peers
+from .peers import PeerExchange
 from .shared_memory import Mismatch
-from .sharing import Sharing, set_up_sharing
+from .sharing import Sharing
 from .signatures import NO_TICKET, TAGS, UNVERIFIED, Ticket, digest, signature, size, sums_of_tags, tag_of
 
 
@@ -149,9 +149,9 @@ class Exchange:
             state = self._state = state_of(group)
             self.membership = None if self.record is None else self.record.memberships.get(group)
         if self.comm.compares and self._is_verified_later(tensor):
-            self.peers = self._peers_in(state, tensor.device)
+            self.peers = self._way(PeerExchange, state, tensor.device)
         elif self.comm.compares:
-            self.sharing = self._sharing_in(state)
+            self.sharing = self._way(Sharing, state, tensor.device)
         return state
 
     def _is_verified_later(self, tensor: Tensor) -> bool:
@@ -167,23 +167,9 @@ class Exchange:
             self._state.alarms = Alarms(signature)
         return self._state.alarms
 
-    def _sharing_in(self, state: GroupState) -> Sharing:
-        sharing = state.sharing
-        if sharing is not None and sharing.ready:
-            return sharing
-        sharing = set_up_sharing(self.comm)
-        if environment.settings.debug:
-            log().info("rank %d exchanges %s", self.comm.rank, sharing.path)
-        return sharing
-
-    def _peers_in(self, state: GroupState, device: torch.device) -> PeerExchange:
-        peers = state.peers
-        if peers is not None and peers.ready:
-            return peers
-        peers = set_up_peers(self.comm, device)
-        if environment.settings.debug and peers.ready:
-            log().info("rank %d exchanges %s", self.comm.rank, peers.path)
-        return peers
+    def _way(self, kind: type[W], state: GroupState, device: torch.device) -> W:
+        way = state.way(kind)
+        return way if way.ready else way.set_up(self.comm, device)
 
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
         """Of statistics, if `channels` is not 0."""

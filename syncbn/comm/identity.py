@@ -8,15 +8,16 @@ its model later.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 
 if TYPE_CHECKING:
     from .alarms import Alarms
-    from .peers import PeerExchange
-    from .sharing import Sharing
+    from .way import Way
+
+W = TypeVar("W", bound="Way")
 
 
 class GroupState:
@@ -26,9 +27,13 @@ class GroupState:
         self.exchanges = 0
         self.verifications = 0  # a rank that has missed one is at another count
         self.unnamed_layers = 0
-        self.sharing: Sharing | None = None  # how the ranks exchange CPU tensors; None before the first exchange
-        self.peers: PeerExchange | None = None  # how the ranks exchange CUDA tensors; None before the first exchange
         self.alarms: Alarms | None = None  # of exchanges that kernels verify; None before the first
+        self._ways: dict[type[Way], Any] = {}  # of each class an instance
+
+    def way(self, kind: type[W]) -> W:
+        """How the ranks exchange tensors: `Sharing` for those on the CPU, `PeerExchange` for those on GPUs."""
+        way: W | None = self._ways.get(kind)
+        return self._ways.setdefault(kind, kind()) if way is None else way  # one, if two threads ask at once
 
 
 _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()

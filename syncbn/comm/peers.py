@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +21,10 @@ from torch import Tensor
 
 from .. import environment, native
 from . import agreement, peer_memory
-from .identity import state_of
 from .meeting import Unusable, agree, host_identity
 from .peer_memory import MAX_PEERS, PeerMemory
 from .signatures import signature
+from .way import Way
 
 if TYPE_CHECKING:
     from . import Communicator
@@ -35,30 +34,18 @@ HOST, GPU = 32, 16  # bytes of a rank's row
 FIRST_TIMEOUT = 60.0  # seconds, at most, of the exchange that tries the memory
 
 
-class PeerExchange:
-    """Of one group. The first exchange of CUDA tensors sets it up, on all ranks together."""
+class PeerExchange(Way):
+    """The memory of one group's GPUs."""
 
     def __init__(self) -> None:
-        self.reason = ""  # why the ranks do not use each other's memory
+        super().__init__()
         self.memory: PeerMemory | None = None
-        self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
-        self.ready = False
 
-    @property
-    def path(self) -> str:
-        """How the ranks exchange, in words."""
-        return f"over the group: {self.reason}" if self.memory is None else "in each other's GPU memory"
+    def _memory_in_words(self) -> str:
+        return "in each other's GPU memory"
 
-    def set_up(self, comm: Communicator, device: torch.device) -> PeerExchange:
-        """Every rank calls it. While a graph is captured it does nothing: that exchange, and its replays, are the group's."""
-        with self._lock:
-            if not self.ready and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                try:
-                    self.memory = _meet(comm, device)
-                except Unusable as why:
-                    self.reason = str(why)
-                self.ready = True
-        return self
+    def _meet(self, comm: Communicator, device: torch.device) -> None:
+        self.memory = _meet(comm, device)
 
     def takes(self, values: Tensor) -> bool:
         """Whether `all_reduce_` is for them: else the group's collective is."""
@@ -72,17 +59,6 @@ class PeerExchange:
         """Raises `Missing` if a rank did not come to an earlier exchange."""
         if self.memory is not None:
             self.memory.check()
-
-
-_new = threading.Lock()
-
-
-def set_up_peers(comm: Communicator, device: torch.device) -> PeerExchange:
-    """Of this communicator's group, made if need be. Every rank calls it."""
-    state = state_of(comm.group)
-    with _new:
-        state.peers = state.peers or PeerExchange()
-    return state.peers.set_up(comm, device)
 
 
 def _meet(comm: Communicator, device: torch.device) -> PeerMemory:

@@ -12,7 +12,6 @@ one rank it fails on all, and all raise.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,55 +19,38 @@ from torch import Tensor
 
 from .. import environment
 from . import agreement
-from .identity import state_of
-from .meeting import Unusable, meet
+from .meeting import meet
 from .shared_memory import Mismatch, SharedMemory
 from .signatures import digest_of, sums_of_tags, tag_of
+from .way import Way
 
 if TYPE_CHECKING:
     from . import Communicator
 
 
-class Sharing:
-    """The shared memory of one group. The first exchange sets it up, on all ranks together."""
+class Sharing(Way):
+    """The shared memory of one group."""
 
     def __init__(self) -> None:
-        self.reason = ""  # why the ranks do not share memory
+        super().__init__()
         self.hosts = 1
         self.timeout = 0.0
         self.memory: SharedMemory | None = None
         self.first_ranks: Communicator | None = None  # the group of the hosts' first ranks; None on any other rank, or with one host
         self.in_memory = False  # whether all ranks share one memory, in which statistics about different shifts can be added
-        self._lock = threading.Lock()  # two threads of a rank may reach the first exchange together
-        self.ready = False
 
-    @property
-    def path(self) -> str:
-        """How the ranks exchange, in words."""
-        if self.reason:
-            return f"over the group: {self.reason}"
+    def _memory_in_words(self) -> str:
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
 
-    def set_up(self, comm: Communicator) -> Sharing:
-        """Every rank calls it.
-
-        Raises:
-            RankMismatchError: on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike.
-        """
-        with self._lock:
-            if not self.ready:
-                check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
-                agreement.verify(comm, check, "", torch.device("cpu"))
-                try:
-                    ranks, self.memory = meet(lambda row: agreement.gather(comm, row, torch.device("cpu")), comm.rank, comm.world_size)
-                    self.hosts, self.timeout = len(ranks), comm.timeout
-                    if self.hosts > 1:
-                        self.first_ranks = comm.among([host[0] for host in ranks])
-                except Unusable as why:
-                    self.reason = str(why)
-                self.in_memory = self.memory is not None and self.hosts == 1
-                self.ready = True
-        return self
+    def _meet(self, comm: Communicator, device: torch.device) -> None:
+        """Raises RankMismatchError, on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike."""
+        check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
+        agreement.verify(comm, check, "", device)
+        ranks, self.memory = meet(lambda row: agreement.gather(comm, row, device), comm.rank, comm.world_size)
+        self.hosts, self.timeout = len(ranks), comm.timeout
+        self.in_memory = self.memory is not None and self.hosts == 1
+        if self.hosts > 1:
+            self.first_ranks = comm.among([host[0] for host in ranks])
 
     def all_reduce_(self, comm: Communicator, payload: Tensor, digest: int, channels: int = 0) -> Tensor:
         """The sum of `payload`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `payload` itself, overwritten.
@@ -119,15 +101,6 @@ class Sharing:
 
 
 _RESULTS = digest_of("the sums of all hosts")
-_new = threading.Lock()
-
-
-def set_up_sharing(comm: Communicator) -> Sharing:
-    """The `Sharing` of this communicator's group, made if there is none. Every rank calls it."""
-    state = state_of(comm.group)
-    with _new:
-        state.sharing = state.sharing or Sharing()
-    return state.sharing.set_up(comm)
 
 
 def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:

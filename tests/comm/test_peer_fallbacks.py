@@ -54,7 +54,7 @@ def test_what_one_rank_lacks_keeps_all_ranks_with_the_group(world, peer_library,
     layer = SyncBatchNorm(3, process_group=another_group(world))
     for _ in range(2):
         layer(batch()).sum().backward()
-    path = state_of(resolve(layer.process_group).group).peers.path
+    path = state_of(resolve(layer.process_group).group).way(peers.PeerExchange).path
     assert path.startswith("over the group: ") and reason in path, path
     assert len({int(t) for t in world.all_gather(torch.tensor([zlib.crc32(path.encode())]))}) == 1
 

@@ -79,7 +79,7 @@ def test_results_equal_those_over_the_group(fresh, counts):
                 y = layer(x)
             y.backward(fresh.mine(dy, counts))
             results.append((y, x.grad, layer.weight.grad, layer.running_mean, layer.running_var))
-            assert (state(group).peers.path == ON_GPU) is peer
+            assert (state(group).way(peers.PeerExchange).path == ON_GPU) is peer
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)  # the same sums in another order
 
@@ -118,7 +118,7 @@ def test_more_values_than_the_memory_holds_go_over_the_group(fresh, world, peer_
     for length in (30, 31, 200, 30):
         values = torch.full((length,), float(world.rank), dtype=torch.float64)
         assert (exchange.sum(values, "forward") == sum(range(world.size))).all()
-    assert state(fresh.group).peers.path == ON_GPU
+    assert state(fresh.group).way(peers.PeerExchange).path == ON_GPU
 
 
 @several
@@ -149,7 +149,7 @@ def test_a_rank_that_does_not_come_is_named_with_the_exchange_that_it_missed(fre
     encoder(batch()).sum().backward()  # the ranks compare what they exchange
     x = batch()
     y = encoder(x)
-    with state(fresh.group).peers.memory.waiting(0.4):
+    with state(fresh.group).way(peers.PeerExchange).memory.waiting(0.4):
         if world.rank > 0:
             y.sum().backward()
             finish(peer_device)

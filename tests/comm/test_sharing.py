@@ -19,6 +19,7 @@ from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import debug, exchange, resolve, shared_memory, signatures
 from syncbn.comm.identity import state_of
+from syncbn.comm.sharing import Sharing
 
 several = pytest.mark.world_size(2, 3, 4)
 pytestmark = [several, pytest.mark.skipif(shared_memory.library() is None, reason="no compiled library with shared memory")]
@@ -26,16 +27,16 @@ pytestmark = [several, pytest.mark.skipif(shared_memory.library() is None, reaso
 
 def test_the_ranks_of_a_host_share_memory(world):
     named("a", world)(batch())
-    assert state_of(resolve(world.group).group).sharing.path == "in shared memory"
+    assert state_of(resolve(world.group).group).way(Sharing).path == "in shared memory"
 
 
 @pytest.mark.process_group
 def test_no_collective_after_the_first_exchange(world):
-    default = exchange.Exchange._sharing_in
+    default = exchange.Exchange._way
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
     with collectives() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange.Exchange, "_sharing_in", default)  # counted as with default settings
+        patch.setattr(exchange.Exchange, "_way", default)  # counted as with default settings
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []
@@ -102,7 +103,7 @@ def test_a_late_rank_is_named_with_layer_and_direction(world, monkeypatch):
     layer = named("encoder.bn", world)
     layer.process_group = another_group(world)
     y = layer(batch())
-    monkeypatch.setattr(state_of(resolve(layer.process_group).group).sharing, "timeout", 0.4)
+    monkeypatch.setattr(state_of(resolve(layer.process_group).group).way(Sharing), "timeout", 0.4)
     if world.rank == 0:
         with pytest.raises(RuntimeError, match=r'layer "encoder.bn"[\s\S]*rank 1\b.*: not there yet, but alive[\s\S]*backward exchange'):
             y.sum().backward()
@@ -117,7 +118,7 @@ def test_ranks_with_different_settings_all_use_the_group(world, monkeypatch):
         monkeypatch.setattr(environment, "settings", environment.settings._replace(shared_memory=False))
     layer = SyncBatchNorm(3, process_group=group)
     layer(batch()).sum().backward()
-    path = state_of(resolve(group).group).sharing.path
+    path = state_of(resolve(group).group).way(Sharing).path
     assert path == f"over the group: rank {world.size - 1}: turned off by SYNCBN_SHARED_MEMORY=0"
 
 

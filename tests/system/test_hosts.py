@@ -20,6 +20,7 @@ START = f"""
 import datetime, sys, time, torch, torch.distributed as dist, syncbn
 from pathlib import Path
 from syncbn.comm.identity import state_of
+from syncbn.comm.sharing import Sharing
 from syncbn.comm import resolve
 torch.set_num_threads(1)
 syncbn.init_process_group("gloo", timeout=90)
@@ -55,7 +56,7 @@ for tensor in (layer.running_mean, layer.running_var):
     others = [torch.empty_like(tensor) for _ in range(4)]
     dist.all_gather(others, tensor)
     assert all(torch.equal(other, tensor) for other in others)
-write("path", state_of(resolve(group).group).sharing.path)
+write("path", state_of(resolve(group).group).way(Sharing).path)
 
 other = syncbn.SyncBatchNorm(3, process_group=group, dtype=torch.float64)
 other.layer_name = "decoder.bn"
