@@ -21,12 +21,12 @@ MARK = sys.argv[1]  # the variable by which processes.py finds the processes of 
 
 
 def serve(requests: socket.socket) -> list:
-    """Returns in the new process, with what it is to run, and in this one if there are no more requests: then with nothing."""
+    """Returns in each new process, with what it is to run. This one ends when there are no more requests."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait below leave no zombies
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 3)
         if not message:
-            return []
+            os._exit(0)
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             requests.close()
@@ -66,5 +66,4 @@ def become(script: str, arguments: list[str], env: dict[str, str], folder: str) 
     exec(compile(Path(script).read_text(), script, "exec"), vars(main))
 
 
-if request := serve(socket.socket(fileno=0)):
-    become(*request)
+become(*serve(socket.socket(fileno=0)))

@@ -7,16 +7,23 @@ import sys
 import pytest
 
 from support import ROOT
-from support.processes import run, torchrun
+from support.processes import run, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 EXAMPLES = ROOT / "examples"
 
 
-def output(command, env, cwd):
-    done = run([str(part) for part in command], env=env | {"PYTHONPATH": str(ROOT)}, cwd=cwd, timeout=110)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+@pytest.fixture
+def output(forks, subprocess_env, tmp_path, monkeypatch):
+    """The output of the first rank of an example, which runs in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_example(name: str, *arguments: str, ranks=({},)) -> str:
+        ended = forks.run(EXAMPLES / name, *arguments, env=subprocess_env | {"PYTHONPATH": str(ROOT)}, timeout=110, ranks=ranks)
+        assert all(done.returncode == 0 for done in ended), "".join(done.stderr[-3000:] for done in ended)
+        return ended[0].stdout
+
+    return run_example
 
 
 def test_horovod_script_is_python():
@@ -25,25 +32,24 @@ def test_horovod_script_is_python():
     compile(path.read_text(), str(path), "exec")
 
 
-def test_torchrun_port_learns(subprocess_env, tmp_path):
+def test_torchrun_port_learns(output):
     pytest.importorskip("sklearn")
-    script = EXAMPLES / "horovod_migration" / "train_torchrun.py"
-    out = output([*torchrun(), script], subprocess_env, tmp_path)
+    out = output("horovod_migration/train_torchrun.py", ranks=two_ranks())
     losses = [float(line.split()[-1]) for line in out.splitlines() if line.startswith("epoch")]
     assert len(losses) == 3 and losses[-1] < 0.3  # 2.3 is guessing
 
 
-def test_the_example_of_moving_statistics_draws_its_plot(subprocess_env, tmp_path):
+def test_the_example_of_moving_statistics_draws_its_plot(output, tmp_path):
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
-    output([*torchrun(), EXAMPLES / "moving_statistics.py", "--steps=12", "--out=plot.png"], subprocess_env, tmp_path)
+    output("moving_statistics.py", "--steps=12", "--out=plot.png", ranks=two_ranks())
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_example_of_folding_prints_its_table(subprocess_env, tmp_path):
+def test_the_example_of_folding_prints_its_table(output):
     for module in ("rich", "tqdm"):
         pytest.importorskip(module)
-    out = output([sys.executable, EXAMPLES / "fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2"], subprocess_env, tmp_path)
+    out = output("fold.py", "--width=8", "--depth=2", "--image=8", "--repeats=2")
     assert "before" in out and "after" in out and "largest difference" in out
 
 

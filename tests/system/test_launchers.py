@@ -73,9 +73,11 @@ def test_mpirun_runs_plain_torch_scripts(tmp_path, subprocess_env):
     assert done.returncode == 0 and "sum 2" in done.stdout and "['--lr', '0.2']" in done.stdout, done.stderr
 
 
-def test_environment_without_a_script_prints_its_usage(subprocess_env):
+def test_environment_without_a_script_prints_its_usage(tmp_path, forks, subprocess_env):
+    script = tmp_path / "job.py"
+    script.write_text("import runpy; runpy.run_module('syncbn.environment', run_name='__main__', alter_sys=True)")
     for arguments in ([], ["-m"], ["--help"]):
-        done = run([sys.executable, "-m", "syncbn.environment", *arguments], env=subprocess_env, timeout=110)
+        (done,) = forks.run(script, *arguments, env=subprocess_env, timeout=110)
         assert done.returncode == 1 and "mpirun -n 4 python -m syncbn.environment train.py" in done.stderr
 
 

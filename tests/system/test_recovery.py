@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from support import ROOT
-from support.processes import job, left_behind
+from support.processes import job, left_behind, two_ranks
 
 pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
 pytestmark = pytest.mark.world_size(1)
 LIMIT = 100  # seconds, of a job
 
 # Runs the example; in the first start a rank kills itself where the test says. An epoch has 28 steps.
-JOB = """
+JOB = f"""
 import os, runpy, signal, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -41,17 +41,23 @@ def replace_checkpoint(unfinished, path):
 
 register_optimizer_step_post_hook(step)
 os.replace = replace_checkpoint
-runpy.run_path("examples/recovery.py", run_name="__main__")
+runpy.run_path("{ROOT}/examples/recovery.py", run_name="__main__")
 """
+
+
+def script_in(folder: Path) -> tuple[Path, list[str], Path]:
+    """The job, its arguments, and where it keeps its checkpoint."""
+    script, checkpoint = folder / "job.py", folder / "checkpoint.pt"
+    script.write_text(JOB)
+    return script, ["--epochs=3", "--batch-size=32", f"--checkpoint={checkpoint}"], checkpoint
 
 
 def train(launcher: list[str], kills: str, folder: Path, env: dict[str, str]) -> tuple[str, dict]:
     """(output, last checkpoint) of a job of two ranks."""
-    (folder / "job.py").write_text(JOB)
-    checkpoint = folder / "checkpoint.pt"
+    script, arguments, checkpoint = script_in(folder)
     env = env | {"RANKS": "2", "RESTARTS": "1", "PYTHONPATH": str(ROOT), "TEST_KILLS": kills}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    command = [*launcher, str(folder / "job.py"), "--epochs=3", "--batch-size=32", f"--checkpoint={checkpoint}"]
+    command = [*launcher, str(script), *arguments]
     with job(env) as env:
         done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -60,9 +66,13 @@ def train(launcher: list[str], kills: str, folder: Path, env: dict[str, str]) ->
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, subprocess_env) -> dict:
-    out, checkpoint = train(["launch/torchrun.sh"], "nobody", tmp_path_factory.mktemp("undisturbed"), subprocess_env)
-    assert "goes on" not in out and checkpoint["epochs"] == 3
+def undisturbed(tmp_path_factory, forks, subprocess_env) -> dict:
+    script, arguments, path = script_in(tmp_path_factory.mktemp("undisturbed"))
+    ranks = [rank | {"TORCHELASTIC_RESTART_COUNT": "0", "TEST_KILLS": "nobody"} for rank in two_ranks()]
+    ended = forks.run(script, *arguments, env=subprocess_env, timeout=LIMIT, ranks=ranks)
+    assert all(rank.returncode == 0 and "resumes" not in rank.stdout for rank in ended), ended
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["epochs"] == 3
     return checkpoint
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from support.processes import run, torchrun
+from support.processes import run, torchrun, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 LAUNCHERS = {
@@ -31,16 +31,16 @@ def test_correct_layer_passes(launcher, subprocess_env):
     assert report["exchange_path"] == ("none: a single rank" if launcher == "alone" else "in shared memory")
 
 
-def test_a_wrong_layer_fails(subprocess_env):
+def test_a_wrong_layer_fails(tmp_path, forks, subprocess_env):
     """A layer that forgets to synchronize is found by two ranks."""
-    spoil = (
-        "import sys, runpy, syncbn.modules as m; from syncbn.comm import LOCAL; m.resolve = lambda group: LOCAL;"
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, syncbn.modules as m; from syncbn.comm import LOCAL; m.resolve = lambda group: LOCAL\n"
         "from syncbn.check import main; sys.exit(main([]))"
     )
-    command = [*torchrun(), "--no-python", sys.executable, "-c", spoil]
-    done = run(command, env=subprocess_env, timeout=100)
-    assert done.returncode == 1
-    assert "WRONG" in done.stdout
+    ended = forks.run(script, env=subprocess_env, timeout=100, ranks=two_ranks())
+    assert [rank.returncode for rank in ended] == [1, 1], ended
+    assert "WRONG" in ended[0].stdout
 
 
 def test_problems_come_with_a_remedy(subprocess_env):
