@@ -54,11 +54,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "nightly: mutants, every Plan of the sweep, and nvcc's PTX; not in a plain `pytest`")
     config.addinivalue_line("markers", "system: starts jobs; not in a plain `pytest` (set by conftest.py)")
     config.addinivalue_line("markers", "scales: more ranks are another case (set by conftest.py, but for test_fuzz.py)")
-    if config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.markexpr:
+    if not _selects(config):
         config.option.markexpr = QUICK
     if HERE.rank > 0:
         config.option.verbose = -2  # errors only
         config.option.no_summary = True
+
+
+def _selects(config: pytest.Config) -> bool:
+    """Whether the command line chooses among the tests."""
+    return config.args_source is pytest.Config.ArgsSource.ARGS or bool(config.option.markexpr)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """`-n auto`: jobs of the system tier wait for timeouts most of the time."""
+    return (os.cpu_count() or 1) * (2 if _selects(config) else 1)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
