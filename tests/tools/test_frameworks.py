@@ -1,7 +1,7 @@
 """With SYNCBN_REPLACE_TORCH=1 frameworks use this package's layers on the CPU, with nothing of theirs changed.
 
 Each script trains on two ranks, whose data differ, and never mentions this package. Moving statistics that are bitwise identical on both
-ranks are those of both. The check can fail: without the variable torch's layers refuse the CPU.
+ranks are those of both. The check can fail: without the variable torch's layers refuse the CPU, on a single rank already.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Module(pl.LightningModule):
         report(self.net, self.global_rank)
 
 if __name__ == "__main__":
-    trainer = pl.Trainer(accelerator="cpu", devices=2, strategy="{strategy}", sync_batchnorm=True, max_epochs=1, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer = pl.Trainer(accelerator="cpu", devices=int(os.environ["RANKS"]), strategy="{strategy}", sync_batchnorm=True, max_epochs=1,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=2))
 """
 INIT = """
@@ -179,8 +179,9 @@ def test_a_framework_trains_with_synchronized_layers_if_torch_is_replaced(name, 
             pytest.skip(f"needs {module}")
     file = tmp_path / "script.py"
     file.write_text(PROLOGUE + script)
-    env = installed | {"SYNCBN_REPLACE_TORCH": "1" if replaced else "0", "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = run([*(torchrun() if by_torchrun else [sys.executable]), str(file)], env=env, cwd=tmp_path, timeout=300)
+    ranks = 2 if replaced else 1
+    env = installed | {"SYNCBN_REPLACE_TORCH": str(int(replaced)), "RANKS": str(ranks), "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = run([*(torchrun(ranks) if by_torchrun else [sys.executable]), str(file)], env=env, cwd=tmp_path, timeout=300)
     if not replaced:
         assert done.returncode != 0 and re.search(REFUSED, done.stdout + done.stderr)
         return
