@@ -1,7 +1,9 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
-by step. Writes benchmarks/results/exchange-MACHINE.json.
+by step. Two more models say what a step's time is made of: in "alone" each rank normalizes its own batch by this package's layer, and in
+"BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways, and exchange nothing: any synchronization includes that.
+Writes benchmarks/results/exchange-MACHINE.json.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,8 @@ import syncbn
 from syncbn import environment
 from syncbn.comm import resolve
 from syncbn.comm.exchange import Exchange
+from syncbn.comm.identity import state_of
+from syncbn.comm.sharing import Sharing
 
 from .report import Row, table
 from .timing import machine
@@ -106,9 +111,38 @@ def small_resnet() -> nn.Module:
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
 
 
+class Meeting(torch.autograd.Function):
+    """Returns x. Both ways the ranks wait for each other in shared memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wait: Callable[[], None]) -> Tensor:
+        wait()
+        ctx.wait = wait
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        ctx.wait()
+        return dy, None
+
+
+def meet_in_batch_norms(model: nn.Module, group: Any) -> nn.Module:
+    """Before each batch norm the ranks of `group`, which shares memory, wait for each other."""
+    sharing = state_of(resolve(group).group).way(Sharing)
+    nothing = torch.zeros(1, dtype=torch.float64)
+    memory, timeout = sharing.memory, sharing.timeout
+    assert sharing.in_memory and memory is not None
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _, args: Meeting.apply(args[0], lambda: memory.all_reduce_(nothing, 0, timeout)))
+    return model
+
+
 def steps(made: dict[str, Any], size: int, repeats: int) -> Samples:
     """Milliseconds of a step with two images a rank."""
-    models = {"BatchNorm2d": small_resnet()}
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    models = {"BatchNorm2d": small_resnet(), "alone": syncbn.convert_sync_batchnorm(small_resnet(), alone)}
+    models["BatchNorm2d, meeting"] = meet_in_batch_norms(small_resnet(), made["gloo group, shared"])
     for name, group in made.items():
         models[name] = syncbn.convert_sync_batchnorm(small_resnet(), group)
     calls = {name: DistributedDataParallel(model) for name, model in models.items()}

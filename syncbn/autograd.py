@@ -92,7 +92,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             dy = dense_like(dy, x)
 
         eps, activation, negative_slope = options.epilogue
-        ticket = NO_TICKET if exchange is ALONE else exchange.ticket(x, "backward", 2 * x.shape[1])
+        ticket = NO_TICKET if exchange is ALONE else exchange.ticket(dy, "backward", 2 * x.shape[1])
         sums, dweight, dbias = ops.backward_reduce(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, ticket.tag)
         if exchange is not ALONE:
             sums = exchange.all_reduce_(sums, "backward")
@@ -137,8 +137,8 @@ def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Opti
 def _exchanged_stats(x: Tensor, exchange: Exchange, options: Options) -> tuple[Tensor, Ticket]:
     if exchange is ALONE:
         return ops.stats(x, options.rank_weighted, True), NO_TICKET
-    shifted = exchange.merges(x)
     ticket = exchange.ticket(x, "forward", 2 * x.shape[1] + 2)
+    shifted = exchange.merges(x)
     return exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted, ticket.tag), x.shape[1], shifted), ticket
 
 

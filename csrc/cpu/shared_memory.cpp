@@ -23,7 +23,7 @@ namespace syncbn::shared_memory {
 namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
-constexpr int64_t kSpin = 50'000;       // ns: two context switches cost a tenth of it, so little is lost if the wait turns out long
+constexpr int64_t kAwake = 50'000;      // ns: two context switches cost a tenth of it, so little is lost if the wait turns out long
 
 // How many forks lie between the first process and this one. A process id would cost a system call at every exchange.
 int32_t forks = 0;
@@ -60,6 +60,16 @@ void publish(Control& control) {
 
 bool has_published(const Control& control, uint64_t epoch) { return control.epoch.load(std::memory_order_acquire) >= epoch; }
 
+// A rank on this core cannot run while this one spins. If this one yields, both stay runnable, and the scheduler moves one of them as soon
+// as another core is idle; if it slept, the two could take turns on one core forever, at several times the cost.
+void stay_awake(const Control& other, uint64_t epoch) {
+  if (other.core.load(std::memory_order_relaxed) == sched_getcpu()) {
+    sched_yield();
+  } else {
+    for (int i = 0; i < 32 && !has_published(other, epoch); ++i) relax();
+  }
+}
+
 // Returns true after the epoch has changed or may have changed, false if the slice is over or a signal has come.
 bool sleep_until_published(Control& other, uint64_t epoch, int64_t deadline) {
   const int64_t left = deadline - now();
@@ -84,13 +94,11 @@ Status wait(const Memory& memory, int rank) {
   for (int other = 0; other < memory.ranks(); ++other) {
     Control& control = memory.control(other);
     if (has_published(control, epoch)) continue;
-    // If both ranks are on one core, spinning would keep the other from running.
-    const int64_t spin = control.core.load(std::memory_order_relaxed) == sched_getcpu() ? 0 : self.spin;
     while (!has_published(control, epoch)) {
       if (control.abandoned.load(std::memory_order_acquire)) return abandoned;
       if (!began) began = now();
-      if (now() - began < spin) {
-        for (int i = 0; i < 32 && !has_published(control, epoch); ++i) relax();
+      if (now() - began < self.awake) {
+        stay_awake(control, epoch);
       } else if (!sleep_until_published(control, epoch, began + kSlice)) {
         return waiting;
       }
@@ -136,13 +144,13 @@ void join(void* memory, int rank, uint64_t random) {
 
 uint64_t random_of(const void* memory, int rank) { return Memory(memory).control(rank).random; }
 
-// Spins only if every rank can have a core: else a spinning rank keeps the core from the rank that it waits for.
+// With more ranks than cores, a rank that stays awake keeps a core from the one that it waits for.
 void start(void* memory, int rank) {
   Memory m(memory);
   cpu_set_t cores;
   CPU_ZERO(&cores);
   for (int other = 0; other < m.ranks(); ++other) CPU_OR(&cores, &cores, &m.control(other).cores);
-  m.control(rank).spin = CPU_COUNT(&cores) >= m.ranks() ? kSpin : 0;
+  m.control(rank).awake = CPU_COUNT(&cores) >= m.ranks() ? kAwake : 0;
 }
 
 Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, uint64_t digest) {

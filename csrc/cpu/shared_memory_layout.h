@@ -23,7 +23,7 @@ struct alignas(64) Control {
   int64_t first;  // of the values in the piece
   Stage stage;
   int32_t forks;  // when it joined
-  int64_t spin;
+  int64_t awake;  // ns
   // Written when it joins.
   uint64_t random;
   cpu_set_t cores;

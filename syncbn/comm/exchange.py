@@ -61,13 +61,17 @@ class Exchange:
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
         """What the payload of an exchange of this many values on x's device has to end with. Raises as `all_reduce_`.
 
-        It may be the group's first exchange."""
-        if self.comm is LOCAL or not self.comm.compares or torch.compiler.is_compiling():
+        It comes first, before any value is computed: if it is the group's first exchange, it makes the group."""
+        if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group, and holds its collective as it is
             return NO_TICKET
-        if self._state is None:
-            self._prepare(x, values, kind)
-        if self.sharing is not None and self.sharing.in_memory:
-            return NO_TICKET  # the ranks compare the whole digest
+        try:
+            self._enter(x)
+        except _NO_FAILURES:
+            raise
+        except Exception as error:
+            raise self._failure(error, values, kind) from error
+        if not self.comm.compares or (self.sharing is not None and self.sharing.in_memory):
+            return NO_TICKET  # in memory the ranks compare the whole digest
         if environment.settings.check == "off":
             return Ticket(tag_of(UNVERIFIED, self.comm.world_size))
         tag = tag_of(digest(*self._key(kind, values)), self.comm.world_size)
@@ -100,22 +104,13 @@ class Exchange:
         return tensor if self.comm is LOCAL else self._exchanged(tensor, 0, kind)
 
     def merges(self, x: Tensor) -> bool:
-        """`Communicator.merges` for x's device, or the ranks share memory. Raises as `all_reduce_`.
-
-        It may be the group's first exchange."""
-        if self.comm.merges(x.device):
-            return True
-        if torch.compiler.is_compiling() or not x.is_cpu:  # a graph holds the communicator's collective, and nothing that makes a group
-            return False
-        self._prepare(x, 0, "forward")
-        return self.sharing is not None and self.sharing.in_memory
+        """`Communicator.merges` for x's device, or the ranks share memory, which is known once there is a ticket."""
+        return self.comm.merges(x.device) or (self.sharing is not None and self.sharing.in_memory)
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
 
         `shifted` is what `merges` returned: if a graph breaks between the two calls, this one may be traced, and that one not."""
-        if self.comm is LOCAL:
-            return stats
         if shifted and torch.compiler.is_compiling():
             stats = rebase(stats, torch.zeros_like(stats[:channels]))
         return self._exchanged(stats, channels, "forward")
@@ -130,28 +125,20 @@ class Exchange:
         shape = "" if self.shape is None else f"input {list(self.shape)}"
         return ", ".join(filter(None, (description, shape, self._position())))
 
-    def _prepare(self, x: Tensor, values: int, kind: str) -> None:
-        """`_enter`, ahead of an exchange of this many values, whose error it is if it fails."""
-        try:
-            self._enter(x)
-        except _NO_FAILURES:
-            raise
-        except Exception as error:
-            raise self._failure(error, values, kind) from error
-
     def _enter(self, tensor: Tensor) -> GroupState:
         """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is
         the group's first exchange."""
         failures.check_possible(tensor)
-        state = self._state
-        if state is None:
-            group = self.comm.group
-            state = self._state = state_of(group)
-            self.membership = None if self.record is None else self.record.memberships.get(group)
+        if self._state is not None:
+            return self._state
+        group = self.comm.group
+        state = state_of(group)
+        self.membership = None if self.record is None else self.record.memberships.get(group)
         if self.comm.compares and self._is_verified_later(tensor):
             self.peers = self._way(PeerExchange, state, tensor.device)
         elif self.comm.compares:
             self.sharing = self._way(Sharing, state, tensor.device)
+        self._state = state
         return state
 
     def _is_verified_later(self, tensor: Tensor) -> bool:
@@ -177,7 +164,7 @@ class Exchange:
             return self._over_the_group(tensor, channels)
         values = tensor.numel() - channels - TAGS  # all shifts are known, or merged away
         try:
-            state = self._enter(tensor)
+            state = self._state or self._enter(tensor)  # without a ticket, if that was traced
             if self.peers is not None:
                 self.peers.check()  # before the alarms, which sums of values that have not arrived set as well
             if state.alarms is not None:
