@@ -86,8 +86,9 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Several ranks do not import the folders in which every test is for one rank: that takes seconds on each rank."""
-    return True if HERE.world_size > 1 and collection_path in ONE_RANK else None
+    """Ranks do not import the folders in which every test is for a single process: that takes seconds on each rank."""
+    ranks = HERE.world_size > 1 or HERE.launcher == "torchrun"
+    return True if ranks and collection_path in ONE_RANK else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

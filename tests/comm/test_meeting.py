@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
+import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,16 +22,22 @@ from syncbn.comm.signatures import digest_of as digest
 pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 
 
-def files() -> set[str]:
-    """The names that stay. Another job on this machine may have one for milliseconds."""
+@pytest.fixture(autouse=True)
+def folder(world) -> Iterator[Path]:
+    """Of these ranks, in /dev/shm, where other jobs' files come and go."""
+    name = gather(world, secrets.token_hex(16).encode())[0].decode()
+    path = Path("/dev/shm") / f"syncbn-test-{name}"
+    path.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meeting, "FOLDER", path)
+        gather(world, b"all have made it")
+        yield path
+    gather(world, b"all have left it")
+    shutil.rmtree(path, ignore_errors=True)  # another rank may have been faster
 
-    def names() -> set[str]:
-        return {path.name for path in Path("/dev/shm").glob("syncbn-*")}
 
-    first = names()
-    if first:
-        time.sleep(0.5)
-    return first & names()
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("syncbn-*")}
 
 
 def refuses(*_, **__):
@@ -53,16 +62,16 @@ PROBLEMS = {  # on the last rank, or on every rank: (how to make it, the reason)
     "a read-only folder": (lambda patch: patch.setattr(meeting, "FOLDER", Path("/proc")), ""),
     "a full folder": (lambda patch: patch.setattr(os, "posix_fallocate", refuses), "No space left"),
     "an unknown host": (lambda patch: patch.setattr(meeting, "BOOT_ID", Path("/proc/none")), "cannot be told from others: /proc/none"),
-    "another user": (belongs_to_another_user, "/dev/shm: Permission denied"),
+    "another user": (belongs_to_another_user, "{folder}: Permission denied"),
     "no mapping": (lambda patch: patch.setattr(shared_memory.mmap, "mmap", refuses), "No space left"),
 }
 
 
 @pytest.mark.parametrize("everywhere", [True, False], ids=["everywhere", "on one rank"])
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_a_problem_is_the_same_reason_on_every_rank(world, name, everywhere, monkeypatch):
+def test_a_problem_is_the_same_reason_on_every_rank(world, folder, name, everywhere, monkeypatch):
     make, reason = PROBLEMS[name]
-    before, descriptors = files(), len(os.listdir("/proc/self/fd"))
+    before, descriptors = files(folder), len(os.listdir("/proc/self/fd"))
     if everywhere or world.rank == (0 if name == "a full folder" else world.size - 1):
         make(monkeypatch)
     try:
@@ -71,27 +80,27 @@ def test_a_problem_is_the_same_reason_on_every_rank(world, name, everywhere, mon
     except Unusable as error:
         said = str(error)
     monkeypatch.undo()
-    assert reason in said or name == "a read-only folder"
+    assert reason.format(folder=folder) in said or name == "a read-only folder"
     assert len(set(gather(world, said.encode().ljust(400)))) == 1
     if name == "a read-only folder" and not everywhere and world.size > 2:
         assert not said  # that rank is as if on another host
     else:
         assert said
     gather(world, b"all have given up")
-    after = files()
+    after = files(folder)
     assert len(os.listdir("/proc/self/fd")) == descriptors
     gather(world, b"all have looked")
     assert after == before
 
 
-def test_a_thousand_groups_leave_no_file_no_mapping_and_no_descriptor(world):
+def test_a_thousand_groups_leave_no_file_no_mapping_and_no_descriptor(world, folder):
     if world.size > 2:
         pytest.skip("once, with two ranks, is enough for 8,000 gloo collectives")
 
     def resources() -> tuple[int, int, set[str]]:
         gc.collect()
         mappings = Path("/proc/self/maps").read_text().count("syncbn-")
-        return len(os.listdir("/proc/self/fd")), mappings, files()
+        return len(os.listdir("/proc/self/fd")), mappings, files(folder)
 
     set_up(world)
     gather(world, b"set up")
@@ -106,8 +115,8 @@ def test_a_thousand_groups_leave_no_file_no_mapping_and_no_descriptor(world):
     assert after == before
 
 
-def test_a_name_that_a_killed_job_has_left_is_removed(world):
-    stale = Path(f"/dev/shm/syncbn-{0:032x}")
+def test_a_name_that_a_killed_job_has_left_is_removed(world, folder):
+    stale = folder / f"syncbn-{0:032x}"
     if world.rank == 0:
         stale.touch()
         os.utime(stale, (time.time() - 3600,) * 2)
