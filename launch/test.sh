@@ -12,7 +12,7 @@ export SYNCBN_FUZZ=${SYNCBN_FUZZ:-9}  # seconds of random layers in each of the 
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
 everything=(-m "not nightly") selection=(-m "scales and not nightly")
 stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4
-wait  # it has a worker for each core
+wait  # it has workers for all cores
 stage torchrun --standalone --nproc-per-node 2 "${suite[@]}" "${everything[@]}"
 for ranks in 4 3 1; do
   stage torchrun --standalone --nproc-per-node "$ranks" "${suite[@]}" "${selection[@]}"
