@@ -14,7 +14,6 @@ files, for the warning when syncbn is imported. A build that has a compiler and 
 import ast
 import hashlib
 import os
-import platform
 import re
 import runpy
 import shlex
@@ -112,7 +111,8 @@ def torch_flags() -> tuple[list[str], list[str]]:
 def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     """([compile command, ...], link command); the object is the last argument of each of the first."""
     cxx, (include, link) = compiler(), torch_flags()
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    # Not platform.machine(): a cross compiler's code is for another processor than the one that runs it.
+    x86 = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
     is_clang = "clang" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
     optimize = MATHFLAGS if is_clang else [*MATHFLAGS, *GCC_FLAGS]
     sources, commands = sorted(Path("csrc/cpu").glob("*.cpp")), []

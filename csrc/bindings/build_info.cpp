@@ -8,5 +8,4 @@
 #define CUDA
 #endif
 
-extern "C" __attribute__((used, section("syncbn_build"))) const char syncbn_build_info[];
-const char syncbn_build_info[] = "schemas=" SYNCBN_SCHEMAS ";" CUDA;
+__attribute__((used, section("syncbn_build"))) static const char build_info[] = "schemas=" SYNCBN_SCHEMAS ";" CUDA;

@@ -18,6 +18,8 @@ from syncbn import build_info, ops
 
 pytestmark = pytest.mark.world_size(1)
 needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc on PATH")
+FOR_ARM = "aarch64-linux-gnu-g++"
+needs_cross_compiler = pytest.mark.skipif(not shutil.which(FOR_ARM), reason=f"needs {FOR_ARM}: apt-get install g++-aarch64-linux-gnu")
 
 
 def build(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -131,6 +133,28 @@ def test_default_architectures_span_turing_to_newest(architectures):
     flags, names = architectures(None)
     assert names.startswith("75 80 86 89 90") and names.endswith("+PTX") and names.count("PTX") == 1
     assert [flag for flag in flags if "code=compute_" in flag] == flags[-1:]
+
+
+def test_the_compiler_says_for_which_processor_the_kernels_are_compiled(setup, monkeypatch, tmp_path):
+    """Not the machine that runs it: a cross compiler's code is for another."""
+    isas = {}
+    for target in ("x86_64-linux-gnu", "aarch64-linux-gnu"):
+        compiler = tmp_path / f"{target}-g++"
+        compiler.write_text(f"#!/bin/sh\necho {target}\n")
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        flags = [flag for command in setup["cpu_commands"](tmp_path)[0] for flag in command]
+        isas[target] = {flag for flag in flags if flag.startswith(("-DSYNCBN_ISA", "-DSYNCBN_X86", "-march"))}
+    assert isas["aarch64-linux-gnu"] == {"-DSYNCBN_ISA=baseline"}
+    assert {"-DSYNCBN_X86", "-DSYNCBN_ISA=avx512", "-march=x86-64-v4"} < isas["x86_64-linux-gnu"]
+
+
+@needs_cross_compiler
+def test_the_cpu_kernels_compile_for_aarch64_without_a_warning(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", FOR_ARM)
+    for command in setup["cpu_commands"](tmp_path)[0]:
+        done = subprocess.run([*command, "-fsyntax-only", "-Werror"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("compiled", [False, True])
