@@ -1,7 +1,7 @@
 """Every use that the package makes of torch's private names: one function, or one name, for each use.
 
 Each says why no public name would do, and what happens with a torch that lacks the name. The names are in the sources of torch
-2.11.0, 2.12.1, 2.13.0 and 2.14.1; tests/house/test_torch_private.py checks what they do in the torch at hand, and each fallback.
+2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what they do in the torch at hand, and each fallback.
 
 Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `Module._load_from_state_dict`.
 """
@@ -123,7 +123,7 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` for eager code outside of torch.func: the method that it overrides, without the 3 µs in which it looks for
     transforms and binds arguments.
 
-    Fallback: `function.apply`."""
+    Fallback: `function.apply`, as in torch 2.14 and newer, whose own method needs no Python for either."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
