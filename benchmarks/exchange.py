@@ -2,7 +2,7 @@
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
 by step. Two more models say what a step's time is made of: in "alone" each rank normalizes its own batch by this package's layer, and in
-"BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways, and exchange nothing: any synchronization includes that.
+"BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways, and exchange nothing, as in any synchronization.
 Writes benchmarks/results/exchange-MACHINE.json.
 """
 

@@ -93,7 +93,7 @@ def batch_norm_eval(
 ) -> Tensor:
     """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises as `batch_norm_train`."""
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
-    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, residual, weight, bias))
+    saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if saves and not torch.compiler.is_exporting():
         # Copies, because a training step may update them before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()

@@ -4,7 +4,7 @@ A layer keeps its input x for its own backward pass. A convolution after it keep
 `normalize` of x by the statistics that the layer keeps, too: bitwise the same y, whatever the activation, without an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
-               remember  an op that saves its own output, as relu does, has packed it before the layer knows the recipe ──► its recipe
+               remember  replaces, by its recipe, an output that was packed while the layer computed it: relu saves what it returns
     backward   unpack    recipe ──► the output, computed once while someone holds it
 """
 
@@ -34,8 +34,8 @@ def recompute_outputs() -> Iterator[None]:
     """A forward pass in this context keeps less memory: outputs of synchronized layers are computed again in the backward pass.
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
-    input and statistics, which the layer keeps anyway. Gradients are bitwise those without the context. Nothing is exchanged, and no
-    running statistics move. It takes one elementwise kernel for each output in the backward pass.
+    input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise those without the context. Nothing is
+    exchanged, and no running statistics move. It takes one elementwise kernel for each output in the backward pass.
 
     Worth it where the activation is the layer's own (`convert_sync_batchnorm(model, fuse_activation=True)`): a separate one keeps its own
     output. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do not, until they

@@ -44,7 +44,7 @@ class Sharing(Way):
 
     def _meet(self, comm: Communicator, device: torch.device) -> None:
         """Raises RankMismatchError, on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike."""
-        check = f"SYNCBN_CHECK={environment.settings.check}, which must be the same on all ranks"
+        check = f"first exchange of the group, SYNCBN_CHECK={environment.settings.check}"
         agreement.verify(comm, check, "", device)
         ranks, self.memory = meet(lambda row: agreement.gather(comm, row, device), comm.rank, comm.world_size)
         self.hosts, self.timeout = len(ranks), comm.timeout

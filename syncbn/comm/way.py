@@ -32,6 +32,8 @@ class Way(ABC):
     @property
     def path(self) -> str:
         """How the ranks exchange, in words."""
+        if not self.ready:
+            return "not known before the first exchange"
         return f"over the group: {self.reason}" if self.reason else self._memory_in_words()
 
     def set_up(self, comm: Communicator, device: torch.device) -> Self:

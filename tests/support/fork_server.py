@@ -18,6 +18,8 @@ import torch._dynamo  # noqa: E402  optimizers and DistributedDataParallel impor
 import torch.distributed  # noqa: E402, F401
 
 MARK = sys.argv[1]  # the variable by which processes.py finds the processes of a job
+C = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def serve(requests: socket.socket) -> list:
@@ -28,18 +30,22 @@ def serve(requests: socket.socket) -> list:
         if not message:
             os._exit(0)
         if os.fork() == 0:
+            end_with_parent()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             requests.close()
             stdout, stderr, report = descriptors
             if pid := os.fork():  # this one only waits
                 os.write(report, f"{os.waitpid(pid, 0)[1]}\n".encode())
                 os._exit(0)
+            end_with_parent()
             script, arguments, env, folder = json.loads(message)
             mark(env[MARK])
             os.write(report, f"{os.getpid()}\n".encode())  # from now on the job can find it
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            nothing = os.open(os.devnull, os.O_RDONLY)  # 0, if that was free, which children would not inherit
+            os.dup2(nothing, 0)
+            os.set_inheritable(0, True)
             for descriptor in descriptors:
                 os.close(descriptor)
             return [script, arguments, env, folder]
@@ -47,9 +53,14 @@ def serve(requests: socket.socket) -> list:
             os.close(descriptor)
 
 
+def end_with_parent() -> None:
+    """However the test run ends, no process is left that holds its output open."""
+    C.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def mark(value: str) -> None:
     """/proc/PID/environ shows the memory in which this process was handed its variables, whatever it has set since."""
-    getenv = ctypes.CDLL(None).getenv
+    getenv = C.getenv
     getenv.restype = ctypes.c_void_p
     ctypes.memmove(getenv(MARK.encode()), value.encode(), len(os.environ[MARK]))
 
@@ -59,6 +70,8 @@ def become(script: str, arguments: list[str], env: dict[str, str], folder: str) 
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # a new process would have a state of its own
     sys.argv = [script, *arguments]
     sys.path[:0] = [str(Path(script).parent), *filter(None, env.get("PYTHONPATH", "").split(":"))]
     main = sys.modules["__main__"] = types.ModuleType("__main__")

@@ -33,7 +33,7 @@ class Fork:
 
     def wait(self, timeout: float) -> int:
         """The exit status, or -n after signal n."""
-        if not select.select([self._report], [], [], timeout)[0]:
+        if not select.select([self._report], [], [], max(0, timeout))[0]:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
         with self._report:
             return os.waitstatus_to_exitcode(int(self._report.readline()))
@@ -62,7 +62,7 @@ class ForkServer:
                 self.start(script, *arguments, env=env | rank, stdout=stdout, stderr=stderr)
                 for rank, (stdout, stderr) in zip(ranks, files, strict=True)
             ]
-            statuses = [process.wait(max(0, deadline - time.monotonic())) for process in started]
+            statuses = [process.wait(deadline - time.monotonic()) for process in started]
             return [
                 subprocess.CompletedProcess(str(script), status, *(read(file) for file in pair))
                 for status, pair in zip(statuses, files, strict=True)

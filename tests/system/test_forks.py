@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +19,7 @@ SCRIPT = """
 import atexit, os, signal, sys
 print(sys.argv, sys.path[:2], os.getcwd(), __name__, __file__, "syncbn" in sys.modules)
 print(sorted((name, value) for name, value in os.environ.items() if name != "SYNCBN_TEST_JOB"))
-print(sys.stdin.read(), file=sys.stderr)
+print(sys.stdin.read(), os.get_inheritable(0), file=sys.stderr)
 atexit.register(print, "the end")
 """
 ENDS = {
@@ -62,3 +63,20 @@ def test_a_job_kills_its_forks(forks, subprocess_env, tmp_path):
             assert sorted(marked(env)) == sorted([first.pid, second.pid])
         assert [first.wait(10), second.wait(10)] == [-9, -9]
         assert marked(env) == [] and marked(other) == [there.pid]
+
+
+def test_no_fork_outlives_a_test_run_that_ends_hard(subprocess_env, tmp_path):
+    """Its output is then closed: a launcher that reads it would wait."""
+    script, run = tmp_path / "job.py", tmp_path / "run.py"
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
+    run.write_text(f"""
+import os, sys
+from pathlib import Path
+from support.forks import fork_server
+from support.processes import job
+with job(dict(os.environ)) as env, fork_server(env) as forks:
+    forks.start(Path({str(script)!r}), env=env, stdout=sys.stdout, stderr=sys.stderr)
+    os._exit(3)
+""")
+    env = subprocess_env | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    assert subprocess.run([sys.executable, str(run)], env=env, capture_output=True, timeout=100).returncode == 3
