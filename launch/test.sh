@@ -11,7 +11,7 @@ export OMP_NUM_THREADS=1  # the ranks share the cores
 export SYNCBN_FUZZ=${SYNCBN_FUZZ:-9}  # seconds of random layers in each of the seven runs, a minute in all
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
 everything=(-m "not nightly") selection=(-m "scales and not nightly")
-stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4
+stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4 --dist worksteal  # some tests take a minute
 wait  # it has workers for all cores
 stage torchrun --standalone --nproc-per-node 2 "${suite[@]}" "${everything[@]}"
 for ranks in 4 3 1; do
