@@ -17,9 +17,15 @@ from support.processes import run, torchrun
 pytestmark = pytest.mark.world_size(1)
 
 PROLOGUE = """
-import os, sys, torch
+import atexit, os, sys, torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
+
+
+@atexit.register
+def end():  # without it torch 2.13 aborts now and then when the process ends, with its own layers, too
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def net():
