@@ -27,29 +27,38 @@ from support.processes import MARK, job
 class Fork:
     """The part of subprocess.Popen that tests use."""
 
-    def __init__(self, report: IO[str]) -> None:
+    def __init__(self, report: IO[str], name: str, timeout: float) -> None:
+        """Raises subprocess.TimeoutExpired if the server does not answer."""
         self._report = report
-        self.pid = int(report.readline())
+        try:
+            self.pid = self._read(f"the start of {name}", timeout)
+        except subprocess.TimeoutExpired:
+            report.close()  # a process that starts later fails at its report
+            raise
 
     def wait(self, timeout: float) -> int:
         """The exit status, or -n after signal n."""
+        status = self._read(f"process {self.pid}", timeout)
+        self._report.close()
+        return os.waitstatus_to_exitcode(status)
+
+    def _read(self, awaited: str, timeout: float) -> int:
         if not select.select([self._report], [], [], max(0, timeout))[0]:
-            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
-        with self._report:
-            return os.waitstatus_to_exitcode(int(self._report.readline()))
+            raise subprocess.TimeoutExpired(awaited, timeout)
+        return int(self._report.readline())
 
 
 class ForkServer:
     def __init__(self, requests: socket.socket) -> None:
         self._requests = requests
 
-    def start(self, script: Path, *arguments: str, env: Mapping[str, str], stdout: IO, stderr: IO) -> Fork:
-        """A process of the job whose mark is in `env`."""
+    def start(self, script: Path, *arguments: str, env: Mapping[str, str], stdout: IO, stderr: IO, timeout: float = 60) -> Fork:
+        """A process of the job whose mark is in `env`. The first one waits until the server has imported torch."""
         ours, theirs = os.pipe()
         message = json.dumps([str(script), arguments, dict(env), os.getcwd()]).encode()
         socket.send_fds(self._requests, [message], [stdout.fileno(), stderr.fileno(), theirs])
         os.close(theirs)
-        return Fork(open(ours))
+        return Fork(open(ours), script.name, timeout)
 
     def run(
         self, script: Path, *arguments: str, env: Mapping[str, str], timeout: float, ranks: Sequence[Mapping[str, str]] = ({},)
@@ -59,7 +68,7 @@ class ForkServer:
         with job(env) as env, ExitStack() as stack:
             files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")] for _ in ranks]
             started = [
-                self.start(script, *arguments, env=env | rank, stdout=stdout, stderr=stderr)
+                self.start(script, *arguments, env=env | rank, stdout=stdout, stderr=stderr, timeout=deadline - time.monotonic())
                 for rank, (stdout, stderr) in zip(ranks, files, strict=True)
             ]
             statuses = [process.wait(deadline - time.monotonic()) for process in started]
@@ -82,5 +91,8 @@ def fork_server(env: Mapping[str, str]) -> Iterator[ForkServer]:
     with theirs:
         command = [sys.executable, str(Path(__file__).with_name("fork_server.py")), MARK]
         process = subprocess.Popen(command, env=env | placeholder, stdin=theirs)
-    with process, ours:  # the socket is closed first
-        yield ForkServer(ours)
+    with process, ours:
+        try:
+            yield ForkServer(ours)
+        finally:
+            process.kill()  # it may hang

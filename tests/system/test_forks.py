@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.forks import fork_server
 from support.processes import job, marked, two_ranks
 
 pytestmark = [
@@ -63,6 +64,22 @@ def test_a_job_kills_its_forks(forks, subprocess_env, tmp_path):
             assert sorted(marked(env)) == sorted([first.pid, second.pid])
         assert [first.wait(10), second.wait(10)] == [-9, -9]
         assert marked(env) == [] and marked(other) == [there.pid]
+
+
+def test_a_server_that_hangs_is_an_error(subprocess_env, tmp_path):
+    """And the end of the test run does not wait for it. The process that a fork is a child of is a child of the server."""
+    stop, other = tmp_path / "stop.py", tmp_path / "other.py"
+    stop.write_text("""
+import os, signal
+from pathlib import Path
+server = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1]
+os.kill(int(server), signal.SIGSTOP)
+""")
+    other.write_text("")
+    with fork_server(subprocess_env) as forks:
+        forks.run(stop, env=subprocess_env, timeout=100)
+        with pytest.raises(subprocess.TimeoutExpired, match="the start of other.py"):
+            forks.run(other, env=subprocess_env, timeout=0.1)
 
 
 def test_no_fork_outlives_a_test_run_that_ends_hard(subprocess_env, tmp_path):
