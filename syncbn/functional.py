@@ -109,9 +109,9 @@ def batch_norm_eval(
     if saves and not torch.compiler.is_compiling() and recompute.is_active():
         parameters = running_mean, running_var, recompute.copy_of(weight), recompute.copy_of(bias)
         node: Any = y.grad_fn
-        node.metadata["syncbn"] = [  # of both, since some activations save z, others y
-            recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual)
-            for output, applied in ((z, linear), (y, epilogue))
+        outputs = [(z, linear)] if y is z else [(z, linear), (y, epilogue)]  # both, since some activations save z, others y
+        node.metadata["syncbn"] = [
+            recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual) for output, applied in outputs
         ]
     return y
 

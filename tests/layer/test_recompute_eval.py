@@ -58,6 +58,14 @@ def test_nothing_of_the_outputs_size_is_kept(frozen: bool, activation: str | Non
     assert kept == [0, 2 if activation in ("leaky_relu", "silu") else 1]  # which keep the value before the activation, too
 
 
+@pytest.mark.parametrize(("activation", "tensors"), [(None, 1), ("relu", 2)])
+def test_each_tensor_that_an_operator_may_save_has_one_recipe(activation: str | None, tensors: int) -> None:
+    with recompute_outputs():
+        y = evaluated(activation, frozen=False)(torch.randn(SHAPE, requires_grad=True))
+    assert y.grad_fn is not None
+    assert len(y.grad_fn.metadata["syncbn"]) == tensors  # without an activation, y is the value before it
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 def test_an_input_that_needs_no_gradient_is_not_kept_for_a_residual_that_does(activation: str) -> None:
     layer, conv = evaluated(activation, frozen=True), nn.Conv2d(4, 4, 3)
