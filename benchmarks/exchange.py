@@ -1,7 +1,7 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
-Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, exchange by exchange and step
-by step. Two more models say what a step's time is made of: in "alone" each rank normalizes its own batch by this package's layer, and in
+Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, of 50 exchanges or one step
+each. Two more models say what a step's time is made of: in "alone" each rank normalizes its own batch by this package's layer, and in
 "BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways, and exchange nothing, as in any synchronization.
 Writes benchmarks/results/exchange-MACHINE.json.
 """
@@ -37,6 +37,7 @@ from .timing import machine
 
 CHANNELS = (64, 512, 2048)
 RANKS = (2, 4)
+TURN = 50  # exchanges; the first few after those of another path take longer, whose threads still run and whose data fill the caches
 IMAGES = {2: (224, 64), 4: (64,)}  # ranks -> sizes
 GOALS = {  # (ranks, path at C = 64 or size of an image) -> at most
     (2, "gloo group, shared"): 3.0,
@@ -68,14 +69,14 @@ def groups() -> dict[str, Any]:
 Samples = dict[str, list[float]]
 
 
-def exchanges(made: dict[str, Any], channels: int, repeats: int) -> Samples:
+def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
     """Microseconds of a sum of 2 * channels + 1 values, as a layer requests it, verification and waiting included."""
     layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}
-    for _ in range(repeats):
+    for _ in range(turns):
         for name, exchange in layers.items():
-            for _ in range(10):
+            for _ in range(TURN):
                 values = payloads[name].clone()
                 began = time.perf_counter()
                 exchange.all_reduce_(values, "forward")
@@ -173,7 +174,7 @@ def rank_main(quick: bool) -> None:
     made = groups()
     rows: list[Row] = []
     for channels in CHANNELS:
-        rows += summaries({"what": "exchange, µs", "ranks": ranks, "C": channels}, exchanges(made, channels, 20 if quick else 200))
+        rows += summaries({"what": "exchange, µs", "ranks": ranks, "C": channels}, exchanges(made, channels, 4 if quick else 40))
     for size in IMAGES[ranks]:
         rows += summaries({"what": "step, ms", "ranks": ranks, "image": size}, steps(made, size, 2 if quick else 30))
     if dist.get_rank() == 0:

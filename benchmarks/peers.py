@@ -51,7 +51,7 @@ def rows(peers: PeerExchange, repeats: int, device: torch.device) -> list[Row]:
     for channels in CHANNELS:
         values = torch.zeros(2 * channels + 4, dtype=torch.float64, device=device)  # forward; sums of zeros stay zeros
         calls: dict[str, Callable[[], Tensor]] = {
-            "peer memory": lambda values=values: peers.all_reduce_(values, KEY),
+            "peer memory": lambda values=values: peers.all_reduce_(comm, values, 0, KEY),
             "NCCL": lambda values=values: comm.all_reduce_(values),
         }
         row: Row = {"C": channels}
@@ -77,7 +77,8 @@ def main() -> None:
     device = syncbn.init_process_group("nccl", timeout=60)
     environment.settings = environment.settings._replace(peer=True)
     comm = resolve()
-    peers = state_of(comm.group).way(PeerExchange).set_up(comm, device)
+    peers = state_of(comm.group).way(PeerExchange)
+    peers.set_up(comm, device)
     if peers.memory is None:
         print(f"rank {here.rank}: {peers.path}")
     else:

@@ -24,11 +24,9 @@ import torch.nn.functional as F
 from . import environment, native
 from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
-from .comm.exchange import Exchange
+from .comm.exchange import Exchange, way_of
 from .comm.identity import state_of
-from .comm.peers import PeerExchange
 from .comm.rendezvous import init_process_group
-from .comm.sharing import Sharing
 from .environment import rank_info
 from .modules import SyncBatchNorm
 
@@ -139,8 +137,7 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
         exchange.sum(tensor, "forward")
         _wait(device)
         times.append(time.perf_counter() - start)
-    way = state_of(comm.group).way(Sharing if device.type == "cpu" else PeerExchange)
-    return sorted(times)[repeats // 2] * 1e3, way.path
+    return sorted(times)[repeats // 2] * 1e3, way_of(state_of(comm.group), device).path
 
 
 def describe_problems() -> list[str]:

@@ -14,10 +14,9 @@ from weakref import WeakKeyDictionary
 import torch
 
 if TYPE_CHECKING:
-    from .alarms import Alarms
-    from .way import Way
+    from .way import MemoryOrGroup
 
-W = TypeVar("W", bound="Way")
+W = TypeVar("W", bound="MemoryOrGroup")
 
 
 class GroupState:
@@ -27,8 +26,7 @@ class GroupState:
         self.exchanges = 0
         self.verifications = 0  # a rank that has missed one is at another count
         self.unnamed_layers = 0
-        self.alarms: Alarms | None = None  # of exchanges that kernels verify; None before the first
-        self._ways: dict[type[Way], Any] = {}  # of each class an instance
+        self._ways: dict[type[MemoryOrGroup], Any] = {}  # of each class an instance
 
     def way(self, kind: type[W]) -> W:
         """How the ranks exchange tensors: `Sharing` for those on the CPU, `PeerExchange` for those on GPUs."""

@@ -5,15 +5,16 @@
 Each gathering is one exchange over the group itself, which carries this rank's reason to stay with it: all ranks go on, or none, and all
 have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has not tried.
 
-The values of a layer end with a tag and its square, which are added like any value: `normalize` and `backward_input` verify them here as
-they do over the group.
+Either way the values of a layer end with a tag and its square, which are added like any value. This process would have to wait for the
+sums to verify them: the kernels that use them do, `normalize` and `backward_input`, and the group's next exchange reads what they have
+found (alarms.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from .. import environment, native
 from . import agreement, peer_memory
+from .alarms import Alarms
 from .meeting import Unusable, agree, host_identity
 from .peer_memory import MAX_PEERS, PeerMemory
-from .signatures import signature
-from .way import Way
+from .signatures import Ticket, signature, sums_of_tags
+from .way import Key, MemoryOrGroup, tag
 
 if TYPE_CHECKING:
     from . import Communicator
@@ -34,31 +36,44 @@ HOST, GPU = 32, 16  # bytes of a rank's row
 FIRST_TIMEOUT = 60.0  # seconds, at most, of the exchange that tries the memory
 
 
-class PeerExchange(Way):
-    """The memory of one group's GPUs."""
+class PeerExchange(MemoryOrGroup):
+    """The memory of one group's GPUs, and what their kernels have found."""
 
     def __init__(self) -> None:
         super().__init__()
         self.memory: PeerMemory | None = None
+        self.alarms = Alarms(signature)
 
-    def _memory_in_words(self) -> str:
-        return "in each other's GPU memory"
+    def ticket(self, comm: Communicator, key: Key) -> Ticket:
+        if environment.settings.check == "off":
+            return Ticket(tag(comm, key))
+        return Ticket(tag(comm, key), comm.world_size, self.alarms.word(key))
+
+    def check(self) -> None:
+        if self.memory is not None:
+            self.memory.check()  # before the alarms, which sums of values that have not arrived set as well
+        self.alarms.check()
+
+    def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
+        if self.takes(tensor[channels:]):
+            assert self.memory is not None
+            self.memory.all_reduce_(tensor[channels:], key)  # the shifts are 0 on all ranks
+            return tensor
+        return super().all_reduce_(comm, tensor, channels, key)
+
+    def verify(self, key: Key, sums: Tensor, ticket: Ticket) -> None:
+        if ticket.alarm is not None:
+            self.alarms.compare(key, sums, sums_of_tags(ticket.ranks, ticket.tag))
+
+    def takes(self, values: Tensor) -> bool:
+        """Whether the GPUs add them in their memory: else the group's collective does."""
+        return self.memory is not None and self.memory.takes(values)
 
     def _meet(self, comm: Communicator, device: torch.device) -> None:
         self.memory = _meet(comm, device)
 
-    def takes(self, values: Tensor) -> bool:
-        """Whether `all_reduce_` is for them: else the group's collective is."""
-        return self.memory is not None and self.memory.takes(values)
-
-    def all_reduce_(self, values: Tensor, key: tuple[Any, ...]) -> Tensor:
-        assert self.memory is not None
-        return self.memory.all_reduce_(values, key)
-
-    def check(self) -> None:
-        """Raises `Missing` if a rank did not come to an earlier exchange."""
-        if self.memory is not None:
-            self.memory.check()
+    def _memory_in_words(self) -> str:
+        return "in each other's GPU memory"
 
 
 def _meet(comm: Communicator, device: torch.device) -> PeerMemory:

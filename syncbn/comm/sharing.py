@@ -21,14 +21,14 @@ from .. import environment
 from . import agreement
 from .meeting import meet
 from .shared_memory import Mismatch, SharedMemory
-from .signatures import digest_of, sums_of_tags, tag_of
-from .way import Way
+from .signatures import UNVERIFIED, Ticket, digest, digest_of, sums_of_tags, tag_of
+from .way import Key, MemoryOrGroup, tag
 
 if TYPE_CHECKING:
     from . import Communicator
 
 
-class Sharing(Way):
+class Sharing(MemoryOrGroup):
     """The shared memory of one group."""
 
     def __init__(self) -> None:
@@ -37,7 +37,6 @@ class Sharing(Way):
         self.timeout = 0.0
         self.memory: SharedMemory | None = None
         self.first_ranks: Communicator | None = None  # the group of the hosts' first ranks; None on any other rank, or with one host
-        self.in_memory = False  # whether all ranks share one memory, in which statistics about different shifts can be added
 
     def _memory_in_words(self) -> str:
         return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
@@ -52,29 +51,29 @@ class Sharing(Way):
         if self.hosts > 1:
             self.first_ranks = comm.among([host[0] for host in ranks])
 
-    def all_reduce_(self, comm: Communicator, payload: Tensor, digest: int, channels: int = 0) -> Tensor:
-        """The sum of `payload`, contiguous float64 on the CPU, bitwise identical on all ranks; perhaps `payload` itself, overwritten.
+    def ticket(self, comm: Communicator, key: Key) -> Ticket:
+        return Ticket(tag(comm, key))
 
-        Args:
-            payload: ends with `tag_of(digest, ranks)` and its square.
-            digest: of what this rank is about to exchange.
-            channels: C if `payload` holds statistics about different shifts, which needs `in_memory`; else 0.
-
-        Raises:
-            Mismatch: on every rank, if they do not exchange the same.
-        """
+    def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
+        verifies = environment.settings.check != "off"
+        if self.reason and not verifies:
+            return super().all_reduce_(comm, tensor, channels, key)
+        expected = digest(*key) if verifies else UNVERIFIED
+        if self.in_memory:
+            assert self.memory is not None
+            return self.memory.all_reduce_(tensor, expected, self.timeout, channels)
+        shifts, payload = tensor[:channels], tensor[channels:]  # the shifts are 0 on all ranks
         if self.reason:
-            return checked(comm.all_reduce_(payload), comm.world_size, digest)
-        if self.hosts > 1:
-            return self._over_hosts(comm, payload, digest)
-        assert self.memory is not None
-        return self.memory.all_reduce_(payload, digest, self.timeout, channels)
+            total = checked(comm.all_reduce_(payload), comm.world_size, expected)
+        else:
+            total = self._over_hosts(comm, payload, expected)
+        return torch.cat([shifts, total]) if channels else total
 
-    def _over_hosts(self, comm: Communicator, payload: Tensor, digest: int) -> Tensor:
+    def _over_hosts(self, comm: Communicator, payload: Tensor, expected: int) -> Tensor:
         mismatch: Mismatch | None = None
         if self.memory is not None:
             try:
-                self.memory.all_reduce_(payload, digest, self.timeout)
+                self.memory.all_reduce_(payload, expected, self.timeout)
             except Mismatch as error:  # the other hosts learn of it from the NaN
                 mismatch = error
                 payload[-2:] = torch.nan
@@ -86,7 +85,7 @@ class Sharing(Way):
             if self.first_ranks is None:
                 payload.zero_()
             self.memory.all_reduce_(payload, _RESULTS, self.timeout)
-        return checked(payload, comm.world_size, digest)
+        return checked(payload, comm.world_size, expected)
 
     def _send(self, payload: Tensor) -> None:
         """The sum over the hosts, on the first rank of each."""
@@ -103,8 +102,8 @@ class Sharing(Way):
 _RESULTS = digest_of("the sums of all hosts")
 
 
-def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
+def checked(payload: Tensor, ranks: int, expected: int) -> Tensor:
     """`payload`. Raises Mismatch, on every rank, if the ranks' tags differ."""
-    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest, ranks)):
+    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(expected, ranks)):
         raise Mismatch
     return payload

@@ -1,28 +1,63 @@
 """How the ranks of a group exchange the tensors of a kind of device: in memory of theirs if they can, else over the group.
 
-The first exchange finds out, on all ranks together: all use the memory, or none, and then all have the same reason.
+    OVER_THE_GROUP    where the ranks compare nothing
+    Sharing           of CPU tensors, in shared memory: sharing.py
+    PeerExchange      of CUDA tensors, in each other's memory: peers.py
+
+A group's first exchange finds out, on all ranks together: all use the memory, or none, and then all have the same reason.
 """
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import environment
 from .debug import log
 from .meeting import Unusable
+from .signatures import NO_TICKET, UNVERIFIED, Ticket, digest, tag_of
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from . import Communicator
 
+Key = tuple[Any, ...]  # the arguments of `signatures.signature`: what an exchange is
 
-class Way(ABC):
-    """That of one group. `GroupState.way` keeps it."""
+
+class Way:
+    """Over the group, as its communicator adds. The ranks verify nothing."""
+
+    ready = True
+    in_memory = False  # whether all ranks share one memory: they compare digests in it, and statistics about different shifts can be added
+
+    def set_up(self, comm: Communicator, device: torch.device) -> None:
+        """Every rank calls it, until it is `ready`. Raises RankMismatchError, on every rank, if the ranks differ in what they must have
+        in common."""
+
+    def ticket(self, comm: Communicator, key: Key) -> Ticket:
+        """How an exchange is verified that is not `in_memory`."""
+        return NO_TICKET
+
+    def check(self) -> None:
+        """Raises what devices have found in earlier exchanges. Does not wait for them."""
+
+    def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
+        """`Communicator.all_reduce_stats_` if `channels` is not 0, else `all_reduce_`. Raises Mismatch, on every rank, if the ranks do
+        not exchange the same and this process can know it."""
+        return comm.all_reduce_stats_(tensor, channels) if channels else comm.all_reduce_(tensor)
+
+    def verify(self, key: Key, sums: Tensor, ticket: Ticket) -> None:
+        """What the op that uses the sums does with its ticket, where none uses them. `sums` [2] are those of a tag and its square."""
+
+
+OVER_THE_GROUP = Way()
+
+
+class MemoryOrGroup(Way, ABC):
+    """In memory of the ranks of one group, if they can share it. `GroupState.way` keeps it."""
 
     def __init__(self) -> None:
         self.reason = ""  # why the ranks exchange over the group
@@ -36,20 +71,18 @@ class Way(ABC):
             return "not known before the first exchange"
         return f"over the group: {self.reason}" if self.reason else self._memory_in_words()
 
-    def set_up(self, comm: Communicator, device: torch.device) -> Self:
-        """Every rank calls it. While a graph is captured it does nothing: that exchange, and its replays, are the group's.
-
-        Raises RankMismatchError, on every rank, if the ranks differ in what they must have in common."""
+    def set_up(self, comm: Communicator, device: torch.device) -> None:
+        """While a graph is captured it does nothing: that exchange, and its replays, are the group's."""
         with self._lock:
-            if not self.ready and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-                try:
-                    self._meet(comm, device)
-                except Unusable as why:
-                    self.reason = str(why)
-                self.ready = True
-                if environment.settings.debug:
-                    log().info("rank %d exchanges %s", comm.rank, self.path)
-        return self
+            if self.ready or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+                return
+            try:
+                self._meet(comm, device)
+            except Unusable as why:
+                self.reason = str(why)
+            self.ready = True
+            if environment.settings.debug:
+                log().info("rank %d exchanges %s", comm.rank, self.path)
 
     @abstractmethod
     def _meet(self, comm: Communicator, device: torch.device) -> None:
@@ -57,3 +90,8 @@ class Way(ABC):
 
     @abstractmethod
     def _memory_in_words(self) -> str: ...
+
+
+def tag(comm: Communicator, key: Key) -> int:
+    """Of a payload that says what it is."""
+    return tag_of(digest(*key) if environment.settings.check != "off" else UNVERIFIED, comm.world_size)

@@ -78,7 +78,8 @@ def test_what_all_ranks_lack_is_the_reason(monkeypatch, group, ranks, reason):
 def test_a_captured_exchange_sets_nothing_up(monkeypatch):
     """It could not wait for the other ranks."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    exchange = peers.PeerExchange().set_up(SimpleNamespace(), torch.device("cuda"))
+    exchange = peers.PeerExchange()
+    exchange.set_up(SimpleNamespace(), torch.device("cuda"))
     assert not exchange.ready and not exchange.takes(torch.zeros(3, dtype=torch.float64))
 
 

@@ -19,6 +19,7 @@ from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import debug, exchange, resolve, shared_memory, signatures
 from syncbn.comm.identity import state_of
+from syncbn.comm.peers import PeerExchange
 from syncbn.comm.sharing import Sharing
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -32,11 +33,11 @@ def test_the_ranks_of_a_host_share_memory(world):
 
 @pytest.mark.process_group
 def test_no_collective_after_the_first_exchange(world):
-    default = exchange.Exchange._way
+    default = exchange.way_of
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
     with collectives() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange.Exchange, "_way", default)  # counted as with default settings
+        patch.setattr(exchange, "way_of", default)  # counted as with default settings
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []
@@ -212,3 +213,18 @@ def test_a_wait_ends_as_soon_as_the_other_rank_comes(world):
         time.sleep(0.3)
     layer(batch())
     assert time.monotonic() - began >= (0.3 if world.rank == 0 else 0)
+
+
+def test_a_failed_set_up_names_the_exchange_and_layer(world, monkeypatch):
+    """In a group that has exchanged tensors of another device."""
+    layer, second = (SyncBatchNorm(3, process_group=group) for group in [another_group(world)] * 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exchange, "way_of", lambda state, device: state.way(PeerExchange))
+        layer(batch()).sum().backward()
+
+    def fail(self, comm, device):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(Sharing, "_meet", fail)
+    with pytest.raises(RuntimeError, match=r"(?s)unnamed layer 2.*: no memory\n.*\(the 3rd exchange since the group was made\)"):
+        second(batch())

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from syncbn.comm import exchange
+from syncbn.comm.identity import GroupState
 from syncbn.comm.sharing import Sharing
+from syncbn.comm.way import MemoryOrGroup
 
 
 def over_the_group(patch: pytest.MonkeyPatch) -> None:
     """From now on every group's collectives are used, as where no memory can be shared. Every rank calls it."""
     sharing = Sharing()
     sharing.reason, sharing.ready = "turned off for this test", True
-    way = exchange.Exchange._way
-    patch.setattr(exchange.Exchange, "_way", lambda self, kind, *where: sharing if kind is Sharing else way(self, kind, *where))
+    way_of = exchange.way_of
+
+    def without_memory(state: GroupState, device: torch.device) -> MemoryOrGroup:
+        way = way_of(state, device)
+        return sharing if isinstance(way, Sharing) else way
+
+    patch.setattr(exchange, "way_of", without_memory)
