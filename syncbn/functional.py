@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -104,14 +105,17 @@ def batch_norm_eval(
         weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
     epilogue = options.epilogue
     linear = Epilogue(epilogue.eps, Activation.none, epilogue.negative_slope)
-    z = _evaluated(running_mean, running_var, weight, bias, linear, input, residual)
-    y = activate(z, epilogue.activation, epilogue.negative_slope)
-    if saves and not torch.compiler.is_compiling() and recompute.is_active():
+    remembers = saves and not torch.compiler.is_compiling() and recompute.is_active()
+    with recompute.saving() if remembers else nullcontext(()) as saved:
+        z = _evaluated(running_mean, running_var, weight, bias, linear, input, residual)
+        y = activate(z, epilogue.activation, epilogue.negative_slope)
+    if remembers:
         parameters = running_mean, running_var, recompute.copy_of(weight), recompute.copy_of(bias)
         node: Any = y.grad_fn
         outputs = [(z, linear)] if y is z else [(z, linear), (y, epilogue)]  # both, since some activations save z, others y
         node.metadata["syncbn"] = [
-            recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual) for output, applied in outputs
+            recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual, saved=saved)
+            for output, applied in outputs
         ]
     return y
 

@@ -4,7 +4,7 @@ A layer keeps its input x for its own backward pass. A convolution after it keep
 `normalize` of x by the statistics that the layer keeps, too: bitwise the same y, whatever the activation, without an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
-               remember  replaces, by its recipe, an output that was packed while the layer computed it: relu saves what it returns
+               remember  replaces, by its recipe, an output that an operator saved while the layer computed it: relu saves what it returns
     backward   unpack    recipe ──► the output, computed once while someone holds it
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from torch import Tensor
 from ._torch_private import version_of
 
 _active: ContextVar[bool] = ContextVar("syncbn.recompute_outputs", default=False)
+_saved: ContextVar[list[_Kept] | None] = ContextVar("syncbn.recompute_outputs.saved", default=None)
 
 # A recipe may need an output that has a recipe. Along the residual connections of a network each would need the one before.
 _LONGEST_CHAIN = 2
@@ -64,10 +65,11 @@ def recompute_outputs() -> Iterator[None]:
 is_active = _active.get  # whether `remember` is of use here; for code that is not compiled, since a graph cannot ask
 
 
-def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None) -> object:
+def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None, saved: Iterable[_Kept] = ()) -> object:
     """In the context: `output`, just computed, is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
-    What `compute` holds besides must not change, nor be large. The caller keeps the returned recipe as long as the graph."""
+    What `compute` holds besides must not change, nor be large. What has been `saved` of the output is freed. The caller keeps the returned
+    recipe as long as the graph."""
     if output.is_inference():
         return None
     kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)
@@ -75,12 +77,22 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
     if chain <= _LONGEST_CHAIN:
         recipe = _Recipe(compute, kept, output, chain)
         memory = output.untyped_storage()
-        saved = _known_of(memory)
-        if isinstance(saved, _Kept):
-            saved.replace_by(recipe)
-        _known[memory] = weakref.ref(recipe)
+        for tensor in saved:
+            tensor.replace_by(recipe, memory)
+        _recipes[memory] = weakref.ref(recipe)
         return recipe
     return None
+
+
+@contextmanager
+def saving() -> Iterator[list[_Kept]]:
+    """What operators save in this context for their backward passes, for `remember`."""
+    saved: list[_Kept] = []
+    token = _saved.set(saved)
+    try:
+        yield saved
+    finally:
+        _saved.reset(token)
 
 
 def copy_of(parameter: Tensor | None) -> Tensor | None:
@@ -129,40 +141,35 @@ class _View(NamedTuple):
 class _Kept:
     """A tensor as it is, until `remember` finds how to compute it. torch does not look at the version of what hooks keep."""
 
-    __slots__ = "__weakref__", "now", "version"
+    __slots__ = "now", "version"
 
     def __init__(self, tensor: Tensor) -> None:
         self.now: Tensor | _View = tensor
         self.version = version_of(tensor)
 
-    def replace_by(self, recipe: _Recipe) -> None:
-        """Frees the tensor, if it is or views this recipe's output, unchanged."""
-        if isinstance(self.now, Tensor) and recipe.is_for(self.now):
+    def replace_by(self, recipe: _Recipe, memory: torch.UntypedStorage) -> None:
+        """Frees the tensor, if it is or views this recipe's output, unchanged, which is in `memory`."""
+        if isinstance(self.now, Tensor) and self.now.untyped_storage() is memory and recipe.is_for(self.now):
             self.now = _view(self.now, recipe)
 
 
-# What this file knows of memory: the recipe of the output in it, or the last tensor of it that a hook has kept. Keyed by memory, which
-# ends with the last tensor that views it; an address may be used again. The layer's autograd node keeps the recipe: an output that is
-# kept without its graph must not keep the layer's input.
-_known: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe] | weakref.ref[_Kept]] = WeakKeyDictionary()
-
-
-def _known_of(memory: torch.UntypedStorage) -> _Recipe | _Kept | None:
-    found = _known.get(memory)
-    return None if found is None else found()
+# The recipe of the output in this memory. Keyed by memory, which ends with the last tensor that views it; an address may be used again. The
+# layer's autograd node keeps the recipe: an output that is kept without its graph must not keep the layer's input.
+_recipes: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe]] = WeakKeyDictionary()
 
 
 def _pack(tensor: Tensor) -> Tensor | _Kept | _View:
     if tensor.is_inference():
         return tensor
-    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_meta:
+    if type(tensor) is not Tensor or tensor.layout is not torch.strided or tensor.is_meta:  # a parameter is no output
         return _Kept(tensor)
-    memory = tensor.untyped_storage()
-    known = _known_of(memory)
-    if isinstance(known, _Recipe):
-        return _view(tensor, known) if known.is_for(tensor) else _Kept(tensor)
+    found = _recipes.get(tensor.untyped_storage())
+    recipe = None if found is None else found()
+    if recipe is not None and recipe.is_for(tensor):
+        return _view(tensor, recipe)
     kept = _Kept(tensor)
-    _known[memory] = weakref.ref(kept)
+    if (saved := _saved.get()) is not None:
+        saved.append(kept)
     return kept
 
 
@@ -183,6 +190,3 @@ def _unpack(packed: Any) -> Any:
     recipe = packed.recipe
     with torch.no_grad():
         return torch.empty(0, dtype=recipe.dtype, device=recipe.device).set_(recipe.memory(), packed.offset, packed.size, packed.stride)
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
