@@ -66,6 +66,7 @@ for odd in (3, 1, 0):  # the rank that differs
     write(f"mismatch {odd}", error_of(lambda: (other if rank == odd else layer)(x)))
     assert torch.isfinite(layer(x)).all()  # and the ranks go on together
 dist.barrier()
+dist.destroy_process_group()
 """
 )
 CUT = (
