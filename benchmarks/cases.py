@@ -113,16 +113,16 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
     sums = ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, Activation.none, 0.0)[0]
     residual = inputs.residual.detach()
     running = (mean, var, tracked)
-    mask = ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, Activation.relu, 0.0)[1]
+    mask = ops.normalize(x, stats, weight, bias, residual, *running, 0.1, True, EPS, Activation.relu, 0.0)[1]
     fused = (weight, bias, None, mask, EPS, Activation.relu, 0.0)
     calls: Calls = {
         "stats": lambda: ops.stats(x, False),
-        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, *running, 0.1, EPS, True, Activation.none, 0.0),
+        "normalize": lambda: ops.normalize(x, stats, weight, bias, None, *running, 0.1, True, EPS, Activation.none, 0.0),
         "backward_reduce": lambda: ops.backward_reduce(dy, x, stats, weight, bias, None, None, EPS, Activation.none, 0.0),
-        "backward_input": lambda: ops.backward_input(dy, x, stats, sums, weight, bias, None, None, EPS, Activation.none, 0.0),
-        "normalize + add + relu": lambda: ops.normalize(x, stats, weight, bias, residual, *running, 0.1, EPS, True, Activation.relu, 0.0),
+        "backward_input": lambda: ops.backward_input(dy, sums, x, stats, weight, bias, None, None, EPS, Activation.none, 0.0),
+        "normalize + add + relu": lambda: ops.normalize(x, stats, weight, bias, residual, *running, 0.1, True, EPS, Activation.relu, 0.0),
         "backward_reduce + add + relu": lambda: ops.backward_reduce(dy, x, stats, *fused),
-        "backward_input + add + relu": lambda: ops.backward_input(dy, x, stats, sums, *fused),
+        "backward_input + add + relu": lambda: ops.backward_input(dy, sums, x, stats, *fused),
     }
     moved = {"stats": 1.0, "normalize": 2.0, "backward_reduce": 2.0, "backward_input": 3.0}
     bits = 1 / (8 * x.element_size())

@@ -25,6 +25,9 @@ from .options import Options
 Running = tuple[Tensor | None, Tensor | None, Tensor | None]
 NOTHING_TRACKED: Running = (None, None, None)
 
+# What a step keeps for its backward pass: x, stats, weight, bias, and the residual or the mask if the activation needs it.
+Saved = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
 
 class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization over the samples of R ranks.
@@ -59,10 +62,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         stats, running, ticket = (_traced_stats if compiling else _group_stats)(x, running, exchange, options)
         if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
             check_count(options.layer, stats, x, exchange.comm)
-        eps, activation, negative_slope = options.epilogue
-        y, mask = ops.normalize(
-            x, stats, weight, bias, residual, *running, options.momentum, eps, options.unbiased, activation, negative_slope, *ticket
-        )
+        y, mask = ops.normalize(x, stats, weight, bias, residual, *running, options.momentum, options.unbiased, *options.epilogue, *ticket)
         # As torch's in-place operations do, and the compiled ops do not: if autograd has saved one of them for a backward pass, that pass
         # then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
@@ -73,6 +73,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         ctx.has_residual = residual is not None
         kept_mask: Tensor | None = None
         if residual is not None:
+            activation = options.epilogue.activation
             kept_mask = mask if keeps_mask(activation, True) else None
             residual = residual if keeps_residual(activation, True) else None
         ctx.save_for_backward(x, stats, weight, bias, residual, kept_mask)
@@ -81,28 +82,26 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, stats, weight, bias, residual, mask = ctx.saved_tensors
+        saved: Saved = ctx.saved_tensors
+        x, _, weight, bias, *_ = saved
         options: Options = ctx.options
         exchange: Exchange = ctx.exchange
         needs_dx, needs_dresidual = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = differentiable_backward(dy, x, stats, weight, bias, residual, mask, exchange, *options.epilogue, options.rank_weighted)
+            grads = differentiable_backward(dy, *saved, *options.epilogue, options.rank_weighted, exchange)
             return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *_NO_GRADIENTS
         if not (dy.is_contiguous() and x.is_contiguous()):
             dy = dense_like(dy, x)
 
-        eps, activation, negative_slope = options.epilogue
         ticket = NO_TICKET if exchange is ALONE else exchange.ticket(dy, "backward", 2 * x.shape[1])
-        sums, dweight, dbias = ops.backward_reduce(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, ticket.tag)
+        sums, dweight, dbias = ops.backward_reduce(dy, *saved, *options.epilogue, ticket.tag)
         if exchange is not ALONE:
             sums = exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
         dz = dy if ctx.has_residual else None
-        needs_dz = needs_dresidual and activation != Activation.none
+        needs_dz = needs_dresidual and options.epilogue.activation != Activation.none
         if needs_dx or needs_dz:
-            dx, written = ops.backward_input(
-                dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, options.rank_weighted, *ticket
-            )
+            dx, written = ops.backward_input(dy, sums, *saved, *options.epilogue, options.rank_weighted, *ticket)
             dx, dz = dx if needs_dx else None, written if needs_dz else dz
         else:
             exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
@@ -147,8 +146,6 @@ def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, op
     weight, bias = recompute.copy_of(weight), recompute.copy_of(bias)
 
     def normalize(x: Tensor, residual: Tensor | None) -> Tensor:
-        return ops.normalize(
-            x, stats, weight, bias, residual, *NOTHING_TRACKED, None, options.epilogue.eps, options.unbiased, *options.epilogue[1:]
-        )[0]
+        return ops.normalize(x, stats, weight, bias, residual, *NOTHING_TRACKED, None, options.unbiased, *options.epilogue)[0]
 
     return normalize

@@ -43,11 +43,11 @@ def differentiable_backward(
     bias: Tensor | None,
     residual: Tensor | None,
     mask: Tensor | None,
-    exchange: Exchange,
     eps: float,
     activation: int,
     negative_slope: float,
     rank_weighted: bool,
+    exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dweight and dbias as differentiable functions of dy, x, weight, bias and residual.
 

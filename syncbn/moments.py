@@ -83,7 +83,7 @@ def channels_of(stats: Tensor) -> int:
     return (stats.numel() - STATS_TAIL) // 3
 
 
-def stats(x: Tensor, rank_weighted: bool = False, shifted: bool = False, tag: int = 0) -> Tensor:
+def stats(x: Tensor, rank_weighted: bool, shifted: bool = False, tag: int = 0) -> Tensor:
     """The statistics of this rank's x, in the form that the forward exchange adds up.
 
     x [N, C, *]  ->  [3C + 4] float64: `Statistics`.

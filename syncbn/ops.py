@@ -1,11 +1,14 @@
 """The four ops: their schemas on one screen, and their fake kernels.
 
-Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the
-schema, the reference and the kernel. Tensors are dense (`layout.dense`); checks on what a caller passes are made
-in `arguments.py`, before any collective.
+Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the schema,
+the reference and the kernel; the reference says what they mean. Tensors are dense (`layout.dense`); checks on what a caller passes are
+made in `arguments.py`, before any collective.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ SCHEMAS = {
     "normalize": (
         "(Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual,"
         " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
-        " float? momentum, float eps, bool unbiased, int activation, float negative_slope,"
+        " float? momentum, bool unbiased, float eps, int activation, float negative_slope,"
         " int tag=0, int ranks=0, Tensor(d!)? alarm=None) -> (Tensor y, Tensor mask)"
     ),
     "backward_reduce": (
@@ -28,7 +31,7 @@ SCHEMAS = {
         " float eps, int activation, float negative_slope, int tag=0) -> (Tensor sums, Tensor dweight, Tensor dbias)"
     ),
     "backward_input": (
-        "(Tensor dy, Tensor x, Tensor stats, Tensor sums, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
+        "(Tensor dy, Tensor sums, Tensor x, Tensor stats, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask,"
         " float eps, int activation, float negative_slope, bool rank_weighted=False,"
         " int tag=0, int ranks=0, Tensor(a!)? alarm=None) -> (Tensor dx, Tensor dz)"
     ),
@@ -41,10 +44,19 @@ for _name, _schema in SCHEMAS.items():
 
 native.load(SCHEMAS)  # after the definitions, which the compiled kernels fill in
 
-stats = torch.ops.syncbn.stats.default
-normalize = torch.ops.syncbn.normalize.default
-backward_reduce = torch.ops.syncbn.backward_reduce.default
-backward_input = torch.ops.syncbn.backward_input.default
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _op(reference: F) -> F:
+    """The op that `reference` specifies, with its types and its docstring. It is torch's own callable: a function around it would cost a
+    small layer as much time as a kernel."""
+    return cast(F, getattr(torch.ops.syncbn, reference.__name__).default)
+
+
+stats = _op(reference.stats)
+normalize = _op(reference.normalize)
+backward_reduce = _op(reference.backward_reduce)
+backward_input = _op(reference.backward_input)
 
 
 def _on_one_device(*tensors: Tensor | None) -> None:
@@ -61,7 +73,7 @@ def _(x, rank_weighted, shifted=False, tag=0):
 
 @torch.library.register_fake("syncbn::normalize", lib=_library)
 def _(
-    x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, negative_slope,
+    x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, unbiased, eps, activation, negative_slope,
     tag=0, ranks=0, alarm=None,
 ):  # fmt: skip
     _on_one_device(x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked)
@@ -80,6 +92,6 @@ def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slop
 
 
 @torch.library.register_fake("syncbn::backward_input", lib=_library)
-def _(dy, x, stats, sums, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False, tag=0, ranks=0, alarm=None):
-    _on_one_device(dy, x, stats, sums, weight, bias, residual, mask)
+def _(dy, sums, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False, tag=0, ranks=0, alarm=None):
+    _on_one_device(dy, sums, x, stats, weight, bias, residual, mask)
     return torch.empty_like(x), torch.empty_like(x) if writes_dz(activation, residual, mask) else x.new_empty(0)

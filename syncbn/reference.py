@@ -34,8 +34,8 @@ def normalize(
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
-    eps: float,
     unbiased: bool,
+    eps: float,
     activation: int,
     negative_slope: float,
     tag: int = 0,
@@ -96,9 +96,9 @@ def backward_reduce(
 
 def backward_input(
     dy: Tensor,
+    sums: Tensor,
     x: Tensor,
     stats: Tensor,
-    sums: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,

@@ -31,7 +31,7 @@ Tensor stats(Tensor x, bool rank_weighted, bool shifted, int64_t tag) {
 template <class Device>
 std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias, OptionalTensor residual,
                                      OptionalTensor running_mean, OptionalTensor running_var, OptionalTensor num_batches_tracked,
-                                     std::optional<double> momentum, double eps, bool unbiased, int64_t activation, double negative_slope,
+                                     std::optional<double> momentum, bool unbiased, double eps, int64_t activation, double negative_slope,
                                      int64_t tag, int64_t ranks, OptionalTensor alarm) {
   const Input<Device> in(x);
   NormalizeArgs args{};
@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_reduce(Tensor dy, Tensor x, Tensor s
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor x, Tensor stats, Tensor sums, OptionalTensor weight, OptionalTensor bias,
+std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor sums, Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias,
                                           OptionalTensor residual, OptionalTensor mask, double eps, int64_t activation,
                                           double negative_slope, bool rank_weighted, int64_t tag, int64_t ranks, OptionalTensor alarm) {
   const Input<Device> in(x);

@@ -102,12 +102,12 @@ def test_moving_statistics_move_by_the_momentum(implementation, momentum):
     mean, var, _ = reference.finalize(stats, 0.0)
     old = torch.randn(2, 3, dtype=torch.float64)
     state = (old[0].clone(), old[1].clone(), None)
-    implementation.normalize(x, stats, None, None, None, *state, momentum, 1e-5, False, Activation.none, 0.0)
+    implementation.normalize(x, stats, None, None, None, *state, momentum, False, 1e-5, Activation.none, 0.0)
     for new, before, target in zip(state, old, (mean, var), strict=False):
         assert torch.allclose(new, (1 - momentum) * before + momentum * target, rtol=1e-14, atol=1e-15)
     # The implementation's own variance: a compiler that fuses a product and a difference has another last bit than the reference.
     targets = (torch.zeros(3).double(), torch.zeros(3).double(), None)
-    implementation.normalize(x, stats, None, None, None, *targets, 1.0, 1e-5, False, Activation.none, 0.0)
+    implementation.normalize(x, stats, None, None, None, *targets, 1.0, False, 1e-5, Activation.none, 0.0)
     still = (targets[0].clone(), targets[1].clone(), None)
-    implementation.normalize(x, stats, None, None, None, *still, momentum, 1e-5, False, Activation.none, 0.0)
+    implementation.normalize(x, stats, None, None, None, *still, momentum, False, 1e-5, Activation.none, 0.0)
     assert torch.equal(still[0], targets[0]) and torch.equal(still[1], targets[1])

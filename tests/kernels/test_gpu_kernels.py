@@ -35,11 +35,11 @@ def step(case: Case):
     d = make(case, "cuda")
     stats = ops.stats(d.x, case.rank_weighted, case.shifted)
     state = (d.running_mean, d.running_var, d.tracked)
-    y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, EPS, case.unbiased, case.fused, SLOPE)
+    y, mask = ops.normalize(d.x, stats, d.weight, d.bias, d.residual, *state, case.momentum, case.unbiased, EPS, case.fused, SLOPE)
     residual = d.residual if keeps_residual(case.fused, True) else None
     how = (d.weight, d.bias, residual, mask if case.keeps_mask else None, EPS, case.fused, SLOPE)
     sums, dweight, dbias = ops.backward_reduce(d.dy, d.x, stats, *how)
-    dx, dz = ops.backward_input(d.dy, d.x, stats, sums, *how)
+    dx, dz = ops.backward_input(d.dy, sums, d.x, stats, *how)
     return [stats, y, sums, dweight, dbias, dx, dz, *(t for t in state if t is not None)]
 
 
@@ -120,9 +120,9 @@ def test_no_op_waits_for_the_device():
     try:
         x = torch.randn(4, 8, 16, 16, device="cuda")
         stats = ops.stats(x, False)
-        ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, Activation.relu, SLOPE)
+        ops.normalize(x, stats, None, None, None, None, None, None, 0.1, True, EPS, Activation.relu, SLOPE)
         sums, *_ = ops.backward_reduce(x, x, stats, None, None, None, None, EPS, Activation.relu, SLOPE)
-        ops.backward_input(x, x, stats, sums, None, None, None, None, EPS, Activation.relu, SLOPE)
+        ops.backward_input(x, sums, x, stats, None, None, None, None, EPS, Activation.relu, SLOPE)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -134,7 +134,7 @@ def test_out_of_memory_error_matches_torchs():
     torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
     try:
         with pytest.raises(RuntimeError, match=r"CUDA out of memory. syncbn could not allocate a tensor \[8, 64, 256, 256\]"):
-            ops.normalize(x, stats, None, None, None, None, None, None, 0.1, EPS, True, Activation.none, SLOPE)
+            ops.normalize(x, stats, None, None, None, None, None, None, 0.1, True, EPS, Activation.none, SLOPE)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
@@ -161,13 +161,13 @@ def test_more_than_2_to_the_31_elements(channels_last):
     assert stats[15] == 6 and stats[23] == 18 and stats[:15].count_nonzero() == 0 and stats[24] == 2 * shape[2]
     # mean 0 and var 1 for all channels, count 1
     stats = torch.tensor([0.0] * 16 + [1.0] * 10 + [0.0] * 2, dtype=torch.float64, device="cuda")
-    y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, 0.0, True, Activation.relu, SLOPE)
+    y, mask = ops.normalize(x, stats, None, None, x, None, None, None, 0.1, True, 0.0, Activation.relu, SLOPE)
     assert only_at_the_end(y) == [6, 6]
     del y
     dy, how = full(1.0), (None, None, None, mask, 0.0, Activation.relu, SLOPE)
     sums, *_ = ops.backward_reduce(dy, x, stats, *how)
     assert sums.tolist() == [0] * 7 + [2] + [0] * 7 + [6, 0, 0]
-    dx, dz = ops.backward_input(dy, x, stats, sums / 64, *how)
+    dx, dz = ops.backward_input(dy, sums / 64, x, stats, *how)
     assert only_at_the_end(dz) == [1, 1]
     # Where x and dz are 0, all that is left is sum_dy / n of the last channel.
     assert dx[-1, -1, -64::63].tolist() == [1 - 2 / 64 - 3 * 6 / 64] * 2 and dx[:, :-1].count_nonzero() == 0

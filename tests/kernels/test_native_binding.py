@@ -19,7 +19,7 @@ CHANNELS_LAST = X.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def normalize(x=X, stats=STATS, weight=W, bias=W, residual=None, mean=None, var=None, tracked=None, activation=Activation.none, alarm=None):
-    return ops.normalize(x, stats, weight, bias, residual, mean, var, tracked, 0.1, EPS, True, activation, 0.0, 3, 1, alarm)
+    return ops.normalize(x, stats, weight, bias, residual, mean, var, tracked, 0.1, True, EPS, activation, 0.0, 3, 1, alarm)
 
 
 def reduce(dy=X, x=X, residual=None, mask=None, activation=Activation.relu, tag=0):
@@ -51,7 +51,7 @@ REFUSED = [
     ),
     (lambda: reduce(dy=X.to("meta")), "all tensors must be on one device, got cpu, meta"),
     (
-        lambda: ops.backward_input(X, X, STATS, STATS[:8].to("meta"), W, W, None, None, EPS, Activation.none, 0.0),
+        lambda: ops.backward_input(X, STATS[:8].to("meta"), X, STATS, W, W, None, None, EPS, Activation.none, 0.0),
         "all tensors must be on one device, got cpu, meta",
     ),
     (lambda: normalize(activation=len(Activation)), rf"activation must be one of syncbn\.activation\.Activation, got {len(Activation)}"),
@@ -60,11 +60,11 @@ REFUSED = [
     (lambda: reduce(residual=X), "mask must be given with a residual and this activation"),
     (lambda: reduce(residual=X, mask=torch.zeros(3, dtype=torch.uint8)), r"mask must be contiguous Byte \[9\], got Byte \[3\]"),
     (
-        lambda: ops.backward_input(X, X, STATS, STATS[:8], W, W, X, None, EPS, Activation.relu, 0.0),
+        lambda: ops.backward_input(X, STATS[:8], X, STATS, W, W, X, None, EPS, Activation.relu, 0.0),
         "mask must be given with a residual and this activation",
     ),
     (
-        lambda: ops.backward_input(X, X, STATS, STATS[:7], W, W, None, None, EPS, Activation.none, 0.0),
+        lambda: ops.backward_input(X, STATS[:7], X, STATS, W, W, None, None, EPS, Activation.none, 0.0),
         r"sums must be contiguous Double \[8\], got Double \[7\]",
     ),
     (lambda: ops.stats(X, False, False, -1), r"tag must be in \[0, 2\^20\), got -1"),
@@ -88,7 +88,7 @@ from syncbn.activation import Activation
 x, stats = torch.zeros(8, 64, 256, 256), torch.ones(196).double()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20),) * 2)
-ops.normalize(x, stats, None, None, None, None, None, None, 0.1, 1e-5, True, Activation.none, 0.0)
+ops.normalize(x, stats, None, None, None, None, None, None, 0.1, True, 1e-5, Activation.none, 0.0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     error = "RuntimeError: DefaultCPUAllocator: can't allocate memory. syncbn could not allocate a tensor [8, 64, 256, 256]"

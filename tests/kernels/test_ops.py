@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,12 +46,12 @@ def test_ops_together_equal_batch_norm(shape, layout, residual, activation, dtyp
     running_mean, running_var, tracked = torch.zeros(c), torch.ones(c), torch.tensor(0)
 
     stats = ops.stats(x, False)
-    y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, 1e-5, True, activation, 0.01)
+    y, mask = ops.normalize(x, stats, weight, bias, res, running_mean, running_var, tracked, 0.1, True, 1e-5, activation, 0.01)
     masked = keeps_mask(activation, residual)
     assert mask.numel() == (mask_bytes(x) if masked else 0)
     how = (weight, bias, res if keeps_residual(activation, residual) else None, mask if masked else None, 1e-5, activation, 0.01)
     sums, dweight, dbias = ops.backward_reduce(dy, x, stats, *how)
-    dx, dz = ops.backward_input(dy, x, stats, sums, *how)
+    dx, dz = ops.backward_input(dy, sums, x, stats, *how)
     assert dz.shape == (x.shape if residual and activation != Activation.none else (0,))
 
     assert stats.dtype == sums.dtype == torch.float64
@@ -129,6 +131,16 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("name", ops.SCHEMAS)
+def test_schema_is_the_references_signature(name):
+    """Whose types and docstring the op has."""
+    schema = getattr(torch.ops.syncbn, name).default._schema
+    parameters = inspect.signature(getattr(reference, name)).parameters.values()
+    types = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "Optional[float]": "float | None"}
+    declared = [(a.name, types.get(str(a.type), str(a.type)), a.default_value if a.has_default_value() else None) for a in schema.arguments]
+    assert declared == [(p.name, p.annotation, None if p.default is p.empty else p.default) for p in parameters]
+
+
 @pytest.mark.parametrize("name", CASES)
 @every_layout
 def test_opcheck(name, layout):
@@ -141,7 +153,7 @@ def test_opcheck(name, layout):
     buffers = (torch.zeros(3), torch.ones(3), torch.tensor(0)) if case["track"] else (None, None, None)
     activation, verification = case["activation"], () if case["alarm"] is None else (3, 1, case["alarm"])
     stats = ops.stats(x, False)
-    normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], 1e-5, True, activation, 0.01, *verification)
+    normalize_args = (x, stats, weight, bias, residual, *buffers, case["momentum"], True, 1e-5, activation, 0.01, *verification)
     _, mask = ops.normalize(*normalize_args)
     mask = mask if mask.numel() else None
     how = (weight, bias, residual if keeps_residual(activation, True) else None, mask, 1e-5, activation, 0.01)
@@ -150,7 +162,7 @@ def test_opcheck(name, layout):
     torch.library.opcheck(ops.stats, (x, False), test_utils=checks)
     torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
     torch.library.opcheck(ops.backward_reduce, (dy, x, stats, *how), test_utils=checks)
-    torch.library.opcheck(ops.backward_input, (dy, x, stats, sums, *how, False, *verification), test_utils=checks)
+    torch.library.opcheck(ops.backward_input, (dy, sums, x, stats, *how, False, *verification), test_utils=checks)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
@@ -228,11 +240,11 @@ def test_the_ops_count_beyond_what_float32_and_int32_hold():
     n = 2.0**31 + 3
     stats, x = torch.tensor([0, 2 * n, 5 * n, n, n, 0, 0], dtype=torch.float64), torch.tensor([[1.0], [4.0]], dtype=torch.float64)
     running_mean, running_var, tracked = torch.zeros(1).double(), torch.zeros(1).double(), torch.tensor(0)
-    y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, 0.0, True, Activation.none, 0.0)
+    y, _ = ops.normalize(x, stats, None, None, None, running_mean, running_var, tracked, 1.0, True, 0.0, Activation.none, 0.0)
     assert y.flatten().tolist() == [-1, 2]
     assert running_mean.item() == 2 and running_var.item() == n / (n - 1) != 1
     sums = torch.tensor([3 * n, n, 0, 0], dtype=torch.float64)
-    dx, _ = ops.backward_input(x, x, stats, sums, None, None, None, None, 0.0, Activation.none, 0.0)
+    dx, _ = ops.backward_input(x, sums, x, stats, None, None, None, None, 0.0, Activation.none, 0.0)
     assert dx.flatten().tolist() == [1 - 3 + 1, 4 - 3 - 2]
 
 
@@ -263,9 +275,9 @@ def test_nan_passes_through_relu_as_in_torch():
 def test_an_unknown_activation_is_an_error(op, implementation, number):
     x, stats, sums = torch.ones(2, 3, 4), torch.ones(13).double(), torch.ones(8).double()
     arguments = {
-        "normalize": (x, stats, None, None, None, None, None, None, 0.1, 1e-5, True),
+        "normalize": (x, stats, None, None, None, None, None, None, 0.1, True, 1e-5),
         "backward_reduce": (x, x, stats, None, None, None, None, 1e-5),
-        "backward_input": (x, x, stats, sums, None, None, None, None, 1e-5),
+        "backward_input": (x, sums, x, stats, None, None, None, None, 1e-5),
     }[op]
     with pytest.raises((ValueError, RuntimeError), match=rf"activation must be one of syncbn\.activation\.Activation, got {number}"):
         getattr(implementation, op)(*arguments, number, 0.1)

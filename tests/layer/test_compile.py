@@ -193,17 +193,17 @@ def op_arguments():
     stats = ops.stats(x, False)
     weight, bias = torch.randn(2, 3)
     running = (torch.zeros(3), torch.ones(3), torch.tensor(0))
-    _, mask = ops.normalize(x, stats, weight, bias, residual, None, None, None, 0.1, 1e-5, True, Activation.relu, 0.0)
+    _, mask = ops.normalize(x, stats, weight, bias, residual, None, None, None, 0.1, True, 1e-5, Activation.relu, 0.0)
     sums = torch.randn(sums_numel(3), dtype=torch.float64)
     return [
         (ops.stats, (x, False)),
         (ops.stats, (x.to(torch.bfloat16), True)),
-        (ops.normalize, (x, stats, weight, bias, None, *running, 0.1, 1e-5, True, Activation.none, 0.0)),
-        (ops.normalize, (x, stats, None, None, residual, None, None, None, None, 1e-5, False, Activation.leaky_relu, 0.01)),
+        (ops.normalize, (x, stats, weight, bias, None, *running, 0.1, True, 1e-5, Activation.none, 0.0)),
+        (ops.normalize, (x, stats, None, None, residual, None, None, None, None, False, 1e-5, Activation.leaky_relu, 0.01)),
         (ops.backward_reduce, (dy, x, stats, weight, bias, None, None, 1e-5, Activation.silu, 0.0)),
         (ops.backward_reduce, (dy, x, stats, weight, bias, None, mask, 1e-5, Activation.relu, 0.0)),
-        (ops.backward_input, (dy, x, stats, sums, weight, None, None, None, 1e-5, Activation.none, 0.0)),
-        (ops.backward_input, (dy, x, stats, sums, weight, bias, residual, None, 1e-5, Activation.silu, 0.0)),
+        (ops.backward_input, (dy, sums, x, stats, weight, None, None, None, 1e-5, Activation.none, 0.0)),
+        (ops.backward_input, (dy, sums, x, stats, weight, bias, residual, None, 1e-5, Activation.silu, 0.0)),
     ]
 
 

@@ -33,7 +33,7 @@ class CpuCase:
         draws = (2 * random(*shape) + 3, random(*shape), random(*shape))
         self.x, self.residual, self.dy = (layout(draw.to(dtype)) for draw in draws)
         self.weight, self.bias = random(shape[1]) + 0.5, random(shape[1])
-        self.stats = reference.stats(self.x.double())
+        self.stats = reference.stats(self.x.double(), False)
 
 
 def exact(args):
@@ -50,7 +50,7 @@ def close(got: Tensor, want: Tensor, terms: float, name: str = "") -> None:
 
 def normalize_args(case, activation, add, running=(None, None, None), momentum=0.1, unbiased=True):
     residual = case.residual if add else None
-    return (case.x, case.stats, case.weight, case.bias, residual, *running, momentum, EPS, unbiased, activation, SLOPE)
+    return (case.x, case.stats, case.weight, case.bias, residual, *running, momentum, unbiased, EPS, activation, SLOPE)
 
 
 def kept_mask(case, activation, add):
@@ -63,7 +63,7 @@ def backward_args(case, activation, add, *, stats=None, sums=None):
     residual = case.residual if add else None
     stats = case.stats if stats is None else stats
     how = (case.weight, case.bias, residual, kept_mask(case, activation, add), EPS, activation, SLOPE)
-    return (case.dy, case.x, stats, *([] if sums is None else [sums]), *how)
+    return (case.dy, *([] if sums is None else [sums]), case.x, stats, *how)
 
 
 def check_stats(shape, dtype, layout):

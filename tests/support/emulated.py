@@ -235,7 +235,7 @@ class Emulated:
         return out
 
     def normalize(
-        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, eps, unbiased, activation, slope,
+        self, x, stats, weight, bias, residual, running_mean, running_var, num_batches_tracked, momentum, unbiased, eps, activation, slope,
         tag=0, ranks=0, alarm=None,
     ):  # fmt: skip
         g = Guarded()
@@ -272,7 +272,7 @@ class Emulated:
         return sums, *(x.new_empty(0) if t is None else t for t in (dweight, dbias))
 
     def backward_input(
-        self, dy, x, stats, sums, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False, tag=0, ranks=0, alarm=None
+        self, dy, sums, x, stats, weight, bias, residual, mask, eps, activation, slope, rank_weighted=False, tag=0, ranks=0, alarm=None
     ):
         g = Guarded()
         dy, x, residual = self._copies(g, dy=dy, x=x, residual=residual)

@@ -218,7 +218,7 @@ def make(case: Case, device: str = "cpu") -> Data:
         s = moments.parts(stats)
         s.sumsq.copy_(s.sum.square() / s.weight - 0.01 * s.weight)
     y, mask = reference.normalize(
-        x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, EPS, True, case.fused, SLOPE
+        x.double(), stats, doubled(weight), doubled(bias), doubled(residual), None, None, None, 0.1, True, EPS, case.fused, SLOPE
     )
     mask = mask if case.keeps_mask else None
     _fill_tags(case, *moments.parts(stats)[-2:])
@@ -268,7 +268,7 @@ class Alarm:
 
 def backward_arguments(d: Data, case: Case, of: Any, *sums: Tensor) -> tuple[Any, ...]:
     residual = d.residual if keeps_residual(case.fused, True) else None
-    return (of(d.dy), of(d.x), d.stats, *sums, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.fused, SLOPE)
+    return (of(d.dy), *sums, of(d.x), d.stats, of(d.weight), of(d.bias), of(residual), d.mask, EPS, case.fused, SLOPE)
 
 
 def as_is(t: Tensor | None) -> Tensor | None:

@@ -49,7 +49,7 @@ def check_stats(ops: Any, case: Case, device: str = "cpu") -> None:
 def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     d = make(case, device)
     state = (d.running_mean, d.running_var, d.tracked)
-    how = (case.momentum, EPS, case.unbiased, case.fused, SLOPE)
+    how = (case.momentum, case.unbiased, EPS, case.fused, SLOPE)
     alarm = Alarm(case, device)
     wanted = [None if t is None else t.clone().to(torch.float64 if t.is_floating_point() else t.dtype) for t in state]
     want_y, want_mask = reference.normalize(d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), *wanted, *how)
@@ -65,7 +65,7 @@ def check_normalize(ops: Any, case: Case, device: str = "cpu") -> None:
     if case.keeps_mask:
         got_bits, want_bits = reference._unpack_bits(mask, d.x), reference._unpack_bits(want_mask, d.x)
         z, _ = reference.normalize(
-            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, EPS, True, Activation.none, SLOPE
+            d.x.double(), d.stats, *map(doubled, (d.weight, d.bias, d.residual)), None, None, None, 0.1, True, EPS, Activation.none, SLOPE
         )
         # The sign of a z that is 0 within its rounding is undecided: of 25 million values that happens to one or two.
         wrong = (got_bits != want_bits) & ~(z.abs() <= case.tolerance(VALUE_TOLERANCE, reference.acc_type(case.dtype)))
@@ -112,7 +112,7 @@ def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:
     mean, var, _ = reference.finalize(stats, 0.0)
     for momentum in (1.0, None):
         state = (torch.ones(5, device=device), torch.ones(5, device=device), torch.tensor(0, device=device))
-        ops.normalize(x, stats, None, None, None, *state, momentum, EPS, False, Activation.none, SLOPE)
+        ops.normalize(x, stats, None, None, None, *state, momentum, False, EPS, Activation.none, SLOPE)
         assert torch.equal(state[0], mean.float()) and torch.allclose(state[1], var.float(), rtol=2e-7, atol=0), momentum
 
 
