@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from support import ROOT
-from support.processes import run
+from support.processes import run, two_ranks
 
-pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
-pytestmark = pytest.mark.world_size(1)
+pytestmark = [
+    pytest.mark.world_size(1),
+    # Not importorskip: each rank of every run collects this file, and the import takes a second.
+    pytest.mark.skipif(find_spec("sklearn") is None, reason="the example trains on scikit-learn's digits"),
+]
 
 
 EXAMPLES = ROOT / "examples"
@@ -35,26 +40,44 @@ def one_process(tmp_path_factory, forks, subprocess_env) -> Path:
     return out
 
 
-@pytest.mark.parametrize("launcher", ["torchrun.sh", "mpirun.sh"])
-@pytest.mark.parametrize("norm", ["sync", "local"])
-def test_the_example_follows_the_one_process_run_only_if_synchronized(launcher, norm, one_process, tmp_path, forks, subprocess_env):
-    env = subprocess_env | {"RANKS": "2", "PYTHON": sys.executable}
-    example = ["examples/segmentation.py", "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(tmp_path)]
-    output([f"launch/{launcher}", *example], env)
-    (result,) = tmp_path.glob("*.pt")
-    arguments = [str(result), *map(str, one_process.glob("*.pt")), "--plot", str(tmp_path / "plot.png")]
+@pytest.fixture
+def compare(one_process, tmp_path, forks, subprocess_env) -> Callable[[], subprocess.CompletedProcess[str]]:
+    """Runs compare.py on the result of the test and that of the single process."""
 
-    def compare() -> subprocess.CompletedProcess[str]:
+    def run_it() -> subprocess.CompletedProcess[str]:
+        results = [*tmp_path.glob("*.pt"), *one_process.glob("*.pt")]
+        arguments = [*map(str, results), "--plot", str(tmp_path / "plot.png")]
         (done,) = forks.run(EXAMPLES / "compare.py", *arguments, env=subprocess_env, timeout=110)
         return done
 
-    done = compare()
+    return run_it
+
+
+def assert_agrees(done: subprocess.CompletedProcess[str], folder: Path) -> None:
     assert done.returncode == 0, done.stderr
-    assert "2 x 4" in done.stdout and (tmp_path / "plot.png").stat().st_size > 10_000
-    if norm == "local":  # the comparison can fail: call the run synchronized, and it does not follow
-        torch.save({**torch.load(result), "norm": "sync"}, result)
-        done = compare()
-        assert done.returncode == 1 and "does not follow" in done.stdout
+    assert "2 x 4" in done.stdout and (folder / "plot.png").stat().st_size > 10_000
+
+
+def example(norm: str, folder: Path) -> list[str]:
+    return [str(EXAMPLES / "segmentation.py"), "--norm", norm, "--batch-size", "4", "--steps", "3", "--out", str(folder)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun.sh", "mpirun.sh"])
+def test_the_synchronized_example_follows_the_one_process_run(launcher, compare, tmp_path, subprocess_env):
+    output([f"launch/{launcher}", *example("sync", tmp_path)], subprocess_env | {"RANKS": "2", "PYTHON": sys.executable})
+    assert_agrees(compare(), tmp_path)
+
+
+def test_the_unsynchronized_example_does_not_follow_the_one_process_run(compare, tmp_path, forks, subprocess_env):
+    """Without a launcher: its ranks only meet to gather their results."""
+    script, *arguments = example("local", tmp_path)
+    ended = forks.run(Path(script), *arguments, env=subprocess_env, timeout=110, ranks=two_ranks())
+    assert [rank.returncode for rank in ended] == [0, 0], ended
+    assert_agrees(compare(), tmp_path)
+    (result,) = tmp_path.glob("*.pt")
+    torch.save({**torch.load(result), "norm": "sync"}, result)  # the comparison can fail: call the run synchronized
+    done = compare()
+    assert done.returncode == 1 and "does not follow" in done.stdout
 
 
 def test_mpirun_runs_plain_torch_scripts(tmp_path, subprocess_env):

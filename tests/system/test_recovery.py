@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import torch
 from support import ROOT
 from support.processes import job, left_behind, two_ranks
 
-pytest.importorskip("sklearn", reason="the example trains on scikit-learn's digits")
-pytestmark = pytest.mark.world_size(1)
+pytestmark = [
+    pytest.mark.world_size(1),
+    # Not importorskip: each rank of every run collects this file, and the import takes a second.
+    pytest.mark.skipif(find_spec("sklearn") is None, reason="the example trains on scikit-learn's digits"),
+]
 LIMIT = 100  # seconds, of a job
 
 # Runs the example; in the first start a rank kills itself where the test says. An epoch has 28 steps.
