@@ -86,7 +86,7 @@ def compile_translated(text: str, op: str, target: Path, *flags: str) -> None:
 
 def build_sweep(op: str, target: Path) -> None:
     """benchmarks/sweep.cu for this op, as a program."""
-    flags = ["-std=c++17", "-O1", "-w", "-U_FORTIFY_SOURCE", f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h")]
+    flags = ["-std=c++17", "-O0", "-w", "-U_FORTIFY_SOURCE", f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h")]
     folders = [flag for folder in (EMULATION / "include", EMULATION, KERNELS) for flag in ("-I", str(folder))]
     sources = [str(ROOT / "benchmarks" / "sweep.cu"), str(EMULATION / "scheduler.cpp")]
     _run([COMPILER, *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
