@@ -53,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "nightly: mutants, every Plan of the sweep, and nvcc's PTX; not in a plain `pytest`")
     config.addinivalue_line("markers", "system: starts jobs; not in a plain `pytest` (set by conftest.py)")
-    config.addinivalue_line("markers", "scales: more ranks are another case (set by conftest.py, but for test_fuzz.py)")
+    config.addinivalue_line("markers", "scales: more ranks are another case (set by conftest.py)")
     if not _selects(config):
         config.option.markexpr = QUICK
     if HERE.rank > 0:
@@ -120,12 +120,11 @@ def _sizes(item: pytest.Item) -> list[int]:
 
 def _scales(item: pytest.Item) -> bool:
     """More ranks are another case for a test that splits a batch over them, and for one whose marker names this number of several ranks.
-    A single rank under torchrun is another case for tests that need torch.distributed: `pytest` leaves them out."""
+    A single rank under torchrun is another case only for tests that need torch.distributed, which `pytest` leaves out: in a group of one
+    rank a layer is unsynchronized."""
     if HERE.world_size == 1:
-        named = item.get_closest_marker("process_group") is not None
-    else:
-        named = HERE.world_size in _sizes(item)
-    return named or not {"counts", "numbers"}.isdisjoint(item.fixturenames)
+        return item.get_closest_marker("process_group") is not None
+    return HERE.world_size in _sizes(item) or not {"counts", "numbers"}.isdisjoint(item.fixturenames)
 
 
 def _fits(item: pytest.Item, has_gpu: bool) -> bool:

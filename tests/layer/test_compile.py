@@ -16,12 +16,15 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from support.oracle import assert_close
+from support.world import UNDER_MPI
 from syncbn import ops
 from syncbn.activation import Activation
 from syncbn.moments import sums_numel
 
 SPLITS = {1: [(6,)], 2: [(5, 1), (0, 4)]}  # uneven: a compiled graph is another one for 0 and for 1 sample
 few_ranks = pytest.mark.world_size(1, 2)  # compiling is slow, and more than two ranks would not exercise new code
+# These models have torch's default group. Under MPI there is none, and each rank would repeat what a single process does.
+default_group = pytest.mark.world_size(1) if UNDER_MPI else few_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +65,7 @@ def check_equal(got, want, tolerance):
         assert_close(one, other.detach().double(), tolerance, "compiled")
 
 
-@few_ranks
+@default_group
 @pytest.mark.parametrize(("autocast", "momentum"), [(False, None), (True, 0.1)], ids=["float64, cumulative average", "autocast"])
 def test_compiled_model_equals_eager(world, counts, autocast, momentum):
     """fullgraph: training twice, then eval; empty batches included."""
@@ -76,7 +79,7 @@ def test_compiled_model_equals_eager(world, counts, autocast, momentum):
         check_equal(step(compiled, x, autocast), step(eager, x, autocast), 3e-2 if autocast else 1e-10)
 
 
-@few_ranks
+@default_group
 def test_inductor_equals_eager(world):
     eager = PlainThenFused(None, torch.float64)
     compiled = torch.compile(copy.deepcopy(eager), fullgraph=True)
@@ -139,7 +142,7 @@ def test_compiled_equals_eager_over_any_communicator(world):
         check_equal(step(compiled, x), step(eager, x), 1e-10)
 
 
-@few_ranks
+@default_group
 @pytest.mark.parametrize("contexts", [True, False], ids=["contexts", "plain"])
 def test_checkpoint_inside_a_compiled_model(world, counts, contexts):
     """The statistics are updated once. With the contexts no exchange is repeated; without them, each forward one is since torch 2.12."""

@@ -46,7 +46,7 @@ cases = given(
 )
 
 
-@pytest.mark.scales
+@pytest.mark.world_size(1, 2, 3, 4)
 def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limit):
     def one(shape, counts, dtype, layout, residual, chosen):
         samples = sum(counts)
