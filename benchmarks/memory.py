@@ -1,4 +1,4 @@
-"""What a training step keeps for its backward pass, its peak, and its time, side by side:  python -m benchmarks.memory [--quick]
+"""What a training step keeps for its backward pass, its peak, and its time, side by side:  python -m benchmarks.memory
 
 Four variants of each network take turns: torch's batch norms; the same with every block in `torch.utils.checkpoint`; synchronized layers
 with fused activations in a group of one; and those in `syncbn.recompute_outputs()`. Memory is counted by storages that the step's
@@ -11,7 +11,6 @@ import argparse
 import copy
 import re
 import statistics
-import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,12 +25,18 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 
+from . import timing
 from .models import densenet121, resnet50, unet
 from .report import Row, save, table
-from .timing import machine
+
+
+def frozen_resnet50() -> nn.Sequential:
+    return syncbn.freeze_bn(resnet50())  # type: ignore[return-value]
+
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
     "ResNet-50, 8 x 224²": (resnet50, (8, 3, 224, 224)),
+    "ResNet-50, frozen, 8 x 224²": (frozen_resnet50, (8, 3, 224, 224)),
     "U-Net, 2 x 256²": (unet, (2, 3, 256, 256)),
     "DenseNet-121, 8 x 224²": (densenet121, (8, 3, 224, 224)),
 }
@@ -112,9 +117,9 @@ def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
     times: dict[str, list[float]] = {variant: [] for variant in steps}
     for _ in range(repeats):
         for variant, step in steps.items():
-            began = time.perf_counter()
+            began = timing.now()
             step().backward()
-            times[variant].append(time.perf_counter() - began)
+            times[variant].append(timing.now() - began)
     for variant, row in rows.items():
         row["step, ms"] = statistics.median(times[variant]) * 1e3
         row["time / BatchNorm2d's"] = statistics.median(a / b for a, b in zip(times[variant], times["BatchNorm2d"], strict=True))
@@ -124,14 +129,22 @@ def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small images and one step, to see that it runs")
+    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, for a busy machine and one thread")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    if args.processor_time:
+        timing.use_processor_time()
     rows: list[Row] = []
     for name, (build, (n, channels, *size)) in NETWORKS.items():
         x = torch.randn(n, channels, *((32, 32) if args.quick else size), device=args.device)
         rows += measure(name, variants(build, x), 1 if args.quick else 5)
-    header = {"machine": machine(args.device), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    header = {
+        "machine": timing.machine(args.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "time": "of the processor" if args.processor_time else "of the clock",
+    }
     table("machine", [header])
     table("memory of a training step", rows)
     save(args.out / (re.sub(r"\W+", "-", f"memory {header['machine']}").strip("-") + ".json"), header, {"steps": rows})
