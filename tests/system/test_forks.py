@@ -72,12 +72,17 @@ def test_a_server_that_hangs_is_an_error(subprocess_env, tmp_path):
     stop.write_text("""
 import os, signal
 from pathlib import Path
-server = Path(f"/proc/{os.getppid()}/stat").read_text().rsplit(")", 1)[1].split()[1]
-os.kill(int(server), signal.SIGSTOP)
+def stat(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+server = int(stat(os.getppid())[1])
+os.kill(server, signal.SIGSTOP)
+while stat(server)[0] != "T":  # on a busy machine it stops later
+    pass
 """)
     other.write_text("")
     with fork_server(subprocess_env) as forks:
-        forks.run(stop, env=subprocess_env, timeout=100)
+        (stopped,) = forks.run(stop, env=subprocess_env, timeout=100)
+        assert stopped.returncode == 0, stopped.stderr
         with pytest.raises(subprocess.TimeoutExpired, match="the start of other.py"):
             forks.run(other, env=subprocess_env, timeout=0.1)
 
