@@ -52,10 +52,10 @@ def compile_kernel(source: Path, target: Path, *flags: str) -> None:
     _compile(["-O1", "-fsanitize=alignment", "-I", str(EMULATION / "include"), *flags, "-x", "c++", str(source)], target)
 
 
-def build(folder: Path, *flags: str) -> Path:
-    """The library of all four ops, from the kernels as they are; and of the kernel with faults."""
+def build(folder: Path, *flags: str, kernels: Path = KERNELS) -> Path:
+    """The library of all four ops, from the kernels in this folder; and of the kernel with faults."""
     for op in OPS:
-        compile_kernel(KERNELS / f"{op}.cu", folder / f"{op}.o", *flags)
+        compile_kernel(kernels / f"{op}.cu", folder / f"{op}.o", *flags)
     _compile_emulation(folder, EMULATION / "library.cpp", EMULATION / "scheduler.cpp")
     return link(folder, {})
 

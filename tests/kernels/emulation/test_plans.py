@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from support import ROOT, emulated
-from support.mutants import MANY_BLOCKS
+from support.mutants import MANY_BLOCKS, sources_for
 from support.op_cases import Case
 from support.op_checks import CHECKS
 
@@ -51,7 +51,9 @@ def test_every_plan_of_the_sweep_is_right(tmp_path, plan):
     values = [value for layout in plan for value in layout]
     text = "".join(PLAN.format(*values, name=name, sums=str(s).lower(), reversed=str(not s).lower()) for name, s in NAMES.items())
     (tmp_path / "plans.cuh").write_text(HEADER.format(plans=text))
-    kernels = emulated.Emulated.load(emulated.build(tmp_path, "-include", str(tmp_path / "plans.cuh")))
+    types = {str(case.dtype).removeprefix("torch.") for case in [*CASES, MANY_BLOCKS[1]]}
+    library = emulated.build(tmp_path, "-include", str(tmp_path / "plans.cuh"), kernels=sources_for(types, tmp_path))
+    kernels = emulated.Emulated.load(library)
     for op in CHECKS:
         for seed, sm_count in enumerate((1, 2, 7)):
             for case in CASES:
