@@ -70,7 +70,8 @@ def batch_norm_train(
         exchange, anchor = ALONE, None
     else:
         exchange = Exchange(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
-        anchor = None if any(t is not None and t.requires_grad for t in (weight, bias)) else _ANCHOR
+        has_trainable = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
+        anchor = None if has_trainable else _ANCHOR
     apply = SyncBatchNormFunction.apply if compiling else _eager_apply
     return apply(input, residual, weight, bias, anchor, *running, exchange, options)
 

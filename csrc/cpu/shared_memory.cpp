@@ -24,6 +24,7 @@ namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
 constexpr int64_t kAwake = 50'000;      // ns: two context switches cost a tenth of it, so little is lost if the wait turns out long
+constexpr int64_t kSettle = 1'000'000;  // ns between two moves to another core, each of which takes tens of microseconds
 
 // How many forks lie between the first process and this one. A process id would cost a system call at every exchange.
 int32_t forks = 0;
@@ -60,13 +61,30 @@ void publish(Control& control) {
 
 bool has_published(const Control& control, uint64_t epoch) { return control.epoch.load(std::memory_order_acquire) >= epoch; }
 
-// A rank on this core cannot run while this one spins. If this one yields, both stay runnable, and the scheduler moves one of them as soon
-// as another core is idle; if it slept, the two could take turns on one core forever, at several times the cost.
-void stay_awake(const Control& other, uint64_t epoch) {
-  if (other.core.load(std::memory_order_relaxed) == sched_getcpu()) {
-    sched_yield();
+// Moves this thread to a core on which no rank was last seen. The set of cores that it may use stays as it is.
+void leave_core(const Memory& memory) {
+  cpu_set_t all;
+  if (sched_getaffinity(0, sizeof(all), &all)) return;
+  cpu_set_t free = all;
+  CPU_CLR(sched_getcpu(), &free);
+  for (int rank = 0; rank < memory.ranks(); ++rank) CPU_CLR(memory.control(rank).core.load(std::memory_order_relaxed), &free);
+  if (CPU_COUNT(&free) && sched_setaffinity(0, sizeof(free), &free) == 0) sched_setaffinity(0, sizeof(all), &all);
+}
+
+// A rank on this core cannot run while this one spins, and the scheduler may leave both here for seconds while another core is idle. So
+// one of the two moves, that of the greater number; the other yields.
+void stay_awake(const Memory& memory, int rank, int other, uint64_t epoch) {
+  const Control& control = memory.control(other);
+  if (control.core.load(std::memory_order_relaxed) != sched_getcpu()) {
+    for (int i = 0; i < 32 && !has_published(control, epoch); ++i) relax();
+    return;
+  }
+  Control& self = memory.control(rank);
+  if (const int64_t time = now(); other < rank && time - self.moved > kSettle) {
+    self.moved = time;
+    leave_core(memory);
   } else {
-    for (int i = 0; i < 32 && !has_published(other, epoch); ++i) relax();
+    sched_yield();
   }
 }
 
@@ -98,7 +116,7 @@ Status wait(const Memory& memory, int rank) {
       if (control.abandoned.load(std::memory_order_acquire)) return abandoned;
       if (!began) began = now();
       if (now() - began < self.awake) {
-        stay_awake(control, epoch);
+        stay_awake(memory, rank, other, epoch);
       } else if (!sleep_until_published(control, epoch, began + kSlice)) {
         return waiting;
       }

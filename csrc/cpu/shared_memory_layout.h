@@ -24,6 +24,7 @@ struct alignas(64) Control {
   Stage stage;
   int32_t forks;  // when it joined
   int64_t awake;  // ns
+  int64_t moved;  // when it last left a core, ns
   // Written when it joins.
   uint64_t random;
   cpu_set_t cores;

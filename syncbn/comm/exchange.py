@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import environment
-from .._torch_private import is_profiling
+from .._torch_private import is_batched, is_profiling
 from ..moments import rebase
 from . import LOCAL, Communicator, agreement, failures
 from .debug import log, now
@@ -114,13 +114,15 @@ class Exchange:
     def _enter(self, tensor: Tensor) -> GroupState:
         """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is
         the group's first exchange."""
-        failures.check_possible(tensor)
         if self._state is None:
+            failures.check_possible(tensor)
             group = self.comm.group
-            state = self._state = state_of(group)
             self.membership = None if self.record is None else self.record.memberships.get(group)
+            self._state = state_of(group) if self.membership is None else self.membership.state
             if self.comm.compares:
-                self.way = way_of(state, tensor.device)
+                self.way = way_of(self._state, tensor.device)
+        elif is_batched(tensor):  # as only gradients can be
+            failures.check_possible(tensor)
         if not self.way.ready:
             self.way.set_up(self.comm, tensor.device)
         return self._state
@@ -172,22 +174,20 @@ class Exchange:
 
     def _failure(self, error: Exception, values: int, kind: str) -> RuntimeError:
         description = "" if self.record is None else self.record.description()
-        layer = self._identity() + (f" ({description})" if description else "")
+        layer = self._key(kind, values)[0] + (f" ({description})" if description else "")
         exchange = f"{kind} exchange of {size(values, self.channels)} ({self._position()})"
         return failures.explained(error, layer, self.comm.rank, self.comm.world_size, exchange)
-
-    def _identity(self) -> str:
-        """Of the layer in the group. The group may not have been made: to ask for it would try again."""
-        if self.membership is not None:
-            return self.membership.identity
-        return self.layer if self.record is None else self.record.identity_in(self._state)
 
     def _position(self) -> str:
         exchanges = 0 if self._state is None else self._state.exchanges
         return f"the {failures.ordinal(exchanges + 1)} exchange since the group was made"
 
     def _key(self, kind: str, values: int) -> Key:
-        return self._identity(), kind, values, self.dtype, self.weighting, self.eps, self.channels
+        if self.membership is not None:
+            identity = self.membership.identity
+        else:  # the group may not have been made: to ask for it would try again
+            identity = self.layer if self.record is None else self.record.identity_in(self._state)
+        return identity, kind, values, self.dtype, self.weighting, self.eps, self.channels
 
     def _logged(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
         start = now(tensor)

@@ -46,8 +46,8 @@ def state_of(group: Any) -> GroupState:
 class Membership:
     """A layer in a group."""
 
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
+    def __init__(self, identity: str, state: GroupState) -> None:
+        self.identity, self.state = identity, state
         self.verified: set[str] = set()  # kinds of exchange that the ranks have compared
 
 
@@ -73,7 +73,7 @@ class LayerRecord:
         membership = self.memberships.get(group)
         if membership is None:
             state = state_of(group)
-            membership = self.memberships[group] = Membership(self.identity_in(state))
+            membership = self.memberships[group] = Membership(self.identity_in(state), state)
             if self.name is None and not self._layer_name():
                 state.unnamed_layers += 1
         return membership

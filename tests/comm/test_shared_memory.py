@@ -215,3 +215,13 @@ def test_threads_of_a_rank_take_turns(world, memory):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_ranks_that_leave_a_core_may_use_the_same_cores_as_before(world, memory):
+    cores = os.sched_getaffinity(0)
+    for _ in range(20):
+        os.sched_setaffinity(0, {min(cores)})  # the ranks meet on one core, and may then leave it
+        os.sched_setaffinity(0, cores)
+        for _ in range(20):
+            memory.all_reduce_(torch.ones(3, dtype=torch.float64), digest("sum"), TIMEOUT)
+        assert os.sched_getaffinity(0) == cores
