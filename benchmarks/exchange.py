@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -149,11 +150,13 @@ def steps(made: dict[str, Any], size: int, repeats: int) -> Samples:
     calls = {name: DistributedDataParallel(model) for name, model in models.items()}
     samples: Samples = {name: [] for name in calls}
     x = torch.randn(2, 3, size, size)
+    order, same = list(calls), random.Random(0)
     for n in range(repeats + 2):
-        for name, model in calls.items():
+        same.shuffle(order)  # alike on all ranks, so that no model always follows the same one
+        for name in order:
             dist.barrier()
             began = time.perf_counter()
-            model(x).square().mean().backward()
+            calls[name](x).square().mean().backward()
             if n >= 2:
                 samples[name].append((time.perf_counter() - began) * 1e3)
     return samples
