@@ -1,8 +1,9 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, of 50 exchanges or one step
-each. Two more models say what a step's time is made of: in "alone" each rank normalizes its own batch by this package's layer, and in
-"BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways, and exchange nothing, as in any synchronization.
+each, of a small ResNet and of the U-Net of launch/quickstart.sh. Two more models say what a step's time is made of: in "alone" each rank
+normalizes its own batch by this package's layer, and in "BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways,
+and exchange nothing, as in any synchronization.
 Writes benchmarks/results/exchange-MACHINE.json.
 """
 
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from examples.segmentation import IMAGE, UNet
 from syncbn import environment
 from syncbn.comm import resolve
 from syncbn.comm.exchange import Exchange
@@ -39,14 +41,14 @@ from .timing import machine
 CHANNELS = (64, 512, 2048)
 RANKS = (2, 4)
 TURN = 50  # exchanges; the first few after those of another path take longer, whose threads still run and whose data fill the caches
-IMAGES = {2: (224, 64), 4: (64,)}  # ranks -> sizes
-GOALS = {  # (ranks, path at C = 64 or size of an image) -> at most
+GOALS = {  # (ranks, path at C = 64 or model) -> at most
     (2, "gloo group, shared"): 3.0,
     (4, "gloo group, shared"): 100.0,
     (2, "MPI, shared"): 3.0,
-    (2, 224): 1.03,
-    (2, 64): 1.10,
-    (4, 64): 1.25,
+    (2, "ResNet, 224²"): 1.03,
+    (2, "ResNet, 64²"): 1.10,
+    (4, "ResNet, 64²"): 1.25,
+    (4, "quickstart"): 1 / 0.6,
 }
 
 
@@ -140,23 +142,35 @@ def meet_in_batch_norms(model: nn.Module, group: Any) -> nn.Module:
     return model
 
 
-def steps(made: dict[str, Any], size: int, repeats: int) -> Samples:
-    """Milliseconds of a step with two images a rank."""
+class Model(NamedTuple):
+    """What a step trains, with two images a rank."""
+
+    make: Callable[[], nn.Module]
+    x: Tensor
+
+
+def models_of(ranks: int) -> dict[str, Model]:
+    resnets = {f"ResNet, {size}²": Model(small_resnet, torch.randn(2, 3, size, size)) for size in {2: (224, 64), 4: (64,)}[ranks]}
+    quickstart = Model(lambda: UNet().double(), torch.randn(2, 1, IMAGE, IMAGE, dtype=torch.float64))
+    return resnets | ({"quickstart": quickstart} if ranks == 4 else {})
+
+
+def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
+    """Milliseconds of a step."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
-    models = {"BatchNorm2d": small_resnet(), "alone": syncbn.convert_sync_batchnorm(small_resnet(), alone)}
-    models["BatchNorm2d, meeting"] = meet_in_batch_norms(small_resnet(), made["gloo group, shared"])
+    models = {"BatchNorm2d": model.make(), "alone": syncbn.convert_sync_batchnorm(model.make(), alone)}
+    models["BatchNorm2d, meeting"] = meet_in_batch_norms(model.make(), made["gloo group, shared"])
     for name, group in made.items():
-        models[name] = syncbn.convert_sync_batchnorm(small_resnet(), group)
+        models[name] = syncbn.convert_sync_batchnorm(model.make(), group)
     calls = {name: DistributedDataParallel(model) for name, model in models.items()}
     samples: Samples = {name: [] for name in calls}
-    x = torch.randn(2, 3, size, size)
     order, same = list(calls), random.Random(0)
     for n in range(repeats + 2):
         same.shuffle(order)  # alike on all ranks, so that no model always follows the same one
         for name in order:
             dist.barrier()
             began = time.perf_counter()
-            calls[name](x).square().mean().backward()
+            calls[name](model.x).square().mean().backward()
             if n >= 2:
                 samples[name].append((time.perf_counter() - began) * 1e3)
     return samples
@@ -178,8 +192,8 @@ def rank_main(quick: bool) -> None:
     rows: list[Row] = []
     for channels in CHANNELS:
         rows += summaries({"what": "exchange, µs", "ranks": ranks, "C": channels}, exchanges(made, channels, 4 if quick else 40))
-    for size in IMAGES[ranks]:
-        rows += summaries({"what": "step, ms", "ranks": ranks, "image": size}, steps(made, size, 2 if quick else 30))
+    for name, model in models_of(ranks).items():
+        rows += summaries({"what": "step, ms", "ranks": ranks, "model": name}, steps(made, model, 2 if quick else 30))
     if dist.get_rank() == 0:
         print(json.dumps(rows), flush=True)
     dist.destroy_process_group()
@@ -200,7 +214,7 @@ def run(ranks: int, quick: bool) -> list[Row]:
 def ratios(rows: list[Row]) -> list[Row]:
     """Steps with synchronized layers over steps with BatchNorm2d."""
     steps = [row for row in rows if row["what"] == "step, ms"]
-    same = ("ranks", "image", "of the samples")
+    same = ("ranks", "model", "of the samples")
     paths = [name for name in (steps[0] if steps else {}) if name not in (*same, "what", "BatchNorm2d")]
     return [{**{name: r[name] for name in same}, **{name: r[name] / r["BatchNorm2d"] for name in paths}} for r in steps]
 
@@ -208,10 +222,11 @@ def ratios(rows: list[Row]) -> list[Row]:
 def against_goals(rows: list[Row], ratio_rows: list[Row]) -> list[Row]:
     medians = [r for r in rows + ratio_rows if r["of the samples"] == "median"]
     figures = {(r["ranks"], name): r[name] for r in medians if r.get("C") == CHANNELS[0] for name in r if isinstance(r[name], float)}
-    figures |= {(r["ranks"], r["image"]): r["gloo group, shared"] for r in medians if "image" in r and "what" not in r}
-    words = {True: "step / BatchNorm2d's, image of {}", False: "exchange of 129 values, µs, {}"}
+    models = {(r["ranks"], r["model"]): r["gloo group, shared"] for r in medians if "model" in r and "what" not in r}
+    figures |= models
+    words = {True: "step / BatchNorm2d's, {}", False: "exchange of 129 values, µs, {}"}
     return [
-        {"figure": words[isinstance(what, int)].format(what), "ranks": ranks, "value": figures[ranks, what], "goal": f"<= {most:g}"}
+        {"figure": words[(ranks, what) in models].format(what), "ranks": ranks, "value": figures[ranks, what], "goal": f"<= {most:.3g}"}
         for (ranks, what), most in GOALS.items()
     ]
 
@@ -229,7 +244,7 @@ def main() -> None:
     rows = [row for ranks in RANKS for row in run(ranks, args.quick)]
     sections = {
         "exchanges": [row for row in rows if "C" in row],
-        "steps": [row for row in rows if "image" in row],
+        "steps": [row for row in rows if "model" in row],
         "step / BatchNorm2d's": ratios(rows),
     }
     sections["goals"] = against_goals(rows, sections["step / BatchNorm2d's"])
