@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from . import environment, native
 from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
-from .comm.exchange import Exchange, way_of
-from .comm.identity import state_of
+from .comm.exchange import Exchange
 from .comm.rendezvous import init_process_group
 from .environment import rank_info
 from .modules import SyncBatchNorm
@@ -137,7 +136,7 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
         exchange.sum(tensor, "forward")
         _wait(device)
         times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2] * 1e3, way_of(state_of(comm.group), device).path
+    return sorted(times)[repeats // 2] * 1e3, exchange.way.path
 
 
 def describe_problems() -> list[str]:

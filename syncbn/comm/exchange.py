@@ -120,7 +120,7 @@ class Exchange:
             self.membership = None if self.record is None else self.record.memberships.get(group)
             self._state = state_of(group) if self.membership is None else self.membership.state
             if self.comm.compares:
-                self.way = way_of(self._state, tensor.device)
+                self.way = way_of(self._state, tensor)
         elif is_batched(tensor):  # as only gradients can be
             failures.check_possible(tensor)
         if not self.way.ready:
@@ -198,9 +198,9 @@ class Exchange:
         return total
 
 
-def way_of(state: GroupState, device: torch.device) -> MemoryOrGroup:
+def way_of(state: GroupState, tensor: Tensor) -> MemoryOrGroup:
     """How a group's ranks exchange tensors on this kind of device."""
-    return state.way(Sharing if device.type == "cpu" else PeerExchange)
+    return state.way(Sharing if tensor.is_cpu else PeerExchange)
 
 
 # The exchange of every layer in a single process. A training step recognizes it, and leaves out all that belongs to an exchange.

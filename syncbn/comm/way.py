@@ -33,6 +33,11 @@ class Way:
     ready = True
     in_memory = False  # whether all ranks share one memory: they compare digests in it, and statistics about different shifts can be added
 
+    @property
+    def path(self) -> str:
+        """How the ranks exchange, in words."""
+        return "over the group"
+
     def set_up(self, comm: Communicator, device: torch.device) -> None:
         """Every rank calls it, until it is `ready`. Raises RankMismatchError, on every rank, if the ranks differ in what they must have
         in common."""
@@ -66,7 +71,6 @@ class MemoryOrGroup(Way, ABC):
 
     @property
     def path(self) -> str:
-        """How the ranks exchange, in words."""
         if not self.ready:
             return "not known before the first exchange"
         return f"over the group: {self.reason}" if self.reason else self._memory_in_words()

@@ -23,7 +23,7 @@ several = pytest.mark.world_size(2, 3)
 @pytest.fixture(autouse=True)
 def verified_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process never looks at sums, as if they were on a GPU, or since they are."""
-    monkeypatch.setattr(exchange, "way_of", lambda state, device: state.way(PeerExchange))
+    monkeypatch.setattr(exchange, "way_of", lambda state, tensor: state.way(PeerExchange))
 
 
 @pytest.fixture(autouse=True)

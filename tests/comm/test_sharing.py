@@ -219,7 +219,7 @@ def test_a_failed_set_up_names_the_exchange_and_layer(world, monkeypatch):
     """In a group that has exchanged tensors of another device."""
     layer, second = (SyncBatchNorm(3, process_group=group) for group in [another_group(world)] * 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "way_of", lambda state, device: state.way(PeerExchange))
+        patch.setattr(exchange, "way_of", lambda state, tensor: state.way(PeerExchange))
         layer(batch()).sum().backward()
 
     def fail(self, comm, device):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-import torch
+from torch import Tensor
 
 from syncbn.comm import exchange
 from syncbn.comm.identity import GroupState
@@ -17,8 +17,8 @@ def over_the_group(patch: pytest.MonkeyPatch) -> None:
     sharing.reason, sharing.ready = "turned off for this test", True
     way_of = exchange.way_of
 
-    def without_memory(state: GroupState, device: torch.device) -> MemoryOrGroup:
-        way = way_of(state, device)
+    def without_memory(state: GroupState, tensor: Tensor) -> MemoryOrGroup:
+        way = way_of(state, tensor)
         return sharing if isinstance(way, Sharing) else way
 
     patch.setattr(exchange, "way_of", without_memory)

@@ -127,7 +127,7 @@ def stand_in(patch: pytest.MonkeyPatch, path: Path, seed: int = 0) -> None:
     functions.emulate_process(ctypes.c_uint64(seed))
     stream = Stream()
     patch.setattr(environment, "settings", environment.settings._replace(peer=True))
-    patch.setattr(exchange, "way_of", lambda state, device: state.way(peers.PeerExchange))
+    patch.setattr(exchange, "way_of", lambda state, tensor: state.way(peers.PeerExchange))
     patch.setattr(peers, "CAPACITY", CAPACITY_OF_PROCESSES)
     patch.setattr(peers, "gpu_digest", lambda device: f"rank {seed}".encode())
     patch.setattr(peers, "why_no_access", lambda device, gpus: "")
