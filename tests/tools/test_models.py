@@ -233,7 +233,7 @@ def norm_act() -> type[nn.Module]:
         from timm.layers.norm_act import BatchNormAct2d
 
         return BatchNormAct2d
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: torchvision was made for another build of torch
         pass
 
     class BatchNormAct2d(nn.BatchNorm2d):
