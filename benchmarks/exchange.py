@@ -35,7 +35,7 @@ from syncbn.comm.exchange import Exchange
 from syncbn.comm.identity import state_of
 from syncbn.comm.sharing import Sharing
 
-from .report import Row, table
+from .report import Row, save, table
 from .timing import machine
 
 CHANNELS = (64, 512, 2048)
@@ -252,7 +252,7 @@ def main() -> None:
     for name, section in sections.items():
         table(name, section)
     path = args.out / (re.sub(r"\W+", "-", f"exchange {header['machine']} {header['cores']} cores").strip("-") + ".json")
-    path.write_text(json.dumps({**header, **sections}, indent=1, ensure_ascii=False) + "\n")
+    save(path, header, sections)
     print(f"written: {path}")
 
 

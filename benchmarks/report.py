@@ -34,14 +34,14 @@ def save(path: Path, header: Row, sections: dict[str, list[Row]]) -> None:
 
 def plot(path: Path, header: Row, rows: list[Row]) -> None:
     """How many times as fast as torch's plain batch norm each layer is, forward and backward together."""
+    rows = [row for row in rows if row["pass"] == "both"]
+    if not rows:
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["pass"] == "both"]
-    if not rows:
-        return
     figure, axes = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.6), layout="constrained")
     speedups = [row["torch / syncbn"] for row in rows]
     bars = axes.barh([f"{row['layer']}  {row['shape']}  {row['kind']}" for row in rows], speedups, color="#3b6ea5")

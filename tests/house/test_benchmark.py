@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 pytest.importorskip("rich", reason="the benchmark prints tables")
 
-from benchmarks import cases, host, launches, timing
+from benchmarks import cases, exchange, host, launches, timing
 from syncbn import ops
 from syncbn.comm.exchange import Exchange
 
@@ -140,3 +140,13 @@ def test_every_section_is_printed_once_and_saved(runs, tmp_path, monkeypatch, ca
     assert [line for line in lines if line in titles] == titles
     assert all(saved[title] for title in titles[1:]) and saved["runs"] == runs and saved["networks"] == []
     assert all(row["least"] <= row["value"] <= row["greatest"] for row in saved["summary"])
+
+
+def test_the_figures_of_exchanges_are_written_to_a_folder_that_does_not_exist_yet(monkeypatch, tmp_path):
+    """They take minutes to measure, so they must not be lost."""
+    for name in ("run", "ratios", "against_goals"):
+        monkeypatch.setattr(exchange, name, lambda *args: [])
+    monkeypatch.setattr(sys, "argv", ["exchange", "--out", str(tmp_path / "new" / "folder")])
+    exchange.main()
+    (path,) = (tmp_path / "new" / "folder").iterdir()
+    assert path.name.startswith("exchange-") and json.loads(path.read_text())["exchanges"] == []
