@@ -15,7 +15,6 @@ import importlib.util
 import re
 import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,9 +105,19 @@ def test_marks_are_known():
     assert len(re.findall(r"<!-- (?:not )?run: ", text)) == len(marks), "a mark belongs to a block of Python, on the line before it"
 
 
-@pytest.mark.parametrize("block", COMMANDS, ids=lambda block: block.name)
-def test_commands_name_what_exists(block):
-    code = textwrap.dedent(block.code)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_escapes_these_tests(page):
+    """Each is one of the languages that they know, or the output of a program, and begins a line."""
+    fences = re.findall(r"^[ >]*(?:```|~~~).*$", page.read_text(), re.MULTILINE)
+    assert len(fences) % 2 == 0 and set(fences[1::2]) <= {"```"}
+    assert set(fences[::2]) <= {"```python", "```bash", "```text"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_name_what_exists(page):
+    """Those in blocks, and those between words."""
+    text = page.read_text()
+    code = "\n".join([*(block.code for block in COMMANDS if block.page == page), *re.findall(r"`([^`\n]+)`", text)])
     files = re.findall(r"(?<![\w/.-])((?:launch|examples|\.ci|benchmarks|tests)/[\w/.]+)", code)
     assert [name for name in files if not (ROOT / name).exists()] == []
     modules = re.findall(r"-m ((?:syncbn|benchmarks)[\w.]*)", code)
