@@ -80,6 +80,18 @@ def test_the_unsynchronized_example_does_not_follow_the_one_process_run(compare,
     assert done.returncode == 1 and "does not follow" in done.stdout
 
 
+def test_a_synchronized_run_that_is_no_better_fails_the_comparison(compare, one_process, tmp_path):
+    """It follows the single process, and another run, per rank, has the same intersection over union."""
+    (whole,) = one_process.glob("*.pt")
+    result = {**torch.load(whole), "ranks": 2, "batch_size": 4}
+    torch.save({**result, "norm": "sync"}, tmp_path / "sync.pt")
+    torch.save({**result, "norm": "local", "iou": result["iou"] - 0.3}, tmp_path / "local.pt")
+    assert_agrees(compare(), tmp_path)
+    torch.save({**result, "norm": "local", "iou": result["iou"] - 0.1}, tmp_path / "local.pt")
+    done = compare()
+    assert done.returncode == 1 and "does not beat the one per rank" in done.stdout and "does not follow" not in done.stdout
+
+
 def test_mpirun_runs_plain_torch_scripts(tmp_path, subprocess_env):
     (tmp_path / "train.py").write_text(
         "import torch.distributed as dist, torch, sys\n"
