@@ -38,7 +38,7 @@ def images(run: Run) -> str:
 
 
 def gap(run: Run, whole: Run) -> float:
-    """The greatest difference of the test losses along the two runs."""
+    """The greatest difference of the test losses that the two runs have recorded."""
     return max(abs(a - b) for a, b in zip(run["curve"], whole["curve"], strict=True))
 
 
@@ -91,7 +91,7 @@ def main() -> int:
     console = Console(width=110)  # of the table
     console.print(table)
     console.print(
-        "* greatest difference of the test loss from the single process with the whole batch, over all steps; float64", soft_wrap=True
+        "* greatest difference of the test loss from the single process with the whole batch, at every tenth step; float64", soft_wrap=True
     )
     console.print(f"Picture: {args.plot}", soft_wrap=True)
 
