@@ -164,6 +164,16 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
     assert [part for part in parts if part not in known] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_named_on_the_pages_exist(page):
+    """In the file that is named with them, if one is."""
+    tests = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in (ROOT / "tests").rglob("test_*.py")}
+    everywhere = set.union(*tests.values())
+    named = re.findall(r"(test_\w+\.py)?(?:::)?(test_\w+(?!\w|\.py))?", page.read_text())
+    missing = [(file, name) for file, name in named if (file and file not in tests) or (name and name not in tests.get(file, everywhere))]
+    assert missing == []
+
+
 @pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md", "tests/README.md"])
 def test_files_named_in_the_maps_exist(page):
     """By their path, or by their name next to one with a path."""
