@@ -80,7 +80,7 @@ def main() -> int:
         "training loss",
         "test loss",
         "IoU",
-        "difference from single process*",
+        "difference*",
         box=None,
         padding=(0, 2, 0, 0),
     )
