@@ -137,22 +137,21 @@ class Exchange:
                 self.way.check()
                 self._verify(tensor.device, key)
             reduce = self._logged if environment.settings.debug else self.way.all_reduce_
-            if is_profiling():
-                with torch.profiler.record_function(f"syncbn.{kind} {self.layer}"):
+            try:
+                if is_profiling():
+                    with torch.profiler.record_function(f"syncbn.{kind} {self.layer}"):
+                        total = reduce(self.comm, tensor, channels, key)
+                else:
                     total = reduce(self.comm, tensor, channels, key)
-            else:
-                total = reduce(self.comm, tensor, channels, key)
-        except Mismatch:  # on every rank, so that all of them can compare signatures over the group
-            agreement.verify(self.comm, signature(*key), self.details(), tensor.device)
-            raise agreement.RankMismatchError(
-                f"another rank adds another number of values, or compares nothing (SYNCBN_CHECK), in {signature(*key)}"
-            ) from None
+            except Mismatch:  # on every rank, so that all of them can compare signatures over the group
+                agreement.verify(self.comm, signature(*key), self.details(), tensor.device)
+                raise agreement.RankMismatchError(
+                    f"another rank adds another number of values, or compares nothing (SYNCBN_CHECK), in {signature(*key)}"
+                ) from None
         except _NO_FAILURES:
             raise
         except Exception as error:
-            if not isinstance(error, Missing):
-                self.way.check()  # another rank has read its alarm, and not come
-            raise self._failure(error, values, kind) from error
+            raise self._failure(self._cause(error), values, kind) from error
         state.exchanges += 1
         if self.membership is None and self.record is not None and self.comm.compares:
             self.membership = self.record.join(self.comm.group)
@@ -171,6 +170,16 @@ class Exchange:
         if self.record is not None:
             self.membership = self.record.join(self.comm.group)
             self.membership.verified.add(kind)
+
+    def _cause(self, error: Exception) -> Exception:
+        """`error`, or the failure of an earlier exchange that devices have noticed meanwhile. Raises RankMismatchError if they have
+        found a mismatch: another rank may have read its alarm, and not come."""
+        if not isinstance(error, Missing):
+            try:
+                self.way.check()
+            except Missing as missing:
+                return missing
+        return error
 
     def _failure(self, error: Exception, values: int, kind: str) -> RuntimeError:
         description = "" if self.record is None else self.record.description()

@@ -15,6 +15,7 @@ from syncbn import RankMismatchError, environment, replace_torch, restore_torch
 from syncbn.comm import agreement, exchange, resolve
 from syncbn.comm.alarms import CAPACITY, Alarms
 from syncbn.comm.identity import state_of
+from syncbn.comm.peer_memory import Missing
 from syncbn.comm.peers import PeerExchange
 
 several = pytest.mark.world_size(2, 3)
@@ -156,6 +157,27 @@ def test_a_rank_that_reads_its_alarm_late_gets_the_same_error(world: World, monk
     monkeypatch.setattr(Alarms, "check", late)
     with pytest.raises(RankMismatchError, match="added something else"):
         b(batch())
+
+
+@several
+def test_a_rank_that_is_found_missing_during_another_failure_is_told_with_the_layer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange over the group fails while the kernel of one before it waits in vain."""
+    layer = named("a", dataclasses.replace(world, group=another_group(world)))
+    layer(batch())
+    found: list[Exception] = []
+
+    def check(self: PeerExchange) -> None:
+        if found:
+            raise found[0]
+
+    def fail(*arguments: object) -> torch.Tensor:
+        found.append(Missing("rank 1 sent nothing"))
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(PeerExchange, "check", check)
+    monkeypatch.setattr(PeerExchange, "all_reduce_", fail)
+    with pytest.raises(RuntimeError, match=r'layer "a" .*: rank 1 sent nothing\nrank \d of \d could not complete its forward exchange'):
+        layer(batch())
 
 
 @pytest.mark.world_size(1)

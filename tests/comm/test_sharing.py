@@ -17,7 +17,7 @@ from support.collectives import collectives
 from support.divergence import DIVERGENCES, another_group, batch, named
 from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
-from syncbn.comm import debug, exchange, resolve, shared_memory, signatures
+from syncbn.comm import agreement, debug, exchange, resolve, shared_memory, signatures
 from syncbn.comm.identity import state_of
 from syncbn.comm.peers import PeerExchange
 from syncbn.comm.sharing import Sharing
@@ -89,6 +89,19 @@ def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name)
     assert len(lines) == 2 and lines[1].startswith(f"  rank {world.size - 1}: "), error.value
     a.eps = 1e-5
     assert torch.isfinite(a(batch())).all()  # the ranks continue together
+
+
+def test_a_divergence_whose_comparison_fails_names_the_layer(world, path, monkeypatch):
+    a, b = named("a", world), named("b", world)
+    for layer in (a, b):
+        layer(batch())
+
+    def fail(*arguments):
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(agreement, "verify", fail)
+    with pytest.raises(RuntimeError, match=r'layer "[ab]" .*: connection closed\nrank \d of \d .* forward exchange of 3 channels'):
+        (a if world.rank == 0 else b)(batch())
 
 
 def test_a_divergence_is_not_noticed_if_the_user_says_so(world, path, monkeypatch):
