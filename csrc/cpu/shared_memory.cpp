@@ -68,7 +68,13 @@ void leave_core(const Memory& memory) {
   cpu_set_t free = all;
   CPU_CLR(sched_getcpu(), &free);
   for (int rank = 0; rank < memory.ranks(); ++rank) CPU_CLR(memory.control(rank).core.load(std::memory_order_relaxed), &free);
-  if (CPU_COUNT(&free) && sched_setaffinity(0, sizeof(free), &free) == 0) sched_setaffinity(0, sizeof(all), &all);
+  if (!CPU_COUNT(&free) || sched_setaffinity(0, sizeof(free), &free)) return;
+  // A thread that has asked for all cores of its cpuset does not follow when the cpuset grows; one that has asked for every core does. So
+  // this one asks for every core, unless that gives it more than before: then someone has pinned it.
+  cpu_set_t every, given;
+  std::memset(&every, 0xff, sizeof(every));
+  sched_setaffinity(0, sizeof(every), &every);
+  if (sched_getaffinity(0, sizeof(given), &given) || !CPU_EQUAL(&given, &all)) sched_setaffinity(0, sizeof(all), &all);
 }
 
 // A rank on this core cannot run while this one spins, and the scheduler may leave both here for seconds while another core is idle. So

@@ -28,6 +28,8 @@ MUTANTS = {  # (text of the source, its replacement)
         "control.epoch.load(std::memory_order_acquire) >= epoch",
         "control.epoch.load(std::memory_order_relaxed) >= epoch",
     ),
+    "cores that do not follow the cpuset": ("!CPU_EQUAL(&given, &all)", "true"),
+    "cores beyond those of a pinned rank": ("!CPU_EQUAL(&given, &all)", "false"),
     "no comparison": ("slot.digest != self.digest", "false"),
     "results copied before all have added": (
         "    const Status status = wait(m, rank);",
