@@ -6,8 +6,8 @@ Each gathering is one exchange over the group itself, which carries this rank's 
 have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has not tried.
 
 Either way the values of a layer end with a tag and its square, which are added like any value. This process would have to wait for the
-sums to verify them: the kernels that use them do, `normalize` and `backward_input`, and the group's next exchange reads what they have
-found (alarms.py).
+sums to verify them: the kernels that use them do, `normalize` and `backward_input`, and the group's next exchange of CUDA tensors reads
+what they have found (alarms.py).
 """
 
 from __future__ import annotations
