@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import io
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 
 from gpu_parts import DAYS, ENVIRONMENT, LIBRARY, OUT, ROOT, Part
 
 WIDTH = 170  # of a line of the summary
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["pytest", "torch._dynamo"])  # once: each import takes seconds
 
 
 # ---- Running ------------------------------------------------------------------------------------------------------------------
@@ -101,7 +109,7 @@ def check(part: Part, command: tuple[str, ...]) -> tuple[str, list[str]]:
         ranks = int(command[command.index("--nproc-per-node") + 1]) if "--nproc-per-node" in command else 1
         return check_selection(command[command.index("pytest") + 1 :], ranks)
     if command[0] == sys.executable:
-        return "", check_options(["-m", command[2]], command[3:])
+        return "", check_options(command[2], command[3:])
     if "/" not in command[0]:
         return "  (of the driver)", []
     if not os.access(program, os.X_OK):
@@ -118,20 +126,40 @@ def check_selection(arguments: tuple[str, ...], ranks: int) -> tuple[str, list[s
     """How many tests pytest collects for these arguments in the first of `ranks` ranks, as on a machine with a GPU."""
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)} if ranks > 1 else {}
     quiet = [] if "-q" in arguments else ["-q"]  # twice, it leaves out the count
-    command = [sys.executable, "-m", "pytest", "--collect-only", "--assume-gpu", *quiet, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | place, capture_output=True, text=True)
-    if done.returncode == 0 and (count := re.search(r"^(\d+)(?:/\d+)? tests? collected", done.stdout, re.MULTILINE)):
+    status, output = run_module("pytest", ["--collect-only", "--assume-gpu", *quiet, *arguments], place)
+    if status == 0 and (count := re.search(r"^(\d+)(?:/\d+)? tests? collected", output, re.MULTILINE)):
         return f"  ({count[1]} tests)", []
-    return "", [f"pytest collects no test for {shlex.join(arguments)}:\n{(done.stdout + done.stderr).strip()[-600:]}"]
+    return "", [f"pytest collects no test for {shlex.join(arguments)}:\n{output.strip()[-600:]}"]
 
 
-def check_options(module: list[str], arguments: tuple[str, ...]) -> list[str]:
-    help = subprocess.run([sys.executable, *module, "--help"], cwd=ROOT, capture_output=True, text=True)
-    if help.returncode:
-        return [f"{shlex.join(module)} --help: {help.stderr.strip()[-300:]}"]
-    return [
-        f"{shlex.join(module)} has no {name}" for name in arguments if name.startswith("--") and not re.search(rf"{name}\b", help.stdout)
-    ]
+def check_options(module: str, arguments: tuple[str, ...]) -> list[str]:
+    status, help = run_module(module, ["--help"])
+    if status:
+        return [f"-m {module} --help: {help.strip()[-300:]}"]
+    return [f"-m {module} has no {name}" for name in arguments if name.startswith("--") and not re.search(rf"{name}\b", help)]
+
+
+def run_module(module: str, arguments: Sequence[str], env: Mapping[str, str] = {}) -> tuple[object, str]:
+    """The exit status, and the output, of `python -m module` with these further variables."""
+    with ProcessPoolExecutor(1, FORKS) as process:
+        return process.submit(become, module, arguments, env).result()
+
+
+def become(module: str, arguments: Sequence[str], env: Mapping[str, str]) -> tuple[object, str]:
+    os.chdir(ROOT)
+    os.environ.update(env)
+    sys.path.insert(0, str(ROOT))
+    sys.argv = [module, *arguments]
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(output):
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            status: object = 0
+        except SystemExit as end:
+            status = end.code or 0
+        except Exception:
+            traceback.print_exc()
+            status = 1
+    return status, output.getvalue()
 
 
 def main() -> int:
