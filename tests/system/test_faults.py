@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.forks import ForkServer
-from support.processes import job, left_behind, torchrun, two_ranks
+from support.processes import job, left_behind, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 TIMEOUT = 6  # seconds, of the group
@@ -126,14 +126,18 @@ def launch(
     body = f"if rank == 1:\n    {fault}\nstep(a, b)"
     start = MPI if launcher == "mpirun" else TORCH
     (folder / "job.py").write_text(JOB.format(start=start, fault=textwrap.indent(body, "    "), linger=linger))
-    command = {"torchrun": torchrun(), "mpirun": ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py"]}.get(launcher)
     deadline = time.monotonic() + LIMIT
     with job(env | {"SYNCBN_SHARED_MEMORY": shared, "SYNCBN_MPI_TIMEOUT": str(TIMEOUT)}) as env, open(os.devnull, "w") as null:
         script = folder / "job.py"
-        if command is None:
+        if launcher == "none":
             started = [forks.start(script, str(folder), env=env | variables, stdout=null, stderr=null) for variables in two_ranks()]
+        elif launcher == "torchrun":
+            (folder / "agent.py").write_text("from torch.distributed.run import main\nmain()")
+            arguments = "--standalone", "--nproc-per-node=2", str(script), str(folder)
+            started = [forks.start(folder / "agent.py", *arguments, env=env, stdout=null, stderr=null)]
         else:
-            started = [subprocess.Popen([*command, str(script), str(folder)], env=env, stdout=null, stderr=null)]
+            command = ["mpirun", "-n", "2", sys.executable, "-m", "mpi4py", str(script), str(folder)]
+            started = [subprocess.Popen(command, env=env, stdout=null, stderr=null)]
         statuses = [process.wait(deadline - time.monotonic()) for process in started]
         return statuses[0], left_behind(env)
 
