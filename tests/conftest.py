@@ -238,7 +238,7 @@ def forks(subprocess_env: dict[str, str]) -> Iterator[ForkServer]:
         yield server
 
 
-@pytest.fixture
-def installed(subprocess_env: dict[str, str], tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="session")
+def installed(subprocess_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment for a process in which `import torch` finds this package's entry point."""
-    return with_entry_point(subprocess_env, tmp_path / "installed")
+    return with_entry_point(subprocess_env, tmp_path_factory.mktemp("installed"))

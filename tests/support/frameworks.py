@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from support.processes import run, torchrun
+from support.forks import ForkServer
+from support.processes import run, torchrun, torchruns_variables
 
 PROLOGUE = """
-import atexit, os, sys, torch
+import atexit, os, sys, torch, zlib
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -61,7 +61,7 @@ def report(model, rank, kind=nn.SyncBatchNorm):
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     bits = b"".join(t.detach().numpy().tobytes() for m in layers for t in (m.running_mean, m.running_var))
     kinds = all(isinstance(m, kind) for m in layers), all(m.running_mean.any() for m in layers)
-    sys.stdout.write(f"rank {rank} {len(layers)} {all(kinds)} {hash(bits)}\\n")
+    sys.stdout.write(f"rank {rank} {len(layers)} {all(kinds)} {zlib.crc32(bits)}\\n")
     sys.stdout.flush()
 """
 TRAINER = """
@@ -86,21 +86,31 @@ rank = torch.distributed.get_rank()
 
 
 def train(
-    modules: Iterable[str], script: str, env: Mapping[str, str], folder: Path, *, ranks: int = 2, by_torchrun: bool = True
-) -> subprocess.CompletedProcess[str]:
-    """The ended job of PROLOGUE and `script`. The test is skipped if one of the `modules` is not installed."""
+    modules: Iterable[str], script: str, env: Mapping[str, str], forks: ForkServer, *, ranks: int = 2, starter: str = "forks"
+) -> list[subprocess.CompletedProcess[str]]:
+    """What has been started, after its end: torchrun if it is the `starter`; the rank that starts the others, if that is "itself"; else
+    each rank, by `forks`.
+
+    They run PROLOGUE and `script` in the working directory. The test is skipped if one of the `modules` is not installed.
+    """
     for module in modules:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"needs {module}")
-    file = folder / "script.py"
+    file = Path("script.py").resolve()
     file.write_text(PROLOGUE + script)
-    env = {**env, "RANKS": str(ranks), "PYTHONHASHSEED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    return run([*(torchrun(ranks) if by_torchrun else [sys.executable]), str(file)], env=env, cwd=folder, timeout=300)
+    env = {**env, "RANKS": str(ranks), "CUDA_VISIBLE_DEVICES": ""}
+    if starter == "torchrun":
+        return [run([*torchrun(ranks), str(file)], env=env, timeout=300)]
+    return forks.run(file, env=env, timeout=300, ranks=torchruns_variables(ranks) if starter == "forks" else [{}])
 
 
-def assert_synchronized(done: subprocess.CompletedProcess[str]) -> None:
+def output(ended: Sequence[subprocess.CompletedProcess[str]]) -> str:
+    return "".join(each.stdout + each.stderr for each in ended)
+
+
+def assert_synchronized(ended: Sequence[subprocess.CompletedProcess[str]]) -> None:
     """Both ranks have reported layers of the right class, whose moving statistics are bitwise identical."""
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = sorted(line.split()[1:] for line in done.stdout.splitlines() if line.startswith("rank "))
-    assert [row[0] for row in rows] == ["0", "1"], done.stdout
+    assert all(each.returncode == 0 for each in ended), output(ended)
+    rows = sorted(line.split()[1:] for each in ended for line in each.stdout.splitlines() if line.startswith("rank "))
+    assert [row[0] for row in rows] == ["0", "1"], output(ended)
     assert rows[0][1:] == rows[1][1:] and int(rows[0][1]) > 0 and rows[0][2] == "True", rows

@@ -22,11 +22,16 @@ def torchrun(ranks: int = 2) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
 
 
-def two_ranks() -> list[dict[str, str]]:
-    """The variables that torchrun would set for two ranks of this host."""
+def torchruns_variables(ranks: int) -> list[dict[str, str]]:
+    """The variables that torchrun would set for this many ranks of this host."""
+    size = str(ranks)
     with socket.create_server(("127.0.0.1", 0)) as free:
-        same = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [same | {"RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+        same = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def two_ranks() -> list[dict[str, str]]:
+    return torchruns_variables(2)
 
 
 @contextmanager

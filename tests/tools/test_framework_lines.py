@@ -109,7 +109,7 @@ with learner.no_logging(), learner.no_bar(), learner.distrib_ctx(cpu=True, sync_
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_line_makes_a_frameworks_model_train_with_synchronized_layers(name, installed, tmp_path):
+def test_a_line_makes_a_frameworks_model_train_with_synchronized_layers(name, forks, installed, tmp_path, monkeypatch):
     modules, script = SCRIPTS[name]
-    done = train(modules, f"import syncbn\n{script}\nreport(model, rank, syncbn.SyncBatchNorm)\n", installed, tmp_path)
-    assert_synchronized(done)
+    monkeypatch.chdir(tmp_path)
+    assert_synchronized(train(modules, f"import syncbn\n{script}\nreport(model, rank, syncbn.SyncBatchNorm)\n", installed, forks))

@@ -6,10 +6,12 @@ Each script trains on two ranks, and never mentions this package. The check can 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import pytest
 
-from support.frameworks import INIT, PROLOGUE, TRAINER, assert_synchronized, train
+from support.forks import ForkServer, fork_server
+from support.frameworks import INIT, PROLOGUE, TRAINER, assert_synchronized, output, train
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -33,14 +35,14 @@ if __name__ == "__main__":
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(8, 1), batch_size=2))
 """
-SCRIPTS = {  # name: (modules that it needs, whether torchrun starts it, script)
-    "torch": ((), True, INIT + "model = nn.SyncBatchNorm.convert_sync_batchnorm(net()); train(DDP(model), rank); report(model, rank)"),
-    "lightning": (("lightning",), False, LIGHTNING.format(package="lightning.pytorch", strategy="ddp")),
-    "lightning spawn": (("lightning",), False, LIGHTNING.format(package="lightning.pytorch", strategy="ddp_spawn")),
-    "lightning under torchrun": (("lightning",), True, LIGHTNING.format(package="lightning.pytorch", strategy="ddp")),
-    "pytorch_lightning": (("pytorch_lightning",), False, LIGHTNING.format(package="pytorch_lightning", strategy="ddp")),
+SCRIPTS = {  # name: (modules that it needs, what starts its ranks, script)
+    "torch": ((), "forks", INIT + "model = nn.SyncBatchNorm.convert_sync_batchnorm(net()); train(DDP(model), rank); report(model, rank)"),
+    "lightning": (("lightning",), "itself", LIGHTNING.format(package="lightning.pytorch", strategy="ddp")),
+    "lightning spawn": (("lightning",), "itself", LIGHTNING.format(package="lightning.pytorch", strategy="ddp_spawn")),
+    "lightning under torchrun": (("lightning",), "torchrun", LIGHTNING.format(package="lightning.pytorch", strategy="ddp")),
+    "pytorch_lightning": (("pytorch_lightning",), "itself", LIGHTNING.format(package="pytorch_lightning", strategy="ddp")),
     "timm": (
-        ("timm", "torchvision"), True, INIT + """
+        ("timm", "torchvision"), "forks", INIT + """
 import timm
 torch.manual_seed(0)
 model = timm.layers.convert_sync_batchnorm(timm.create_model("resnet18", num_classes=3))
@@ -49,7 +51,7 @@ train(DDP(model), rank); report(model, rank)
 """,
     ),
     "timm, norm and activation in one": (
-        ("timm", "torchvision"), True, INIT + """
+        ("timm", "torchvision"), "forks", INIT + """
 import timm
 torch.manual_seed(0)
 model = timm.layers.convert_sync_batchnorm(timm.create_model("efficientnet_b0", num_classes=3))
@@ -59,7 +61,7 @@ train(DDP(model), rank); report(model, rank)
 """,
     ),
     "monai": (
-        ("monai",), True, INIT + """
+        ("monai",), "forks", INIT + """
 from monai.networks.nets import UNet
 torch.manual_seed(0)
 model = UNet(spatial_dims=2, in_channels=3, out_channels=2, channels=(4, 8), strides=(2,), norm="syncbatch")
@@ -67,7 +69,7 @@ train(DDP(model), rank); report(model, rank)
 """,
     ),
     "ignite": (
-        ("ignite",), True, """
+        ("ignite",), "forks", """
 import ignite.distributed as idist
 def main(local_rank):
     model = idist.auto_model(net(), sync_bn=True)
@@ -77,7 +79,7 @@ with idist.Parallel(backend="gloo") as parallel:
 """,
     ),
     "accelerate": (
-        ("accelerate",), True, """
+        ("accelerate",), "forks", """
 from accelerate import Accelerator
 accelerator = Accelerator(cpu=True)
 model = accelerator.prepare(nn.SyncBatchNorm.convert_sync_batchnorm(net()))
@@ -86,11 +88,11 @@ train(model, accelerator.process_index); report(model, accelerator.process_index
     ),
     "transformers": (
         ("transformers", "accelerate"),
-        True,
+        "forks",
         TRAINER.replace("CONVERT", "nn.SyncBatchNorm.convert_sync_batchnorm") + "report(model, rank)",
     ),
     "mmengine": (
-        ("mmengine",), True, INIT + """
+        ("mmengine",), "forks", INIT + """
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 model = convert_sync_batchnorm(net(), implementation="torch")
 train(DDP(model), rank); report(model, rank)
@@ -98,7 +100,7 @@ assert not any(isinstance(m, nn.SyncBatchNorm) for m in revert_sync_batchnorm(mo
 """,
     ),
     "mmcv's registry": (
-        ("mmengine", "mmcv"), True, INIT + """
+        ("mmengine", "mmcv"), "forks", INIT + """
 from mmcv.cnn import ConvModule
 torch.manual_seed(0)
 model = nn.Sequential(ConvModule(3, 4, 1, norm_cfg=dict(type="SyncBN")), ConvModule(4, 4, 1, norm_cfg=dict(type="SyncBN")))
@@ -106,7 +108,7 @@ train(DDP(model), rank); report(model, rank)
 """,
     ),
     "fastai": (
-        ("fastai", "accelerate"), True, """
+        ("fastai", "accelerate"), "forks", """
 import fastai.distributed
 from fastai.basics import DataLoader, DataLoaders, Learner
 torch.Tensor.cuda = lambda t, *args, **kwargs: t  # fastai calls .cuda() whatever the device is
@@ -126,17 +128,25 @@ report(learner.model, rank)
 REFUSED = r"SyncBatchNorm layers only work with GPU modules|SyncBatchNorm expected input tensor to be on GPU"
 
 
+@pytest.fixture(scope="module")
+def servers(forks: ForkServer, installed: dict[str, str]) -> Iterator[dict[bool, ForkServer]]:
+    """{whether `import torch` has replaced torch's class: the server whose forks start after that import}"""
+    with fork_server(installed | {"SYNCBN_REPLACE_TORCH": "1"}) as replaced:
+        yield {True: replaced, False: forks}
+
+
 @pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "torch's own"])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_framework_trains_with_synchronized_layers_if_torch_is_replaced(name, replaced, installed, tmp_path):
-    modules, by_torchrun, script = SCRIPTS[name]
+def test_a_framework_trains_with_synchronized_layers_if_torch_is_replaced(name, replaced, servers, installed, tmp_path, monkeypatch):
+    modules, starter, script = SCRIPTS[name]
+    monkeypatch.chdir(tmp_path)
     env = installed | {"SYNCBN_REPLACE_TORCH": str(int(replaced))}
     ranks = 2 if replaced or name == "ignite" else 1  # ignite converts no model of a single rank
-    done = train(modules, script, env, tmp_path, ranks=ranks, by_torchrun=by_torchrun)
+    ended = train(modules, script, env, servers[replaced], ranks=ranks, starter=starter)
     if replaced:
-        assert_synchronized(done)
+        assert_synchronized(ended)
     else:
-        assert done.returncode != 0 and re.search(REFUSED, done.stdout + done.stderr)
+        assert all(each.returncode != 0 for each in ended) and re.search(REFUSED, output(ended))
 
 
 def test_the_scripts_do_not_mention_this_package():
