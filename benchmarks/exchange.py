@@ -40,7 +40,7 @@ from .timing import machine
 
 CHANNELS = (64, 512, 2048)
 RANKS = (2, 4)
-TURN = 50  # exchanges; the first few after those of another path take longer, whose threads still run and whose data fill the caches
+TURN = 50  # exchanges; the first few take longer, since the threads of the path before still run and its data fill the caches
 GOALS = {  # (ranks, path at C = 64 or model) -> at most
     (2, "gloo group, shared"): 3.0,
     (4, "gloo group, shared"): 100.0,
@@ -73,7 +73,7 @@ Samples = dict[str, list[float]]
 
 
 def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
-    """Microseconds of a sum of 2 * channels + 1 values, as a layer requests it, verification and waiting included."""
+    """Microseconds of a plain sum of 2 * channels + 1 values, about what a layer exchanges, verification and waiting included."""
     layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}
@@ -166,7 +166,7 @@ def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
     samples: Samples = {name: [] for name in calls}
     order, same = list(calls), random.Random(0)
     for n in range(repeats + 2):
-        same.shuffle(order)  # alike on all ranks, so that no model always follows the same one
+        same.shuffle(order)  # so that no model always follows the same one; alike on all ranks
         for name in order:
             dist.barrier()
             began = time.perf_counter()

@@ -37,7 +37,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
-        local        dweight = sum_dy_xhat, dbias = sum_dy: left to DDP to average
+        local        dweight and dbias are the same sums over this rank's samples only: left to DDP to average
 
     Every rank runs one collective each way, whatever its samples and whatever requires a gradient. A recomputation of a
     checkpoint has none in the forward direction, if it was given `checkpoint_contexts`.
@@ -63,8 +63,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
             check_count(options.layer, stats, x, exchange.comm)
         y, mask = ops.normalize(x, stats, weight, bias, residual, *running, options.momentum, options.unbiased, *options.epilogue, *ticket)
-        # As torch's in-place operations do, and the compiled ops do not: if autograd has saved one of them for a backward pass, that pass
-        # then raises instead of using the changed values.
+        # What the compiled ops write does not count as changed in place, so it is marked here: a backward pass that has saved one of these
+        # tensors then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
             increment_version(written)
         if not compiling and recompute.is_active():
@@ -126,7 +126,8 @@ def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Optio
 
 
 def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
-    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs only in that it is not differentiated twice."""
+    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in two ways: it is not differentiated twice,
+    and it recomputes no outputs."""
     stats, ticket = _exchanged_stats(x, exchange, options)
     # Updated outside `normalize`, which the compiler may then recompute in the backward pass.
     update_running_stats(stats, *running, options.momentum, options.unbiased)

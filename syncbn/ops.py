@@ -47,10 +47,10 @@ native.load(SCHEMAS)  # after the definitions, which the compiled kernels fill i
 F = TypeVar("F", bound=Callable[..., object])
 
 
-def _op(reference: F) -> F:
-    """The op that `reference` specifies, with its types and its docstring. It is torch's own callable: a function around it would cost a
-    small layer as much time as a kernel."""
-    return cast(F, getattr(torch.ops.syncbn, reference.__name__).default)
+def _op(function: F) -> F:
+    """The op that this function of the reference specifies: for type checkers it is that function. At run time it is torch's own callable,
+    since a function around it would cost a small layer as much time as a kernel."""
+    return cast(F, getattr(torch.ops.syncbn, function.__name__).default)
 
 
 stats = _op(reference.stats)
@@ -60,7 +60,7 @@ backward_input = _op(reference.backward_input)
 
 
 def _on_one_device(*tensors: Tensor | None) -> None:
-    """A tensor on "meta" among others would bring them here: what is then returned was never computed."""
+    """Raises ValueError unless all are on one device: with one of them on "meta", the op would return what was never computed."""
     devices = {str(t.device) for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"syncbn: all tensors must be on one device, got {', '.join(sorted(devices))}")

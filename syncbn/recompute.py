@@ -36,7 +36,8 @@ def recompute_outputs() -> Iterator[None]:
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
     input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise those without the context. Nothing is
-    exchanged, and no running statistics move. It takes one elementwise kernel for each output in the backward pass.
+    exchanged, and no running statistics move. In training mode each output costs one elementwise kernel in
+    the backward pass, in eval mode a few.
 
     Worth it where the activation is the layer's own (`convert_sync_batchnorm(model, fuse_activation=True)`): a separate one keeps its own
     output. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do not, until they
@@ -47,7 +48,7 @@ def recompute_outputs() -> Iterator[None]:
     Compiled models ignore it: torch's partitioner decides by itself what to recompute.
 
     Raises, in the backward pass:
-        RuntimeError: a layer's input or residual was changed in place after the forward pass, as torch does for what a layer keeps.
+        RuntimeError: a layer's input or residual was changed in place after the forward pass. torch raises the same for what a layer keeps.
 
     >>> model = nn.Sequential(syncbn.SyncBatchNorm(4, activation="relu"), nn.Conv2d(4, 8, 3))
     >>> with recompute_outputs():
@@ -66,7 +67,7 @@ is_active = _active.get  # whether `remember` is of use here; for code that is n
 
 
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None, saved: Iterable[_Kept] = ()) -> object:
-    """In the context: `output`, just computed, is `compute(*inputs)`, bitwise, as long as no input is changed in place.
+    """Notes, in the context, that `output` is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
     What `compute` holds besides must not change, nor be large. What has been `saved` of the output is freed. The caller keeps the returned
     recipe as long as the graph."""
@@ -114,7 +115,7 @@ class _Recipe:
         return version_of(tensor) == self.version and tensor.dtype is self.dtype
 
     def memory(self) -> torch.UntypedStorage:
-        """That of the output, shared by all who hold it at the same time."""
+        """The output's memory, shared by all who hold it at the same time; computes the output if nobody does."""
         with self.lock:
             stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
             last = self.last.get(stream)

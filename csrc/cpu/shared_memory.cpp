@@ -23,8 +23,8 @@ namespace syncbn::shared_memory {
 namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
-constexpr int64_t kAwake = 50'000;      // ns: two context switches cost a tenth of it, so little is lost if the wait turns out long
-constexpr int64_t kSettle = 1'000'000;  // ns between two moves to another core, each of which takes tens of microseconds
+constexpr int64_t kAwake = 50'000;      // ns that a rank stays awake: ten times two context switches, so little is lost if the wait is long
+constexpr int64_t kSettle = 1'000'000;  // ns, at least, between two moves to another core, which take tens of microseconds
 
 // How many forks lie between the first process and this one. A process id would cost a system call at every exchange.
 int32_t forks = 0;

@@ -28,7 +28,7 @@ from .way import OVER_THE_GROUP, Key, MemoryOrGroup
 
 
 class Exchange:
-    """A communicator that adds tensors on behalf of one layer, in one call of it and in that call's backward passes.
+    """Runs a layer's exchanges over a communicator, in one call of the layer and in that call's backward passes.
 
     It looks up once where the layer and its group stand: an exchange in shared memory takes less time than the look-ups.
     """
@@ -53,14 +53,14 @@ class Exchange:
         self.way = OVER_THE_GROUP  # how the ranks exchange, once `_enter` has found out
 
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
-        """What the payload of an exchange of this many values on x's device has to end with. Raises as `all_reduce_`.
+        """How an exchange of this many values on x's device is verified. Raises as `all_reduce_`.
 
         It comes first, before any value is computed: if it is the group's first exchange, it makes the group."""
         if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group, and holds its collective as it is
             return NO_TICKET
         try:
             self._enter(x)
-        except _NO_FAILURES:
+        except _RAISED_AS_IS:
             raise
         except Exception as error:
             raise self._failure(error, values, kind) from error
@@ -75,7 +75,7 @@ class Exchange:
         return total[:-TAGS].view_as(values)
 
     def verify(self, total: Tensor, kind: str, ticket: Ticket) -> None:
-        """What the op that uses the sums does with its ticket, for sums that none uses."""
+        """Verifies the tags of sums that no op uses, as an op that uses them does by its ticket."""
         self.way.verify(self._key(kind, total.numel() - TAGS), total[-TAGS:], ticket)
 
     def all_reduce_(self, tensor: Tensor, kind: str) -> Tensor:
@@ -94,7 +94,7 @@ class Exchange:
         return self.comm.all_reduce_(tensor) if torch.compiler.is_compiling() else self._exchanged(tensor, 0, kind)
 
     def merges(self, x: Tensor) -> bool:
-        """`Communicator.merges` for x's device, or the ranks share memory, which is known once there is a ticket."""
+        """Whether statistics about different shifts can be added here. `ticket` comes first."""
         return self.way.in_memory or self.comm.merges(x.device)
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
@@ -128,14 +128,14 @@ class Exchange:
         return self._state
 
     def _exchanged(self, tensor: Tensor, channels: int, kind: str) -> Tensor:
-        """Of statistics, if `channels` is not 0."""
-        values = tensor.numel() - channels - TAGS  # all shifts are known, or merged away
+        """The sum of `tensor`, which holds statistics if `channels` is not 0."""
+        values = tensor.numel() - channels - TAGS  # the shifts are not counted
         try:
-            state = self._state or self._enter(tensor)  # without a ticket, if that was traced
+            state = self._state or self._enter(tensor)  # not entered yet, if `ticket` was traced
             key = self._key(kind, values)
             if not self.way.in_memory:
                 self.way.check()
-                self._verify(tensor.device, key)
+                self._compare_signatures(tensor.device, key)
             reduce = self._logged if environment.settings.debug else self.way.all_reduce_
             try:
                 if is_profiling():
@@ -148,7 +148,7 @@ class Exchange:
                 raise agreement.RankMismatchError(
                     f"another rank adds another number of values, or compares nothing (SYNCBN_CHECK), in {signature(*key)}"
                 ) from None
-        except _NO_FAILURES:
+        except _RAISED_AS_IS:
             raise
         except Exception as error:
             raise self._failure(self._cause(error), values, kind) from error
@@ -157,7 +157,7 @@ class Exchange:
             self.membership = self.record.join(self.comm.group)
         return total
 
-    def _verify(self, device: torch.device, key: Key) -> None:
+    def _compare_signatures(self, device: torch.device, key: Key) -> None:
         mode, kind = environment.settings.check, key[1]
         if mode == "off" or not self.comm.compares or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return
@@ -215,5 +215,5 @@ def way_of(state: GroupState, tensor: Tensor) -> MemoryOrGroup:
 # The exchange of every layer in a single process. A training step recognizes it, and leaves out all that belongs to an exchange.
 ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
 
-# Errors that need no explanation: the ranks disagree, or the fault is this rank's own.
-_NO_FAILURES = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError
+# Errors that are raised unchanged: the ranks disagree, or this rank itself is at fault.
+_RAISED_AS_IS = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError

@@ -5,9 +5,9 @@
 Each gathering is one exchange over the group itself, which carries this rank's reason to stay with it: all ranks go on, or none, and all
 have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has not tried.
 
-Either way the values of a layer end with a tag and its square, which are added like any value. This process would have to wait for the
-sums to verify them: the kernels that use them do, `normalize` and `backward_input`, and the group's next exchange of CUDA tensors reads
-what they have found (alarms.py).
+Either way the values of a layer end with a tag and its square, which are added like any value. This process does not verify the sums, since
+it would have to wait for them: the kernels that use them do so, `normalize` and `backward_input`, and the group's next exchange of CUDA
+tensors reads what they have found (alarms.py).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PeerExchange(MemoryOrGroup):
 
     def check(self) -> None:
         if self.memory is not None:
-            self.memory.check()  # before the alarms, which sums of values that have not arrived set as well
+            self.memory.check()  # first: a missing rank sets the alarms too, and explains them
         self.alarms.check()
 
     def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
@@ -130,15 +130,15 @@ def _try(memory: PeerMemory, number: float, wanted: float) -> str:
 
 
 def gpu_digest(device: torch.device) -> bytes:
-    """Of the GPU's UUID: its number may be another in another process."""
+    """Identifies the GPU by its UUID: its number may be another in another process."""
     return hashlib.sha256(str(torch.cuda.get_device_properties(device).uuid).encode()).digest()[:GPU]
 
 
 def why_no_access(device: torch.device, gpus: list[bytes]) -> str:
-    """Which of the ranks' GPUs this one cannot write to, as far as this process sees them; torch fails to map memory of the others."""
+    """Why this GPU cannot write to another rank's; empty if it can. GPUs that this process cannot see pass, and fail in torch."""
     seen = {gpu_digest(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
     for rank, gpu in enumerate(gpus):
         index = seen.get(gpu, device.index)
         if index != device.index and not torch.cuda.can_device_access_peer(device.index, index):
-            return f"its GPU cannot access the memory of rank {rank}'s"
+            return f"this rank's GPU cannot access the memory of rank {rank}'s GPU"
     return ""

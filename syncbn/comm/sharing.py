@@ -4,8 +4,8 @@
     several hosts    sums in each host's memory ──► the first rank of each host over the group's backend ──► results in each host's memory
     else             over the group, with a tag in the payload
 
-Every exchange is verified, at any step, unless SYNCBN_CHECK=off: no rank uses a sum to which another rank has added something else. In
-memory the ranks compare digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are
+Every eager exchange is verified, at any step, unless SYNCBN_CHECK=off: no rank uses a sum to which another rank has added something else.
+In memory the ranks compare digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are
 R * t and R * t * t, then the sum of (t_i - t)^2 is 0, and all ranks have sent t. Every rank gets the same sums, so if the test fails on
 one rank it fails on all, and all raise.
 """
@@ -78,7 +78,7 @@ class Sharing(MemoryOrGroup):
                 mismatch = error
                 payload[-2:] = torch.nan
         if self.first_ranks is not None:
-            self._send(payload)
+            self._add_over_hosts(payload)
         if mismatch is not None:
             raise mismatch
         if self.memory is not None:
@@ -87,8 +87,8 @@ class Sharing(MemoryOrGroup):
             self.memory.all_reduce_(payload, _RESULTS, self.timeout)
         return checked(payload, comm.world_size, expected)
 
-    def _send(self, payload: Tensor) -> None:
-        """The sum over the hosts, on the first rank of each."""
+    def _add_over_hosts(self, payload: Tensor) -> None:
+        """Adds `payload` over the hosts, in place, on the first rank of each."""
         assert self.first_ranks is not None
         try:
             self.first_ranks.all_reduce_(payload)

@@ -31,7 +31,7 @@ class Way:
     """Over the group, as its communicator adds. The ranks verify nothing."""
 
     ready = True
-    in_memory = False  # whether all ranks share one memory: they compare digests in it, and statistics about different shifts can be added
+    in_memory = False  # whether all ranks share one memory, in which they compare digests and merge statistics about different shifts
 
     @property
     def path(self) -> str:
@@ -55,7 +55,7 @@ class Way:
         return comm.all_reduce_stats_(tensor, channels) if channels else comm.all_reduce_(tensor)
 
     def verify(self, key: Key, sums: Tensor, ticket: Ticket) -> None:
-        """What the op that uses the sums does with its ticket, where none uses them. `sums` [2] are those of a tag and its square."""
+        """Verifies `sums` [2], those of a tag and its square, for an exchange whose values no op uses."""
 
 
 OVER_THE_GROUP = Way()
@@ -97,5 +97,5 @@ class MemoryOrGroup(Way, ABC):
 
 
 def tag(comm: Communicator, key: Key) -> int:
-    """Of a payload that says what it is."""
+    """The tag of a payload, which says what the exchange is."""
     return tag_of(digest(*key) if environment.settings.check != "off" else UNVERIFIED, comm.world_size)

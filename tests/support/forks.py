@@ -85,7 +85,7 @@ def read(file: IO[str]) -> str:
 
 @contextmanager
 def fork_server(env: Mapping[str, str]) -> Iterator[ForkServer]:
-    """It ends when the test run does, however that ends: nothing is left to read then."""
+    """A server that is killed when the context ends. If the test run dies, the server finds the end of its input, and ends."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     placeholder = {MARK: uuid.uuid4().hex}  # each process writes its own over it
     with theirs:
