@@ -21,8 +21,8 @@ from .. import environment
 from . import agreement
 from .meeting import meet
 from .shared_memory import Mismatch, SharedMemory
-from .signatures import UNVERIFIED, Ticket, digest, digest_of, sums_of_tags, tag_of
-from .way import Key, MemoryOrGroup, tag
+from .signatures import Ticket, digest_of, sums_of_tags, tag_of
+from .way import Key, MemoryOrGroup, expected, tag
 
 if TYPE_CHECKING:
     from . import Communicator
@@ -55,25 +55,23 @@ class Sharing(MemoryOrGroup):
         return Ticket(tag(comm, key))
 
     def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
-        verifies = environment.settings.check != "off"
-        if self.reason and not verifies:
-            return super().all_reduce_(comm, tensor, channels, key)
-        expected = digest(*key) if verifies else UNVERIFIED
         if self.in_memory:
             assert self.memory is not None
-            return self.memory.all_reduce_(tensor, expected, self.timeout, channels)
+            return self.memory.all_reduce_(tensor, expected(key), self.timeout, channels)
+        if self.reason and environment.settings.check == "off":
+            return super().all_reduce_(comm, tensor, channels, key)
         shifts, payload = tensor[:channels], tensor[channels:]  # the shifts are 0 on all ranks
         if self.reason:
-            total = checked(comm.all_reduce_(payload), comm.world_size, expected)
+            total = checked(comm.all_reduce_(payload), comm.world_size, expected(key))
         else:
-            total = self._over_hosts(comm, payload, expected)
+            total = self._over_hosts(comm, payload, expected(key))
         return torch.cat([shifts, total]) if channels else total
 
-    def _over_hosts(self, comm: Communicator, payload: Tensor, expected: int) -> Tensor:
+    def _over_hosts(self, comm: Communicator, payload: Tensor, digest: int) -> Tensor:
         mismatch: Mismatch | None = None
         if self.memory is not None:
             try:
-                self.memory.all_reduce_(payload, expected, self.timeout)
+                self.memory.all_reduce_(payload, digest, self.timeout)
             except Mismatch as error:  # the other hosts learn of it from the NaN
                 mismatch = error
                 payload[-2:] = torch.nan
@@ -85,7 +83,7 @@ class Sharing(MemoryOrGroup):
             if self.first_ranks is None:
                 payload.zero_()
             self.memory.all_reduce_(payload, _RESULTS, self.timeout)
-        return checked(payload, comm.world_size, expected)
+        return checked(payload, comm.world_size, digest)
 
     def _add_over_hosts(self, payload: Tensor) -> None:
         """Adds `payload` over the hosts, in place, on the first rank of each."""
@@ -102,8 +100,8 @@ class Sharing(MemoryOrGroup):
 _RESULTS = digest_of("the sums of all hosts")
 
 
-def checked(payload: Tensor, ranks: int, expected: int) -> Tensor:
+def checked(payload: Tensor, ranks: int, digest: int) -> Tensor:
     """`payload`. Raises Mismatch, on every rank, if the ranks' tags differ."""
-    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(expected, ranks)):
+    if tuple(payload[-2:].tolist()) != sums_of_tags(ranks, tag_of(digest, ranks)):
         raise Mismatch
     return payload
