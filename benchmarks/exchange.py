@@ -150,9 +150,9 @@ class Model(NamedTuple):
 
 
 def models_of(ranks: int) -> dict[str, Model]:
-    resnets = {f"ResNet, {size}²": Model(small_resnet, torch.randn(2, 3, size, size)) for size in {2: (224, 64), 4: (64,)}[ranks]}
-    quickstart = Model(lambda: UNet().double(), torch.randn(2, 1, IMAGE, IMAGE, dtype=torch.float64))
-    return resnets | ({"quickstart": quickstart} if ranks == 4 else {})
+    models = {f"ResNet, {size}²": Model(small_resnet, torch.randn(2, 3, size, size)) for size in (224, 64)}
+    models["quickstart"] = Model(lambda: UNet().double(), torch.randn(2, 1, IMAGE, IMAGE, dtype=torch.float64))
+    return {name: models[name] for with_ranks, name in GOALS if with_ranks == ranks and name in models}
 
 
 def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
@@ -164,9 +164,9 @@ def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
         models[name] = syncbn.convert_sync_batchnorm(model.make(), group)
     calls = {name: DistributedDataParallel(model) for name, model in models.items()}
     samples: Samples = {name: [] for name in calls}
-    order, same = list(calls), random.Random(0)
+    order, shuffler = list(calls), random.Random(0)
     for n in range(repeats + 2):
-        same.shuffle(order)  # so that no model always follows the same one; alike on all ranks
+        shuffler.shuffle(order)  # so that no model always follows the same one; alike on all ranks
         for name in order:
             dist.barrier()
             began = time.perf_counter()

@@ -36,8 +36,8 @@ def recompute_outputs() -> Iterator[None]:
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
     input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise those without the context. Nothing is
-    exchanged, and no running statistics move. In training mode each output costs one elementwise kernel in
-    the backward pass, in eval mode a few.
+    exchanged, and no running statistics move. In training mode each output costs one elementwise kernel in the backward pass, in eval mode
+    a few.
 
     Worth it where the activation is the layer's own (`convert_sync_batchnorm(model, fuse_activation=True)`): a separate one keeps its own
     output. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do not, until they
@@ -115,7 +115,7 @@ class _Recipe:
         return version_of(tensor) == self.version and tensor.dtype is self.dtype
 
     def memory(self) -> torch.UntypedStorage:
-        """The output's memory, shared by all who hold it at the same time; computes the output if nobody does."""
+        """The memory of the output, which is computed if nothing on this stream holds it."""
         with self.lock:
             stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
             last = self.last.get(stream)

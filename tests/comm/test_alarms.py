@@ -161,7 +161,7 @@ def test_a_rank_that_reads_its_alarm_late_gets_the_same_error(world: World, monk
 
 @several
 def test_a_rank_that_is_found_missing_during_another_failure_is_told_with_the_layer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exchange over the group fails while the kernel of one before it waits in vain."""
+    """The kernel of an earlier exchange notices the missing rank while this exchange fails."""
     layer = named("a", dataclasses.replace(world, group=another_group(world)))
     layer(batch())
     found: list[Exception] = []
