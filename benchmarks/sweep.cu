@@ -52,8 +52,7 @@ using BuiltPlan = decltype(plan_of<bytes>(Args()));
 // launch() of walk.cuh for aligned tensors of one type: a fraction of its instantiations.
 template <class Walk, typename scalar_t>
 cudaError_t launch_walk(const Args& args, const Target& target) {
-  Config config = Walk::make_config(args.layout, target.sm_count);
-  if (!SUMS) config.shared_bytes = 0;
+  const Config config = Walk::make_config(args.layout, SUMS, target.sm_count);
   const auto kernel = SWEPT_KERNEL<scalar_t, Walk>;
   LAUNCH(kernel, config, target.stream, args, config, workspace(target));
   return cudaGetLastError();

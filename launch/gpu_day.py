@@ -16,11 +16,12 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 
 from gpu_parts import DAYS, ENVIRONMENT, LIBRARY, OUT, ROOT, Part
 
 WIDTH = 170  # of a line of the summary
+GRACE = 5  # seconds that a launcher has to end its ranks
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["pytest", "torch._dynamo"])  # once: each import takes seconds
 
@@ -49,13 +50,18 @@ def run(part: Part) -> tuple[bool, str]:
 
 
 def run_command(command: tuple[str, ...], env: dict[str, str], file, limit: float) -> int:
-    """Its exit status. At the limit its whole session is killed: launchers have children."""
+    """Its exit status. At the limit it may end the processes that it has launched, which torchrun puts in sessions of their own; then its
+    own session is killed."""
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(max(limit, 0))
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 

@@ -58,6 +58,7 @@ def sweeps() -> tuple[tuple[str, ...], ...]:
 KERNELS = "tests/kernels/test_gpu_kernels.py"
 LAYER = ("tests/layer/test_cuda_graphs.py", "tests/layer/test_gpu_layer.py")
 TWO_RANKS = pytest_command("tests/layer/test_layer.py", "-m", "gpu")
+SOME = "whole_batch and float32 or alarms and cuda"  # all take minutes: over gloo, a test of two ranks takes half a second
 NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
 PEERS = "SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 SYNCBN_TEST_BACKEND=gloo"  # the ranks may share one GPU
 CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
@@ -78,8 +79,8 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
              "[│┃]|^written", "^written"),
         Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 30, "[│┃]", "°C after"),
         Part("large", 30, (pytest_command(KERNELS, "-k", "more_than or memory or streams or graph"),), **TESTS),
-        Part("gloo", 50, (torchrun(2, (*TWO_RANKS, "tests/comm/test_alarms.py"), "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
-        Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"),
+        Part("gloo", 50, (torchrun(2, (*TWO_RANKS, "tests/comm/test_alarms.py", "-k", SOME), "SYNCBN_TEST_BACKEND=gloo"),), **TESTS),
+        Part("nccl", 50, (torchrun(2, (*TWO_RANKS, "-k", SOME),
                                    f"SYNCBN_TEST_BACKEND=cpu:gloo,cuda:nccl {NCCL}"),), **TESTS),
     ]),
     # Peer memory. Two GPUs or more; on one, which two ranks then share, all but the benchmark.
@@ -88,7 +89,7 @@ DAYS: dict[str, tuple[int, list[Part]]] = {
         Part("path", 60, (torchrun(2, (sys.executable, "-m", "syncbn.check"), PEERS),), 3, "^exchange|layer|^problem",
              "exchange in each other's GPU memory"),
         Part("laws", 100, (torchrun(2, pytest_command("tests/comm/test_peers.py", "-m", "gpu"), PEERS),), **TESTS),
-        Part("table", 80, (torchrun(2, (*TWO_RANKS, "-k", "whole_batch and float32"), PEERS),), **TESTS),
+        Part("table", 80, (torchrun(2, (*TWO_RANKS, "-k", SOME), PEERS),), **TESTS),
         Part("peers", 55, (torchrun(2, (sys.executable, "-m", "benchmarks.peers"), "SYNCBN_CHECK=first"),), 12, "[│┃]|needs|rank",
              "peer memory|needs two ranks"),
     ]),

@@ -15,6 +15,10 @@
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
+// Adds 1 to a counter, or sets it to 0 if it is `last`, and has its old value in `old`. All threads see what this one has written before it,
+// or has seen written, before they see the new value; and this one sees all that others have written before their turn.
+#define COUNT(old, counter, last) \
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory")
 #endif
 
 namespace syncbn::cuda {
@@ -24,6 +28,7 @@ constexpr int THREADS = 256;
 constexpr int PEER_THREADS = 64;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for more
+constexpr int MAX_RESIDENT = 32;            // blocks on an SM, however small; fewer on some GPUs
 
 // The workspace has space for this many blocks on each SM that add their sums to those of others: no Plan may ask for more.
 #ifndef SYNCBN_MAX_BLOCKS_PER_SM
@@ -55,15 +60,33 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // each of a vector's elements, or two for each thread.
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
+// How many blocks of so many warps are resident at once. Their registers allow `blocks_per_sm` blocks of THREADS threads.
+inline int64_t resident_blocks(int sm_count, int blocks_per_sm, int warps) {
+  return int64_t{sm_count} * std::min(blocks_per_sm * (THREADS / WARP) / warps, MAX_RESIDENT);
+}
+
 // One wave: as many blocks as are resident at once (rounded down, because one more block would be a second wave), but no block
 // without work. More blocks would repeat the finalization and add partial sums.
-inline int splits_for(int sm_count, int blocks_per_sm, int64_t groups, int64_t max_splits) {
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(int64_t{sm_count} * blocks_per_sm / groups, max_splits)));
+inline int splits_for(int64_t resident, int64_t groups, int64_t max_splits) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(resident / groups, max_splits)));
+}
+
+// Warps in a block of Planes, for `runs` of a channel. A block is smaller if only then there is a resident block for each channel: with a
+// few more channels than that, most SMs would idle through a second wave. If that leaves much of the machine empty, and each warp enough to
+// do, several smaller blocks share a channel. Measured on an H100 (benchmarks/results/).
+inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool sums, int sm_count) {
+  const auto resident = [&](int warps) { return resident_blocks(sm_count, blocks_per_sm, warps); };
+  int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
+  // Blocks without sums wait for nothing at their end: long ones of one wave overlap those of the next.
+  while (warps > 1 && channels > resident(warps) && (sums || runs < 6 * warps)) warps /= 2;
+  const int64_t filled = std::max<int64_t>(1, resident(warps) / channels) * channels;
+  if (warps > 1 && filled < resident(warps) * 3 / 4 && runs * channels >= 12 * warps * filled) warps /= 2;
+  return warps;
 }
 
 // inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8. If
 // planes are smaller and all of one alignment, it takes several, each by 8 lanes at least: the edges of more would take more steps.
-inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, int sm_count) {
+inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);
   const int64_t vectors = ceil_div(layout.inner, vector);
@@ -73,31 +96,33 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
   while (small && 1 << lane_bits < vectors) ++lane_bits;
   const int apart = small ? WARP >> lane_bits : 0, along = small ? 0 : WARP * vector, samples = small ? apart * unroll : 1;
   const int64_t runs = ceil_div(layout.outer, samples) * pieces;
-  const int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
-  const int splits = splits_for(sm_count, blocks_per_sm, layout.C, ceil_div(runs, warps));
+  const int warps = planes_warps(layout.C, runs, blocks_per_sm, sums, sm_count);
+  const int splits = splits_for(resident_blocks(sm_count, blocks_per_sm, warps), layout.C, ceil_div(runs, warps));
   Config config{};
   config.groups = static_cast<int>(layout.C), config.splits = splits, config.width = 1, config.runs = runs;
   config.runs_each = runs / (int64_t{splits} * warps);
   config.pieces = static_cast<int>(pieces), config.piece = piece;
   config.lane_bits = lane_bits, config.samples = samples, config.samples_apart = apart, config.along = along;
   config.vector_stride = apart * sample_stride + along, config.row_stride = apart * layout.C, config.sample_stride = sample_stride;
-  config.threads = warps * WARP, config.shared_bytes = sum_bytes(warps, 1, 1);
+  config.threads = warps * WARP, config.shared_bytes = sums ? sum_bytes(warps, 1, 1) : 0;
   return config;
 }
 
 // inner == 1. A group is a tile of channels, `width` vectors wide; the remaining lanes of a warp take further rows. A tile is at most a
-// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end.
-inline Config columns_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, int sm_count) {
+// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end. So two tiles
+// of half a line are better than a single tile, which all blocks would share.
+inline Config columns_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t vectors = ceil_div(layout.C, vector);
   int width = 1;
   while (width < max_width && width < vectors) width *= 2;
+  if (sums && width == 8 && vectors <= width) width = 4;
   const int64_t groups = ceil_div(vectors, width);
   const int64_t runs = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
-  const int splits = splits_for(sm_count, blocks_per_sm, groups, runs);
+  const int splits = splits_for(resident_blocks(sm_count, blocks_per_sm, THREADS / WARP), groups, runs);
   Config config{};
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
   config.runs_each = runs / splits;
-  config.threads = THREADS, config.shared_bytes = sum_bytes(THREADS / WARP, width, vector);
+  config.threads = THREADS, config.shared_bytes = sums ? sum_bytes(THREADS / WARP, width, vector) : 0;
   return config;
 }
 
@@ -109,9 +134,12 @@ inline Config peers_config(int64_t numel) {
 }
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
-// two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once.
-inline int64_t max_sharing_blocks(int sm_count) { return int64_t{sm_count} * MAX_BLOCKS_PER_SM; }
-inline size_t counter_bytes(int sm_count) { return ceil_div((max_sharing_blocks(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
-inline size_t workspace_bytes(int sm_count) { return counter_bytes(sm_count) + max_sharing_blocks(sm_count) * THREADS * 16; }
+// two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once. A shared group has two
+// resident blocks or more; blocks of Columns have up to THREADS columns, those of Planes one.
+inline int64_t max_shared_groups(int sm_count) { return int64_t{sm_count} * MAX_RESIDENT / 2; }
+inline size_t counter_bytes(int sm_count) { return ceil_div((max_shared_groups(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
+inline size_t workspace_bytes(int sm_count) {
+  return counter_bytes(sm_count) + int64_t{sm_count} * std::max(MAX_BLOCKS_PER_SM * THREADS, MAX_RESIDENT) * 16;
+}
 
 }  // namespace syncbn::cuda

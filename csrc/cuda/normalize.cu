@@ -39,8 +39,9 @@ __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m
 __device__ void count_batch(const NormalizeArgs& args, const Walk& walk, const Workspace& workspace, double count) {
   bool last = walk.group == 0;
   if (args.cumulative) {
-    __threadfence();
-    last = atomicInc(workspace.normalize_counter, walk.config.groups - 1) == walk.config.groups - 1;
+    unsigned arrived;
+    COUNT(arrived, workspace.normalize_counter, walk.config.groups - 1);
+    last = arrived == walk.config.groups - 1;
   }
   if (last && count > 0) *args.num_batches_tracked += 1;
 }

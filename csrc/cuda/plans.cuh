@@ -23,21 +23,21 @@ namespace syncbn::cuda {
 template <int bytes>
 struct StatsPlan {
   static constexpr int planes_blocks = bytes < 8 ? 3 : 2, planes_unroll = 4;
-  static constexpr int columns_blocks = 2, columns_unroll = 4, columns_width = 8;
+  static constexpr int columns_blocks = bytes == 4 ? 3 : 2, columns_unroll = 4, columns_width = 8;
   static constexpr bool reversed = false, sums = true;
 };
 
 template <int bytes>
 struct NormalizePlan {
   static constexpr int planes_blocks = bytes < 8 ? 4 : 3, planes_unroll = 2;
-  static constexpr int columns_blocks = 2, columns_unroll = 4, columns_width = 8;
+  static constexpr int columns_blocks = bytes == 4 ? 3 : 2, columns_unroll = bytes == 4 ? 2 : 4, columns_width = 8;
   static constexpr bool reversed = true, sums = false;
 };
 
 template <int bytes>
 struct BackwardReducePlan {
   static constexpr int planes_blocks = bytes < 8 ? 3 : 2, planes_unroll = 2;
-  static constexpr int columns_blocks = 2, columns_unroll = 2, columns_width = 8;
+  static constexpr int columns_blocks = bytes == 4 ? 3 : 2, columns_unroll = 2, columns_width = 8;
   static constexpr bool reversed = false, sums = true;
 };
 

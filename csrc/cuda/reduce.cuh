@@ -24,7 +24,7 @@ struct Workspace {
 inline Workspace workspace(const Target& target) {
   if (!target.workspace) return {};
   auto* counters = static_cast<unsigned*>(target.workspace);
-  return {counters, counters + max_sharing_blocks(target.sm_count),
+  return {counters, counters + max_shared_groups(target.sm_count),
           reinterpret_cast<Pair*>(static_cast<char*>(target.workspace) + counter_bytes(target.sm_count))};
 }
 
@@ -75,10 +75,11 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 }
 
 // Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
-// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums.
-__device__ inline Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
+// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums. BATCH loads share
+// one latency: the compiler moves no __ldcg() across preceding statements.
+template <int BATCH>
+__device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
   const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
-  constexpr int BATCH = 8;  // concurrent loads: the compiler moves no __ldcg() across preceding statements
   Pair row_sum{0, 0};
   for (int k = row; k < splits; k += BATCH * rows) {
     double2 loaded[BATCH];
@@ -115,15 +116,15 @@ __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspa
   __syncthreads();
   SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
-    // One thread's fences order the whole block's writes and reads, with the barriers around them: fences are cumulative.
-    __threadfence();
-    // atomicInc wraps to 0 after the last block: ready for the next launch.
-    last[0] = atomicInc(&workspace.counters[walk.group], splits - 1) == splits - 1;
-    __threadfence();
+    // One thread orders the whole block's writes and reads, with the barriers around it: the order of memory is cumulative. After the last
+    // block the counter is 0, ready for the next launch.
+    unsigned arrived;
+    COUNT(arrived, &workspace.counters[walk.group], splits - 1);
+    last[0] = arrived == splits - 1;
   }
   __syncthreads();
   if (!last[0]) return false;
-  total = sum_partials(workspace.partials, splits, C, first, columns);
+  total = sum_partials<Walk::partials>(workspace.partials, splits, C, first, columns);
   return true;
 }
 

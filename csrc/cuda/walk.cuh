@@ -89,8 +89,11 @@ struct Planes : Walk {
   static constexpr bool shares_bytes = false;  // whether a mask byte is shared with threads outside its own neighbourhood
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
+  static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): it has few
 
-  static Config make_config(const Layout& layout, int sm_count) { return planes_config(layout, VECTOR_WIDTH, UNROLL, BLOCKS, sm_count); }
+  static Config make_config(const Layout& layout, bool sums, int sm_count) {
+    return planes_config(layout, VECTOR_WIDTH, UNROLL, BLOCKS, sums, sm_count);
+  }
 
   __device__ Planes(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
 
@@ -190,9 +193,10 @@ struct Columns : Walk {
   static_assert(max_width <= 8 && (max_width & (max_width - 1)) == 0, "a tile is at most a memory line, and divides a warp");
   static constexpr bool shares_bytes = VECTOR_WIDTH == 1;
   static constexpr int sums = VECTOR_WIDTH;
+  static constexpr int partials = 16;  // 264 blocks may share a tile: a thread has up to 66 to add
 
-  static Config make_config(const Layout& layout, int sm_count) {
-    return columns_config(layout, VECTOR_WIDTH, UNROLL, max_width, BLOCKS, sm_count);
+  static Config make_config(const Layout& layout, bool sums, int sm_count) {
+    return columns_config(layout, VECTOR_WIDTH, UNROLL, max_width, BLOCKS, sums, sm_count);
   }
 
   __device__ Columns(const Layout& layout, const Config& config) : Walk(layout, config, reversed) {}
@@ -259,9 +263,7 @@ cudaError_t with_config(const Args& args, int sm_count, const std::array<const v
     return with_walk<VECTOR<decltype(value)>, Plan>(args.layout, tensors, mask, [&](auto type) {
       using Walk = typename decltype(type)::type;
       static_assert(Walk::blocks_per_sm <= MAX_BLOCKS_PER_SM, "the workspace has no space for this many partial sums");
-      Config config = Walk::make_config(args.layout, sm_count);
-      if (!Plan::sums) config.shared_bytes = 0;
-      return f(value, type, config);
+      return f(value, type, Walk::make_config(args.layout, Plan::sums, sm_count));
     });
   });
 }

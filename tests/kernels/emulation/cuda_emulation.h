@@ -24,6 +24,7 @@
   emulation::launch((config).groups*(config).splits, (config).threads, (config).shared_bytes, [&] { kernel(__VA_ARGS__); })
 #define FORGET(value) (void)(value)
 #define PREFETCH(address) (void)(address)
+#define COUNT(old, counter, last) (old) = emulation::count(counter, last)
 
 #define EMULATION_STRING_(x) #x
 #define EMULATION_STRING(x) EMULATION_STRING_(x)
@@ -86,14 +87,16 @@ using std::memcpy;
 using std::min;
 using std::sqrt;
 
+namespace emulation {
 // Lets other fibers run between the preceding writes and the following reads.
-inline void __threadfence() { emulation::yield(); }
-inline unsigned atomicInc(unsigned* counter, unsigned limit) {
-  emulation::yield();
+inline unsigned count(unsigned* counter, unsigned last) {
+  yield();
   const unsigned old = *counter;
-  *counter = old >= limit ? 0 : old + 1;
+  *counter = old >= last ? 0 : old + 1;
+  yield();
   return old;
 }
+}  // namespace emulation
 
 struct alignas(16) double2 {
   double x, y;

@@ -155,8 +155,8 @@ STORE(st_volatile_global_, global)
 STORE(st_shared_, shared)
 
 template <class T, class D, class A>
-void atom_global_inc_(const char* site, D& d, Address a, A limit) {
-  set<T>(d, atomicInc(reinterpret_cast<unsigned*>(global(a, sizeof(T), site)), get<T>(limit)));
+void atom_acq_rel_gpu_global_inc_(const char* site, D& d, Address a, A last) {
+  set<T>(d, emulation::count(reinterpret_cast<unsigned*>(global(a, sizeof(T), site)), get<T>(last)));
 }
 
 }  // namespace ptx

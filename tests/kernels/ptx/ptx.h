@@ -16,7 +16,6 @@ inline u32 ntid_x() { return blockDim.x; }
 inline u32 ctaid_x() { return blockIdx.x; }
 inline u32 nctaid_x() { return gridDim.x; }
 
-inline void membar_gl_() { __threadfence(); }
 inline void bar_sync_(const char* site, int number) {
   if (number != 0) emulation::fail(std::string("only barrier 0 is emulated: ") + site);
   emulation::barrier(site);
