@@ -159,10 +159,10 @@ class Exchange:
 
     def _compare_signatures(self, device: torch.device, key: Key) -> None:
         mode, kind = environment.settings.check, key[1]
-        if mode == "off" or not self.comm.compares or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return
         first = self.record is not None and (self.membership is None or kind not in self.membership.verified)
-        if not (first or mode == "always"):
+        if mode == "off" or not (first or mode == "always") or not self.comm.compares:
+            return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         agreement.verify(self.comm, signature(*key), self.details(), device)
         if environment.settings.debug:

@@ -55,19 +55,16 @@ class PeerExchange(MemoryOrGroup):
         self.alarms.check()
 
     def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
-        if self.takes(tensor[channels:]):
-            assert self.memory is not None
-            self.memory.all_reduce_(tensor[channels:], key)  # the shifts are 0 on all ranks
-            return tensor
+        if self.memory is not None:
+            values = tensor[channels:]  # the shifts are 0 on all ranks
+            if self.memory.takes(values):
+                self.memory.all_reduce_(values, key)
+                return tensor
         return super().all_reduce_(comm, tensor, channels, key)
 
     def verify(self, key: Key, sums: Tensor, ticket: Ticket) -> None:
         if ticket.alarm is not None:
             self.alarms.compare(key, sums, sums_of_tags(ticket.ranks, ticket.tag))
-
-    def takes(self, values: Tensor) -> bool:
-        """Whether the GPUs add them in their memory: else the group's collective does."""
-        return self.memory is not None and self.memory.takes(values)
 
     def _meet(self, comm: Communicator, device: torch.device) -> None:
         self.memory = _meet(comm, device)

@@ -80,7 +80,7 @@ def test_a_captured_exchange_sets_nothing_up(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     exchange = peers.PeerExchange()
     exchange.set_up(SimpleNamespace(), torch.device("cuda"))
-    assert not exchange.ready and not exchange.takes(torch.zeros(3, dtype=torch.float64))
+    assert not exchange.ready and exchange.memory is None
 
 
 # ---- A rank alone -------------------------------------------------------------------------------------------------------------

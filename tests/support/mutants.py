@@ -15,7 +15,7 @@ from support.op_cases import EXTREMES, TAGGED, Case
 from support.op_checks import CHECKS
 
 # On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
-MANY_BLOCKS = (40, Case((4500, 64), dtype=torch.bfloat16, activation="relu", residual=True))
+MANY_BLOCKS = (72, Case((4700, 128), dtype=torch.bfloat16, activation="relu", residual=True))
 
 # Few, but with each edge that a mutant above is about.
 CASES = [
