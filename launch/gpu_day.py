@@ -74,16 +74,19 @@ def summary(part: Part, line: str) -> list[str]:
     return [row[:WIDTH] for row in (line, *shown[-part.lines :])]
 
 
-def run_day(parts: list[Part]) -> int:
+def run_day(groups: Sequence[tuple[Part, ...]]) -> int:
+    """The parts of a group run side by side."""
     OUT.mkdir(parents=True, exist_ok=True)
-    lines, failed = [], False
-    for part in parts:
-        succeeded, line = run(part)
-        print(line, flush=True)
-        lines += summary(part, line)
-        failed = failed or not succeeded
-        if part.vital and not succeeded:
-            lines.append(f"== {part.name} has failed: what follows would show nothing, and was left out")
+    lines, failed, vital = [], False, []
+    for group in groups:
+        with ThreadPoolExecutor(len(group)) as pool:
+            for part, (succeeded, line) in zip(group, pool.map(run, group), strict=True):
+                print(line, flush=True)
+                lines += summary(part, line)
+                failed = failed or not succeeded
+                vital += [part.name] if part.vital and not succeeded else []
+        if vital:
+            lines.append(f"== {vital[0]} has failed: what follows would show nothing, and was left out")
             break
     print("\n".join(["", "-- summary", *lines]), flush=True)
     return int(failed)
@@ -92,14 +95,14 @@ def run_day(parts: list[Part]) -> int:
 # ---- Checking without a card --------------------------------------------------------------------------------------------------
 
 
-def dry_run(days: dict[str, tuple[int, list[Part]]]) -> int:
+def dry_run(days: Mapping[str, tuple[int, Sequence[tuple[Part, ...]]]]) -> int:
     """Prints each command with its limit; then what is missing, if anything is."""
     problems = [] if LIBRARY.exists() else [f"{LIBRARY.relative_to(ROOT)} is missing: run launch/gpu_build.sh"]
-    for day, (limit, parts) in days.items():
-        total = sum(part.limit for part in parts)
+    for day, (limit, groups) in days.items():
+        total = sum(max(part.limit for part in group) for group in groups)
         print(f"-- gpu_day.sh {day}: at most {total} s")
         problems += [f"the limits of {day} add up to {total} s, more than {limit}"] if total > limit else []
-        commands = [(part, command) for part in parts for command in part.commands]
+        commands = [(part, command) for group in groups for part in group for command in part.commands]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for (part, command), (remark, wrong) in zip(commands, pool.map(lambda each: check(*each), commands), strict=True):
                 print(f"{part.limit:4} s  {part.name:9}  {shlex.join([*(f'{k}={v}' for k, v in part.env.items()), *command])}{remark}")
