@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -68,37 +68,44 @@ def reductions(owner: type) -> list[str]:
 
 @contextmanager
 def split(clock: Clock) -> Iterator[None]:
-    """Within this context, the ops, the exchanges and the collectives inside them are timed."""
-    exchanges = clock.on(Exchange, reductions(Exchange), "exchange")
-    collectives = clock.on(ProcessGroupCommunicator, reductions(ProcessGroupCommunicator), "collective")
-    with exchanges, collectives, clock.on(ops, OPS, "ops"):
+    """Within this context, the ops, the tickets, the exchanges and the collectives inside these are timed."""
+    with ExitStack() as timed:
+        timed.enter_context(clock.on(Exchange, ["ticket"], "ticket"))
+        timed.enter_context(clock.on(Exchange, reductions(Exchange), "exchange"))
+        timed.enter_context(clock.on(ProcessGroupCommunicator, reductions(ProcessGroupCommunicator), "collective"))
+        for op in OPS:
+            timed.enter_context(clock.on(ops, [op], op))
         yield
 
 
 def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:
-    """µs of a layer's forward and backward pass until they return: all, the four ops, the two exchanges' collectives, what surrounds
-    these, and the rest; and those of the plain layer, which has no parts. Medians of `repeats` samples of `calls` calls."""
+    """µs of a layer's forward and backward pass until they return: all, each op, the tickets and the collectives of the two exchanges, what
+    surrounds these, and the rest; and those of a layer alone in its group, and of the plain layer, which have no such parts. Medians of
+    `repeats` samples of `calls` calls."""
     channels, device = inputs.shape[1], inputs.device
     comm = ProcessGroupCommunicator(dist.group.WORLD)
     layer = syncbn.SyncBatchNorm(channels, process_group=comm).to(device)
-    plain = torch.nn.BatchNorm2d(channels).to(device)
+    alone, plain = syncbn.SyncBatchNorm(channels).to(device), torch.nn.BatchNorm2d(channels).to(device)
 
     def step(module: torch.nn.Module) -> None:
         torch.autograd.grad(module(inputs.x), [inputs.x, *module.parameters()], inputs.dy)
 
     samples: list[Row] = []
-    for module in (layer, plain):  # ranks compare what they exchange in the first step
+    for module in (layer, alone, plain):  # ranks compare what they exchange in the first step
         for _ in range(3):
             step(module)
     for _ in range(repeats):
-        row: Row = {"syncbn": sample(step, layer, calls, device), "BatchNorm2d": sample(step, plain, calls, device)}
+        modules = {"exchanging": layer, "alone": alone, "BatchNorm2d": plain}
+        row: Row = {name: sample(step, module, calls, device) for name, module in modules.items()}
         clock = Clock()
         with split(clock):
             whole = sample(step, layer, calls, device)
-        parts = {name: clock.seconds[name] / calls * 1e6 for name in ("ops", "exchange", "collective")}
-        row |= {"ops": parts["ops"], "collectives": parts["collective"], "around the collectives": parts["exchange"] - parts["collective"]}
-        row["rest"] = whole - parts["ops"] - parts["exchange"]
-        assert clock.calls == {"ops": 4 * calls, "exchange": 2 * calls, "collective": 2 * calls}, clock.calls
+        microseconds = {name: seconds / calls * 1e6 for name, seconds in clock.seconds.items()}
+        expected = dict.fromkeys(OPS, calls) | dict.fromkeys(("ticket", "exchange", "collective"), 2 * calls)
+        assert clock.calls == expected, clock.calls
+        row |= {name: microseconds[name] for name in OPS} | {"tickets": microseconds["ticket"], "collectives": microseconds["collective"]}
+        row["around the collectives"] = microseconds["exchange"] - microseconds["collective"]
+        row["rest"] = whole - sum(microseconds[name] for name in (*OPS, "ticket", "exchange"))
         samples.append(row)
     return [{"shape": str(inputs.shape), **{name: statistics.median(row[name] for row in samples) for name in samples[0]}}]
 
