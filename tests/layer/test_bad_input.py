@@ -15,6 +15,7 @@ from torch import nn
 import syncbn
 from support.oracle import TOLERANCE, assert_close, batch_norm_step, relative_error
 from support.processes import two_ranks
+from syncbn.activation import NAMES
 
 
 def assert_ranks_in_step(world):
@@ -48,7 +49,7 @@ CALLS = {  # what is wrong: (arguments of sync_batch_norm, exception, words that
     "weight on another device": (dict(weight=torch.ones(3, device="meta")), ValueError, ["weight", "cpu", "meta"]),
     "residual of another shape": (dict(residual=X[:1]), ValueError, ["residual", "[2, 3, 4]", "[1, 3, 4]"]),
     "residual of another dtype": (dict(residual=X.double()), ValueError, ["residual", "float32", "float64"]),
-    "unknown activation": (dict(activation="gelu"), ValueError, ["activation", "'relu'", "'leaky_relu'", "'silu'", "'gelu'"]),
+    "unknown activation": (dict(activation="gelu"), ValueError, ["activation", *map(repr, NAMES), "'gelu'"]),
     "unknown weighting": (dict(weighting="equal"), ValueError, ["weighting", "'samples'", "'ranks'", "'equal'"]),
     "unknown process_group": (dict(process_group="world"), ValueError, ["process_group", "DeviceMesh", "mpi4py", "str"]),
     "momentum of a cumulative average": (dict(momentum=None), ValueError, ["momentum", "SyncBatchNorm"]),

@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from support.collectives import collectives
 from support.step import SPLITS
 from support.world import World
 from syncbn import ops
+from syncbn.activation import NAMES
 from syncbn.recompute import recompute_outputs
 
 single = pytest.mark.world_size(1)
@@ -50,22 +52,16 @@ def keras() -> nn.Module:
 
 MODELS = {
     "no activation": chain(syncbn.SyncBatchNorm(4), syncbn.SyncBatchNorm(4)),
-    "relu": chain(syncbn.SyncBatchNorm(4, activation="relu")),
-    "leaky relu": chain(syncbn.SyncBatchNorm(4, activation="leaky_relu")),
-    "silu": chain(syncbn.SyncBatchNorm(4, activation="silu")),
+    **{name: chain(syncbn.SyncBatchNorm(4, activation=name)) for name in NAMES},
     "not affine": chain(syncbn.SyncBatchNorm(4, affine=False)),
     "no running statistics": chain(syncbn.SyncBatchNorm(4, track_running_stats=False)),
     "eval mode": chain(syncbn.SyncBatchNorm(4).eval()),
-    "eval mode, relu": chain(syncbn.SyncBatchNorm(4, activation="relu").eval()),
-    "eval mode, leaky relu": chain(syncbn.SyncBatchNorm(4, activation="leaky_relu").eval()),
-    "eval mode, silu": chain(syncbn.SyncBatchNorm(4, activation="silu").eval()),
+    **{f"eval mode, {name}": chain(syncbn.SyncBatchNorm(4, activation=name).eval()) for name in NAMES},
     "frozen, relu": chain(syncbn.freeze_bn(syncbn.SyncBatchNorm(4, activation="relu"), parameters=True)),
     "one layer after the other": lambda: nn.Sequential(*(syncbn.SyncBatchNorm(4) for _ in range(5)), nn.Conv2d(4, 4, 3)),
     "residual": lambda: Residual(None),
-    "residual, relu": lambda: Residual("relu"),
-    "residual, silu": lambda: Residual("silu"),
-    "residual, eval mode, relu": lambda: Residual("relu").eval(),
-    "residual, eval mode, silu": lambda: Residual("silu").eval(),
+    **{f"residual, {name}": partial(Residual, name) for name in NAMES},
+    **{f"residual, eval mode, {name}": lambda name=name: Residual(name).eval() for name in NAMES},
     "Keras": keras,
     "a separate activation": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU())),
     "an activation in place": chain(nn.Sequential(syncbn.SyncBatchNorm(4), nn.ReLU(inplace=True))),
@@ -138,7 +134,7 @@ def is_kept(layer: nn.Module, after: nn.Module, recompute: bool, between: Callab
     [(lambda y: y, False), (lambda y: y[:, :, 1:], False), (lambda y: y.transpose(2, 3), False), (lambda y: y.mul_(2), True)],
     ids=["as it is", "a slice", "transposed", "changed in place"],
 )
-@pytest.mark.parametrize("activation", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("activation", [None, *NAMES])
 @pytest.mark.parametrize("training", [True, False])
 def test_an_output_is_not_kept(training: bool, activation: str | None, between: Callable[[Tensor], Tensor], kept: bool) -> None:
     conv = nn.Conv2d(4, 4, 3)

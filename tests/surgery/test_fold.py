@@ -13,6 +13,7 @@ import syncbn
 from support.models import ResNet
 from support.oracle import assert_close
 from syncbn import SyncBatchNorm, SyncBatchNormalization, fold_batchnorm
+from syncbn.activation import NAMES
 from syncbn.surgery.fold import FoldedBatchNorm
 
 pytestmark = pytest.mark.world_size(1)
@@ -40,7 +41,7 @@ NORMS = {
     "not affine": lambda dim: getattr(nn, f"BatchNorm{max(dim - 2, 1)}d")(12, affine=False, eps=0.1),
     "torch's SyncBatchNorm": lambda dim: nn.SyncBatchNorm(12),
     "SyncBatchNorm": lambda dim: SyncBatchNorm(12),
-    "SyncBatchNorm with leaky_relu": lambda dim: SyncBatchNorm(12, activation="leaky_relu", negative_slope=0.3),
+    **{f"with {name}": lambda dim, name=name: SyncBatchNorm(12, activation=name, negative_slope=0.3) for name in NAMES},
     "converted": lambda dim: syncbn.convert_sync_batchnorm(getattr(nn, f"BatchNorm{max(dim - 2, 1)}d")(12)),
     "Keras": lambda dim: SyncBatchNormalization(axis=1, num_features=12, activation="silu"),
     "Keras, no scale": lambda dim: SyncBatchNormalization(axis=1 - dim, scale=False, num_features=12),

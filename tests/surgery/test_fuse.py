@@ -11,6 +11,7 @@ from torch import nn
 from support.models import Block, Doubling
 from support.oracle import assert_close
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.activation import NAMES, module_of
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -63,9 +64,8 @@ def hooked(i=0, *between):
 
 
 FUSED = {  # model: number of activations that become part of their batch norm
-    "relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
-    "silu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.SiLU()), 1),
-    "leaky_relu": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.LeakyReLU(0.3)), 1),
+    **{name: (lambda name=name: nn.Sequential(nn.BatchNorm2d(4), module_of(name, 0.3)), 1) for name in NAMES},
+    "in place": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
     "a batch norm with a forward of its own": (lambda: nn.Sequential(Doubling(4), nn.ReLU()), 0),
     "two": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.SiLU()), 2),
     "an activation of another kind": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.GELU()), 0),

@@ -15,14 +15,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import syncbn
 from syncbn import SyncBatchNorm, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.activation import MODULES, NAMES, module_of, parse
 
 # ---- Activations ----------------------------------------------------------------------------------------------------------------------
 
 NOT_NAMES = {  # value: the remedy that the error names
-    "module": (nn.ReLU(), 'write activation="relu"'),
-    "class": (nn.SiLU, 'write activation="silu"'),
+    **{f"module of {name}": (module_of(name, 0.01), f'write activation="{name}"') for name in NAMES},
+    **{f"class of {name}": (MODULES[parse(name)], f'write activation="{name}"') for name in NAMES},
     "module with a slope": (nn.LeakyReLU(0.3), 'write activation="leaky_relu", negative_slope=0.3'),
-    "class with a slope": (nn.LeakyReLU, 'write activation="leaky_relu"'),
     "function": (F.relu, 'write activation="relu"'),
     "torch's function": (torch.relu, 'write activation="relu"'),
     "module that no kernel has": (nn.GELU(), "put it after the layer"),
