@@ -31,7 +31,7 @@ import syncbn
 from examples.segmentation import IMAGE, UNet
 from syncbn import environment
 from syncbn.comm import resolve
-from syncbn.comm.exchange import Exchange
+from syncbn.comm.exchange import LayerExchanges
 from syncbn.comm.identity import state_of
 from syncbn.comm.sharing import Sharing
 
@@ -74,7 +74,7 @@ Samples = dict[str, list[float]]
 
 def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
     """Microseconds of a plain sum of 2 * channels + 1 values, about what a layer exchanges, verification and waiting included."""
-    layers = {name: Exchange(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
+    layers = {name: LayerExchanges(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}
     for _ in range(turns):
@@ -87,7 +87,7 @@ def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
     return samples
 
 
-def _payload(exchange: Exchange, channels: int) -> Tensor:
+def _payload(exchange: LayerExchanges, channels: int) -> Tensor:
     """2 * channels + 1 zeros, and the tag and its square by which the exchange is verified."""
     values = torch.zeros(2 * channels + 1, dtype=torch.float64)
     tag = exchange.ticket(values, "forward", values.numel()).tag
@@ -135,7 +135,7 @@ def meet_in_batch_norms(model: nn.Module, group: Any) -> nn.Module:
     sharing = state_of(resolve(group).group).way(Sharing)
     nothing = torch.zeros(1, dtype=torch.float64)
     memory, timeout = sharing.memory, sharing.timeout
-    assert sharing.in_memory and memory is not None
+    assert sharing.in_one_memory and memory is not None
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(lambda _, args: Meeting.apply(args[0], lambda: memory.all_reduce_(nothing, 0, timeout)))

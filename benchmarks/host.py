@@ -14,7 +14,7 @@ import torch.distributed as dist
 import syncbn
 from syncbn import ops
 from syncbn.comm import ProcessGroupCommunicator
-from syncbn.comm.exchange import Exchange
+from syncbn.comm.exchange import LayerExchanges
 
 from . import timing
 from .cases import Inputs
@@ -70,8 +70,8 @@ def reductions(owner: type) -> list[str]:
 def split(clock: Clock) -> Iterator[None]:
     """Within this context, the ops, the tickets, the exchanges and the collectives inside these are timed."""
     with ExitStack() as timed:
-        timed.enter_context(clock.on(Exchange, ["ticket"], "ticket"))
-        timed.enter_context(clock.on(Exchange, reductions(Exchange), "exchange"))
+        timed.enter_context(clock.on(LayerExchanges, ["ticket"], "ticket"))
+        timed.enter_context(clock.on(LayerExchanges, reductions(LayerExchanges), "exchange"))
         timed.enter_context(clock.on(ProcessGroupCommunicator, reductions(ProcessGroupCommunicator), "collective"))
         for op in OPS:
             timed.enter_context(clock.on(ops, [op], op))

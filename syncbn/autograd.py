@@ -13,7 +13,7 @@ from . import checkpoint, ops, recompute
 from ._torch_private import in_backward
 from .activation import Activation, keeps_mask, keeps_residual
 from .arguments import check_count
-from .comm.exchange import ALONE, Exchange
+from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .comm.signatures import NO_TICKET, Ticket
 from .double_backward import differentiable_backward
 from .layout import dense_like
@@ -54,7 +54,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         num_batches_tracked: Tensor | None,
-        exchange: Exchange,
+        exchange: LayerExchanges,
         options: Options,
     ) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -85,7 +85,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         saved: Saved = ctx.saved_tensors
         x, _, weight, bias, *_ = saved
         options: Options = ctx.options
-        exchange: Exchange = ctx.exchange
+        exchange: LayerExchanges = ctx.exchange
         needs_dx, needs_dresidual = ctx.needs_input_grad[:2]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = differentiable_backward(dy, *saved, *options.epilogue, options.rank_weighted, exchange)
@@ -93,9 +93,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if not (dy.is_contiguous() and x.is_contiguous()):
             dy = dense_like(dy, x)
 
-        ticket = NO_TICKET if exchange is ALONE else exchange.ticket(dy, "backward", 2 * x.shape[1])
+        ticket = NO_TICKET if exchange is UNSYNCHRONIZED else exchange.ticket(dy, "backward", 2 * x.shape[1])
         sums, dweight, dbias = ops.backward_reduce(dy, *saved, *options.epilogue, ticket.tag)
-        if exchange is not ALONE:
+        if exchange is not UNSYNCHRONIZED:
             sums = exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
         dz = dy if ctx.has_residual else None
@@ -111,7 +111,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 _NO_GRADIENTS = (None,) * 6  # of the arguments of `forward` after the bias
 
 
-def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
+def _group_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
     """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify."""
     replayed = checkpoint.replayed()
     if replayed is None:
@@ -125,7 +125,7 @@ def _group_stats(x: Tensor, running: Running, exchange: Exchange, options: Optio
     return stats, running, ticket
 
 
-def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Options) -> tuple[Tensor, Running, Ticket]:
+def _traced_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
     """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in two ways: it is not differentiated twice,
     and it recomputes no outputs."""
     stats, ticket = _exchanged_stats(x, exchange, options)
@@ -134,8 +134,8 @@ def _traced_stats(x: Tensor, running: Running, exchange: Exchange, options: Opti
     return stats, NOTHING_TRACKED, ticket
 
 
-def _exchanged_stats(x: Tensor, exchange: Exchange, options: Options) -> tuple[Tensor, Ticket]:
-    if exchange is ALONE:
+def _exchanged_stats(x: Tensor, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Ticket]:
+    if exchange is UNSYNCHRONIZED:
         return ops.stats(x, options.rank_weighted, True), NO_TICKET
     ticket = exchange.ticket(x, "forward", 2 * x.shape[1] + 2)
     shifted = exchange.merges(x)

@@ -17,7 +17,7 @@ from . import ops
 from ._torch_private import _BatchNorm, is_compiler_loaded
 from .comm import Communicator, resolve
 from .comm.agreement import RankMismatchError
-from .comm.exchange import Exchange
+from .comm.exchange import LayerExchanges
 from .comm.identity import LayerRecord
 from .keras import SyncBatchNormalization
 from .layout import dense, samples_per_channel
@@ -191,13 +191,13 @@ def _buffer_names(module: nn.Module) -> tuple[str, ...]:
 def _over_ranks(totals: list[Tensor], comm: Communicator) -> list[Tensor]:
     """Each layer's statistics over the batches of all ranks, by two exchanges. The first gives the means, which become every rank's
     shift, so that no digits cancel; the second sums about them."""
-    exchange = Exchange(comm, "update_bn_stats", torch.float64, "samples", 0.0, LayerRecord(name="update_bn_stats"))
+    exchange = LayerExchanges(comm, "update_bn_stats", torch.float64, "samples", 0.0, LayerRecord(name="update_bn_stats"))
     totals = [total.to(totals[0].device) for total in totals]
     about_zero = _summed(totals, [total.new_zeros(channels_of(total)) for total in totals], exchange)
     return _summed(totals, [finalize(total, 0.0)[0] for total in about_zero], exchange)
 
 
-def _summed(totals: list[Tensor], shifts: list[Tensor], exchange: Exchange) -> list[Tensor]:
+def _summed(totals: list[Tensor], shifts: list[Tensor], exchange: LayerExchanges) -> list[Tensor]:
     """The totals of all ranks about these shifts, in one exchange."""
     sums = [rebase(total, shift)[len(shift) :] for total, shift in zip(totals, shifts, strict=True)]
     try:

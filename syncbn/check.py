@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from . import environment, native
 from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
-from .comm.exchange import Exchange
+from .comm.exchange import LayerExchanges
 from .comm.rendezvous import init_process_group
 from .environment import rank_info
 from .modules import SyncBatchNorm
@@ -127,7 +127,7 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
     comm = resolve()
     if comm.world_size == 1:
         return 0.0, "none: a single rank"
-    exchange = Exchange(comm, "check", torch.float32, "samples", 0.0, None)
+    exchange = LayerExchanges(comm, "check", torch.float32, "samples", 0.0, None)
     times = []
     for _ in range(repeats):
         tensor = torch.zeros(2 * 256 + 2, dtype=torch.float64, device=device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation, derivative, needs_only_sign
-from .comm.exchange import Exchange
+from .comm.exchange import LayerExchanges
 from .layout import samples_per_channel
 from .moments import acc_type, effective_count, finalize, parts, split_mean
 from .reference import through_activation
@@ -26,7 +26,7 @@ class GroupSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, exchange: Exchange, known: Tensor | None = None) -> Tensor:
+    def forward(ctx: Any, local: Tensor, exchange: LayerExchanges, known: Tensor | None = None) -> Tensor:
         ctx.exchange = exchange
         return exchange.sum(local, "double backward") if known is None else known.clone()
 
@@ -47,7 +47,7 @@ def differentiable_backward(
     activation: int,
     negative_slope: float,
     rank_weighted: bool,
-    exchange: Exchange,
+    exchange: LayerExchanges,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dx, dz, dweight and dbias as differentiable functions of dy, x, weight, bias and residual.
 

@@ -17,7 +17,7 @@ from .activation import Activation, activate
 from .arguments import check, check_eager, plain
 from .autograd import Running, SyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
-from .comm.exchange import ALONE, Exchange
+from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .comm.identity import LayerRecord
 from .layout import dense, dense_like
 from .moments import acc_type
@@ -67,9 +67,9 @@ def batch_norm_train(
     if residual is not None:
         residual = dense_like(residual, input)
     if comm is LOCAL:
-        exchange, anchor = ALONE, None
+        exchange, anchor = UNSYNCHRONIZED, None
     else:
-        exchange = Exchange(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
+        exchange = LayerExchanges(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
         has_trainable = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         anchor = None if has_trainable else _ANCHOR
     apply = SyncBatchNormFunction.apply if compiling else _eager_apply

@@ -27,7 +27,7 @@ from .signatures import NO_TICKET, TAGS, Ticket, signature, size
 from .way import OVER_THE_GROUP, Key, MemoryOrGroup
 
 
-class Exchange:
+class LayerExchanges:
     """Runs a layer's exchanges over a communicator, in one call of the layer and in that call's backward passes.
 
     It looks up once where the layer and its group stand: an exchange in shared memory takes less time than the look-ups.
@@ -64,7 +64,7 @@ class Exchange:
             raise
         except Exception as error:
             raise self._failure(error, values, kind) from error
-        return NO_TICKET if self.way.in_memory else self.way.ticket(self.comm, self._key(kind, values))
+        return NO_TICKET if self.way.in_one_memory else self.way.ticket(self.comm, self._key(kind, values))
 
     def sum(self, values: Tensor, kind: str) -> Tensor:
         """The sum of `values` over the ranks, for values whose tag no kernel writes or verifies. Raises as `all_reduce_`."""
@@ -95,7 +95,7 @@ class Exchange:
 
     def merges(self, x: Tensor) -> bool:
         """Whether statistics about different shifts can be added here. `ticket` comes first."""
-        return self.way.in_memory or self.comm.merges(x.device)
+        return self.way.in_one_memory or self.comm.merges(x.device)
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
@@ -133,7 +133,7 @@ class Exchange:
         try:
             state = self._state or self._enter(tensor)  # not entered yet, if `ticket` was traced
             key = self._key(kind, values)
-            if not self.way.in_memory:
+            if not self.way.in_one_memory:
                 self.way.check()
                 self._compare_signatures(tensor.device, key)
             reduce = self._logged if environment.settings.debug else self.way.all_reduce_
@@ -213,7 +213,7 @@ def way_of(state: GroupState, tensor: Tensor) -> MemoryOrGroup:
 
 
 # The exchange of every layer in a single process. A training step recognizes it, and leaves out all that belongs to an exchange.
-ALONE = Exchange(LOCAL, "", torch.float32, "samples", 0.0, None)
+UNSYNCHRONIZED = LayerExchanges(LOCAL, "", torch.float32, "samples", 0.0, None)
 
 # Errors that are raised unchanged: the ranks disagree, or this rank itself is at fault.
 _RAISED_AS_IS = agreement.RankMismatchError, ValueError, TypeError, MemoryError, torch.OutOfMemoryError

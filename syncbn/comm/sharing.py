@@ -47,7 +47,7 @@ class Sharing(MemoryOrGroup):
         agreement.verify(comm, check, "", device)
         ranks, self.memory = meet(lambda row: agreement.gather(comm, row, device), comm.rank, comm.world_size)
         self.hosts, self.timeout = len(ranks), comm.timeout
-        self.in_memory = self.memory is not None and self.hosts == 1
+        self.in_one_memory = self.memory is not None and self.hosts == 1
         if self.hosts > 1:
             self.first_ranks = comm.among([host[0] for host in ranks])
 
@@ -55,7 +55,7 @@ class Sharing(MemoryOrGroup):
         return Ticket(tag(comm, key))
 
     def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
-        if self.in_memory:
+        if self.in_one_memory:
             assert self.memory is not None
             return self.memory.all_reduce_(tensor, expected(key), self.timeout, channels)
         if self.reason and environment.settings.check == "off":

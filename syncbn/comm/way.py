@@ -31,7 +31,7 @@ class Way:
     """Over the group, as its communicator adds. The ranks verify nothing."""
 
     ready = True
-    in_memory = False  # whether all ranks share one memory, in which they compare digests and merge statistics about different shifts
+    in_one_memory = False  # whether all ranks share one memory, in which they compare digests and merge statistics about different shifts
 
     @property
     def path(self) -> str:
@@ -43,7 +43,7 @@ class Way:
         in common."""
 
     def ticket(self, comm: Communicator, key: Key) -> Ticket:
-        """How an exchange is verified that is not `in_memory`."""
+        """How an exchange is verified that is not `in_one_memory`."""
         return NO_TICKET
 
     def check(self) -> None:

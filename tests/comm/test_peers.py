@@ -16,7 +16,7 @@ from support.divergence import DIVERGENCES, another_group, batch, named
 from support.peers import CAPACITY_OF_PROCESSES, stand_in
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import peers, resolve
-from syncbn.comm.exchange import Exchange
+from syncbn.comm.exchange import LayerExchanges
 from syncbn.comm.identity import state_of
 
 ON_GPU = "in each other's GPU memory"
@@ -60,8 +60,8 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def exchange_of(group, layer="layer") -> Exchange:
-    return Exchange(resolve(group), layer, torch.float32, "samples", 0.0, None)
+def exchange_of(group, layer="layer") -> LayerExchanges:
+    return LayerExchanges(resolve(group), layer, torch.float32, "samples", 0.0, None)
 
 
 @several

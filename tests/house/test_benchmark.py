@@ -16,7 +16,7 @@ pytest.importorskip("rich", reason="the benchmark prints tables")
 
 from benchmarks import cases, exchange, host, launches, timing
 from syncbn import ops
-from syncbn.comm.exchange import Exchange
+from syncbn.comm.exchange import LayerExchanges
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -30,17 +30,17 @@ def inputs():
 
 def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
     """Of its own four ops, two tickets and two exchanges: host_split() counts them. Afterwards nothing is timed any more."""
-    before = (ops.stats, Exchange.all_reduce_)
+    before = (ops.stats, LayerExchanges.all_reduce_)
     (row,) = host.host_split(inputs, repeats=3, calls=5)
     wholes, parts = ("exchanging", "alone", "BatchNorm2d"), ("tickets", "collectives", "around the collectives", "rest")
     assert set(row) == {"shape", *wholes, *host.OPS, *parts}
     assert row["shape"] == "(2, 8, 2, 2)" and all(row[name] > 0 for name in (*wholes, *host.OPS, *parts))
-    assert (ops.stats, Exchange.all_reduce_) == before
+    assert (ops.stats, LayerExchanges.all_reduce_) == before
 
 
 def test_a_call_that_the_layer_does_not_make_is_no_part_of_it(inputs, monkeypatch):
-    """Were the layer to exchange without Exchange, its time would be called the rest: that is noticed."""
-    monkeypatch.setattr(host, "Exchange", type("Unused", (), {"all_reduce_": lambda: None, "ticket": lambda: None}))
+    """Were the layer to exchange without `LayerExchanges`, its time would be called the rest: that is noticed."""
+    monkeypatch.setattr(host, "LayerExchanges", type("Unused", (), {"all_reduce_": lambda: None, "ticket": lambda: None}))
     with pytest.raises(AssertionError, match="'stats': 5"):
         host.host_split(inputs, repeats=1, calls=5)
 
