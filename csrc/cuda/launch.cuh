@@ -109,16 +109,17 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
 }
 
 // inner == 1. A group is a tile of channels, `width` vectors wide; the remaining lanes of a warp take further rows. A tile is at most a
-// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end. So two tiles
-// of half a line are better than a single tile, which all blocks would share.
+// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end. Instead of a
+// single tile, which all blocks would share, there are two of half a line, unless a block's walk is so long that whole lines gain more.
 inline Config columns_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t vectors = ceil_div(layout.C, vector);
   int width = 1;
   while (width < max_width && width < vectors) width *= 2;
-  if (sums && width == 8 && vectors <= width) width = 4;
+  const int64_t resident = resident_blocks(sm_count, blocks_per_sm, THREADS / WARP);
+  if (sums && width == 8 && vectors <= width && ceil_div(layout.outer, THREADS / width * unroll) < 32 * resident) width = 4;
   const int64_t groups = ceil_div(vectors, width);
   const int64_t runs = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
-  const int splits = splits_for(resident_blocks(sm_count, blocks_per_sm, THREADS / WARP), groups, runs);
+  const int splits = splits_for(resident, groups, runs);
   Config config{};
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
   config.runs_each = runs / splits;

@@ -191,9 +191,7 @@ def test_an_argument_on_another_device_is_named(op, activation):
     CHECKS[op](Elsewhere(), Case((4, 6, 5, 5), activation=activation, residual=True), "cuda")
 
 
-@pytest.mark.parametrize(
-    "name", ["x", "stats", "weight", "bias", "residual", "running_mean", "num_batches_tracked", "activation", "alarm"]
-)
+@pytest.mark.parametrize("name", ["x", "stats", "weight", "bias", "residual", "running_mean", "num_batches_tracked", "activation", "alarm"])
 def test_invalid_argument_is_named(name):
     x = torch.randn(4, 6, 5, 5, device="cuda")
     stats = ops.stats(x, False)

@@ -86,10 +86,14 @@ def compile_translated(text: str, op: str, target: Path, *flags: str) -> None:
 
 def build_sweep(op: str, target: Path) -> None:
     """benchmarks/sweep.cu for this op, as a program."""
-    flags = ["-std=c++17", "-O0", "-w", "-U_FORTIFY_SOURCE", f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h")]
+    build_program(ROOT / "benchmarks" / "sweep.cu", target, f"-DSWEPT_OP={op}", "-include", str(EMULATION / "host_runtime.h"))
+
+
+def build_program(source: Path, target: Path, *flags: str) -> None:
+    """A source with a main(), which sees the kernels' headers."""
     folders = [flag for folder in (EMULATION / "include", EMULATION, KERNELS) for flag in ("-I", str(folder))]
-    sources = [str(ROOT / "benchmarks" / "sweep.cu"), str(EMULATION / "scheduler.cpp")]
-    _run([COMPILER, *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
+    sources = [str(source), str(EMULATION / "scheduler.cpp")]
+    _run([COMPILER, "-std=c++17", "-O0", "-w", "-U_FORTIFY_SOURCE", *flags, *folders, "-x", "c++", *sources, "-o", str(target)])
 
 
 def build_peers(folder: Path) -> Path:
