@@ -7,19 +7,24 @@ by half an ulp of that type, plus a few float32 roundings of the terms that it i
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from support.closeness import assert_within
-from syncbn import ops, reference
+from syncbn import native, ops, reference
 from syncbn.activation import Activation, keeps_mask
 from syncbn.layout import samples_per_channel
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FUSIONS = [(activation, add) for activation in Activation for add in (False, True)]
+RANKS = [(1, False), (3, False), (3, True)]  # number of ranks, each with these samples; whether ranks weigh the same or samples do
 SLOPE, EPS = 0.1, 1e-5
+
+CPU = native.status()[0]
+ISAS = ("avx512", "avx2", "baseline")
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -34,6 +39,19 @@ class CpuCase:
         self.x, self.residual, self.dy = (layout(draw.to(dtype)) for draw in draws)
         self.weight, self.bias = random(shape[1]) + 0.5, random(shape[1])
         self.stats = reference.stats(self.x.double(), False)
+
+
+def on_each(isas, op, args) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """(instruction set, op(*args)) for each of `isas` that this processor has; for the one in use if `isas` is empty."""
+    in_use = native.cpu_isa(CPU.path)
+    for isa in isas or (in_use,):
+        try:
+            if native.cpu_isa(CPU.path, isa) != isa:
+                continue
+            result = op(*args)
+        finally:
+            native.cpu_isa(CPU.path, in_use)
+        yield isa, result
 
 
 def exact(args):
@@ -76,15 +94,17 @@ def check_stats(shape, dtype, layout):
         assert got[: shape[1]].tolist() == want[: shape[1]].tolist() and got[3 * shape[1] :].tolist() == want[3 * shape[1] :].tolist()
 
 
-def check_normalize(shape, dtype, layout, fusions=FUSIONS):
+def check_normalize(shape, dtype, layout, fusions=FUSIONS, isas=()):
     case = CpuCase(shape, dtype, layout)
     for activation, add in fusions:
         args = normalize_args(case, activation, add)
-        (y, mask), (want, want_mask) = ops.normalize(*args), reference.normalize(*exact(args))
-        close(y, want, 10, f"{activation} {add}")
-        assert y.stride() == case.x.stride() and mask.shape == want_mask.shape
-        # A sign may differ only where z is within rounding of 0, which these seeds do not hit in float64. Both write padding bits as zeros.
-        assert (mask != want_mask).sum() <= (0 if dtype == torch.float64 else 1)
+        want, want_mask = reference.normalize(*exact(args))
+        for isa, (y, mask) in on_each(isas, ops.normalize, args):
+            close(y, want, 10, f"{activation} {add} {isa}")
+            assert y.stride() == case.x.stride() and mask.shape == want_mask.shape
+            # A sign may differ only where z is within rounding of 0, which these seeds do not hit in float64. Both write padding bits as
+            # zeros.
+            assert (mask != want_mask).sum() <= (0 if dtype == torch.float64 else 1)
 
 
 def check_backward_reduce(shape, dtype, layout, fusions=FUSIONS):
@@ -100,18 +120,19 @@ def check_backward_reduce(shape, dtype, layout, fusions=FUSIONS):
             assert gradient.dtype == parameter.dtype and torch.equal(gradient, part.to(parameter.dtype))
 
 
-def check_backward_input(shape, dtype, layout, fusions=FUSIONS):
+def check_backward_input(shape, dtype, layout, fusions=FUSIONS, isas=(), ranks=RANKS):
     case = CpuCase(shape, dtype, layout)
+    of_all_ranks = [n * (reference.stats(case.x.double(), True) if rank_weighted else case.stats) for n, rank_weighted in ranks]
     for activation, add in fusions:
         sums = reference.backward_reduce(*exact(backward_args(case, activation, add)))[0]
-        weighted = 3 * reference.stats(case.x.double(), True)
-        for stats, rank_weighted in ((case.stats, False), (3 * case.stats, False), (weighted, True)):  # 1 rank, 3 equal ones, weighted
+        for stats, (_, rank_weighted) in zip(of_all_ranks, ranks, strict=True):
             args = (*backward_args(case, activation, add, stats=stats, sums=sums), rank_weighted)
-            (dx, dz), (want, want_dz) = ops.backward_input(*args), reference.backward_input(*exact(args))
+            want, want_dz = reference.backward_input(*exact(args))
             invstd = reference.finalize(stats, EPS)[2]  # with a single sample, dz and its mean cancel, each scaled by 1 / sqrt(eps)
-            close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add}")
-            close(dz, want_dz, 4, f"dz {activation} {add}")
-            assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
+            for isa, (dx, dz) in on_each(isas, ops.backward_input, args):
+                close(dx, want, max(10, 4 * float(invstd.max())), f"{activation} {add} {isa}")
+                close(dz, want_dz, 4, f"dz {activation} {add} {isa}")
+                assert dx.stride() == case.x.stride() and (not dz.numel() or dz.stride() == case.x.stride())
 
 
 CPU_CHECKS = {

@@ -5,6 +5,7 @@ standard output, standard error, and a pipe for two lines, the new process's id 
 """
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import torch.distributed  # noqa: E402, F401
 MARK = sys.argv[1]  # the variable by which processes.py finds the processes of a job
 C = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
+gc.freeze()  # a process that ends would visit every object of torch's, which takes it a second
 
 
 def serve(requests: socket.socket) -> list:
