@@ -34,6 +34,7 @@ from support import ROOT
 from support.forks import ForkServer, fork_server
 from support.installed import with_entry_point
 from support.paths import over_the_group
+from support.processes import without_launcher
 from support.step import SPLITS
 from support.world import HERE, TIMEOUT, UNDER_MPI, World
 from syncbn.comm import ProcessGroupCommunicator
@@ -226,9 +227,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture(scope="session")
 def subprocess_env() -> dict[str, str]:
     """The environment for a job that a test starts: without this run's own launcher's variables."""
-    drop = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "PMI", "MPI_", "OMPI", "HYDRA", "TORCHELASTIC", "GROUP_", "ROLE_")
-    env = {name: value for name, value in os.environ.items() if not name.startswith(drop)}
-    return env | {"OMP_NUM_THREADS": "1"}
+    return without_launcher(os.environ) | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")

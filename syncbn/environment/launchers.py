@@ -1,4 +1,4 @@
-"""The variables by which a launcher tells a process its rank. Adding a launcher is one row of LAUNCHERS."""
+"""The variables by which a launcher tells a process its rank. To add a launcher: docs/architecture.md."""
 
 from __future__ import annotations
 

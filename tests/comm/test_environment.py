@@ -9,6 +9,7 @@ import torch
 
 import syncbn
 from support import ROOT
+from support.processes import without_launcher
 from support.srun import SRUN
 from syncbn import environment
 from syncbn.environment import RankInfo, rank_info
@@ -61,6 +62,11 @@ RANKS = {
 def test_the_rank_is_read_under_every_launcher(launcher):
     env, want = RANKS[launcher]
     assert rank_info(env) == want
+    assert rank_info(without_launcher(env)) == RankInfo()  # so under every launcher, a test can start a job of its own
+
+
+def test_every_launcher_is_in_the_table_of_ranks():
+    assert {row.name for row in environment.LAUNCHERS} == {want.launcher for _, want in RANKS.values()} - {None}
 
 
 WRONG_RANKS = {

@@ -11,12 +11,12 @@ import torch
 
 import syncbn
 from support.forks import ForkServer
-from support.processes import run, torchrun, two_ranks
+from support.processes import LAUNCHERS_NAMES, run, torchrun, two_ranks
 from support.srun import SRUN
 from syncbn import environment
 from syncbn.comm import rendezvous
 
-NAMES = {name for row in environment.LAUNCHERS for names in row.columns for name in names} | {"MASTER_ADDR", "MASTER_PORT"}
+NAMES = LAUNCHERS_NAMES | {"MASTER_ADDR", "MASTER_PORT"}
 
 
 @pytest.mark.parametrize(

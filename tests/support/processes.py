@@ -14,7 +14,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from syncbn import environment
+
 MARK = "SYNCBN_TEST_JOB"
+LAUNCHERS_NAMES = {name for row in environment.LAUNCHERS for names in row.columns for name in names}
+# Of the other variables of torchrun and of MPI's launchers: an MPI library that saw them would join the job that runs the tests.
+_LAUNCHERS_PREFIXES = ("MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PMI", "MPI_", "OMPI", "HYDRA")
+
+
+def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without a launcher's variables, from which a job that a test starts would take its ranks."""
+    return {name: value for name, value in env.items() if name not in LAUNCHERS_NAMES and not name.startswith(_LAUNCHERS_PREFIXES)}
 
 
 def torchrun(ranks: int = 2) -> list[str]:
