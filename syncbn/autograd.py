@@ -118,8 +118,8 @@ def _group_stats(x: Tensor, running: Running, exchange: LayerExchanges, options:
         stats, ticket = _exchanged_stats(x, exchange, options)
     else:
         stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
-    for record in checkpoint.records():
-        record.record(options.layer, stats)
+    for log in checkpoint.logs():
+        log.append(options.layer, stats)
     if replayed is not None or in_backward():  # where a forward pass can only be a recomputation, after one that has updated them
         running = NOTHING_TRACKED
     return stats, running, ticket

@@ -1,9 +1,9 @@
 """Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
 
-    forward     every layer inside keeps its summed statistics, in order: 3C + 4 numbers each
-    recompute   takes them in the same order: no collective, no second update of the moving statistics
+    forward     every layer inside logs its summed statistics, in order: 3C + 4 values each
+    recompute   replays them in the same order, without a collective or a second update of the moving statistics
 
-A checkpoint inside another one records what the outer one replays. Records belong to one call of `checkpoint`, so any number can
+A checkpoint inside another one logs what the outer one replays. Each call of `checkpoint` has a log of its own, so any number of them can
 be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
 """
 
@@ -28,14 +28,14 @@ class Entry(NamedTuple):
     stats: Tensor
 
 
-class Record:
-    """What the layers inside one checkpoint exchanged, in order."""
+class Log:
+    """The statistics that the layers inside one checkpoint have exchanged, in order."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.position = 0  # of the running recomputation
 
-    def record(self, layer: str, stats: Tensor) -> None:
+    def append(self, layer: str, stats: Tensor) -> None:
         """Keeps the statistics of `layer` for recomputations."""
         self.entries.append(Entry(layer, stats))
 
@@ -43,10 +43,10 @@ class Record:
         """The statistics that `layer` has to use again."""
         if self.position >= len(self.entries):
             raise RuntimeError(f"recomputation of a checkpoint: {layer} was not called in the forward pass ({_ADVICE})")
-        recorded, stats = self.entries[self.position]
-        if recorded != layer or channels_of(stats) != channels:
+        logged, stats = self.entries[self.position]
+        if logged != layer or channels_of(stats) != channels:
             raise RuntimeError(
-                f"recomputation of a checkpoint: call {self.position} is {layer} with {channels} channels, but was {recorded}"
+                f"recomputation of a checkpoint: call {self.position} is {layer} with {channels} channels, but was {logged}"
                 f" with {channels_of(stats)} in the forward pass ({_ADVICE})"
             )
         self.position += 1
@@ -55,11 +55,11 @@ class Record:
 
 _ADVICE = "the function must call the same layers in the same order"
 # Each thread has its own: CUDA recomputes on autograd's threads.
-_recording: ContextVar[tuple[Record, ...]] = ContextVar("recording", default=())
-_replaying: ContextVar[Record | None] = ContextVar("replaying", default=None)
+_logging: ContextVar[tuple[Log, ...]] = ContextVar("logging", default=())
+_replaying: ContextVar[Log | None] = ContextVar("replaying", default=None)
 
-records = _recording.get  # those of the checkpoints that this code runs in
-replayed = _replaying.get  # that of the checkpoint which this code recomputes, if it has one
+logs = _logging.get  # of the checkpoints that this code runs in
+replayed = _replaying.get  # the log of the checkpoint that this code recomputes, or None
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
 
@@ -73,7 +73,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     Returns:
         the contexts of the forward pass and of the recomputation.
 
-    Where checkpoints are nested, give it to each of them.
+    If checkpoints are nested, give it to each of them.
 
     >>> layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
     >>> y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
@@ -83,9 +83,9 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     """
     if is_traced_by_make_fx():
         return context_fn() if context_fn else create_selective_checkpoint_contexts(_keep_exchanges)
-    record = Record()
+    log = Log()
     others = context_fn() if context_fn else ()
-    return _Together(_forward, record, *others[:1]), _Together(_recompute, record, *others[1:])
+    return _Together(_forward, log, *others[:1]), _Together(_recompute, log, *others[1:])
 
 
 def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -94,15 +94,15 @@ def _keep_exchanges(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpo
 
 
 class _Together:
-    """A context made of another and of one of torch's, that can be entered again: torch enters the recomputation's each time."""
+    """One of our contexts inside the one of `context_fn`. torch enters it again for each recomputation."""
 
-    def __init__(self, ours: Callable[[Record], AbstractContextManager], record: Record, *theirs: AbstractContextManager) -> None:
-        self.ours, self.record, self.theirs = ours, record, theirs
+    def __init__(self, ours: Callable[[Log], AbstractContextManager], log: Log, *theirs: AbstractContextManager) -> None:
+        self.ours, self.log, self.theirs = ours, log, theirs
         self.entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            for context in (*self.theirs, self.ours(self.record)):
+            for context in (*self.theirs, self.ours(self.log)):
                 stack.enter_context(context)
             self.entered.append(stack.pop_all())
 
@@ -111,21 +111,21 @@ class _Together:
 
 
 @contextmanager
-def _forward(record: Record) -> Iterator[None]:
-    token = _recording.set((*_recording.get(), record))
+def _forward(log: Log) -> Iterator[None]:
+    token = _logging.set((*_logging.get(), log))
     try:
         yield
     finally:
-        _recording.reset(token)
+        _logging.reset(token)
 
 
 @contextmanager
-def _recompute(record: Record) -> Iterator[None]:
-    """What is recorded meanwhile belongs to checkpoints inside this one: theirs come later in this thread's `_recording`."""
-    record.position = 0
-    token, outer = _replaying.set(record), _recording.set(())
+def _recompute(log: Log) -> Iterator[None]:
+    """In this context only checkpoints inside this one log statistics, those that are entered after it."""
+    log.position = 0
+    token, outer = _replaying.set(log), _logging.set(())
     try:
         yield
     finally:
         _replaying.reset(token)
-        _recording.reset(outer)
+        _logging.reset(outer)

@@ -1,7 +1,8 @@
 """`recompute_outputs`: the layers after a synchronized layer keep how its output is computed, not the output.
 
-A layer keeps its input x for its own backward pass. A convolution after it keeps the output y as well, which is as large. But y is one
-`normalize` of x by the statistics that the layer keeps, too: bitwise the same y, whatever the activation, without an exchange.
+A layer keeps its input x for its own backward pass. A convolution after it keeps the output y as well, which is as large. But one
+`normalize` of x, with the statistics that the layer keeps as well, gives y again: bitwise identical, whatever the activation, and without
+an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
                remember  replaces, by its recipe, an output that an operator saved while the layer computed it: relu saves what it returns
@@ -35,16 +36,17 @@ def recompute_outputs() -> Iterator[None]:
     """A forward pass in this context keeps less memory: outputs of synchronized layers are computed again in the backward pass.
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
-    input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise those without the context. Nothing is
-    exchanged, and no running statistics move. In training mode each output costs one elementwise kernel in the backward pass, in eval mode
-    a few.
+    input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise identical to those without the context.
+    Nothing is exchanged, and the running statistics stay as they are. In training mode each output costs one elementwise kernel in the
+    backward pass, in eval mode a few.
 
-    Worth it where the activation is the layer's own (`convert_sync_batchnorm(model, fuse_activation=True)`): a separate one keeps its own
-    output. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do not, until they
-    are converted. An output that is changed in place before another layer keeps it is kept as usual.
+    A separate activation after the layer keeps its own output, so fuse the two first: `convert_sync_batchnorm(model,
+    fuse_activation=True)`. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do
+    not, until they are converted. An output that is changed in place before another layer keeps it is kept as usual.
 
-    With DistributedDataParallel, FSDP, autocast, `retain_graph` and double backward it needs no care. Of nested saved-tensor hooks torch
-    applies the innermost: a `torch.utils.checkpoint` in the context works as without it, `save_on_cpu` in the context takes its place.
+    DistributedDataParallel, FSDP, autocast, `retain_graph` and double backward work in the context as they do without it. torch applies
+    only the innermost of nested saved-tensor hooks: a `torch.utils.checkpoint` in the context works as usual, and a `save_on_cpu` in the
+    context replaces it.
     Compiled models ignore it: torch's partitioner decides by itself what to recompute.
 
     Raises, in the backward pass:
@@ -69,8 +71,8 @@ is_active = _active.get  # whether `remember` is of use here; for code that is n
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None, saved: Iterable[_Kept] = ()) -> object:
     """Notes, in the context, that `output` is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
-    What `compute` holds besides must not change, nor be large. What has been `saved` of the output is freed. The caller keeps the returned
-    recipe as long as the graph."""
+    What else `compute` holds must be small and must not change. Tensors in `saved` that are the output, or views of it, are freed. The
+    caller keeps the returned recipe as long as the graph."""
     if output.is_inference():
         return None
     kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)

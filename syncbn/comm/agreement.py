@@ -9,8 +9,8 @@ SYNCBN_CHECK says when the ranks compare whole signatures:
 With first and always every eager exchange is also verified by a digest (sharing.py). Nothing is compared while a graph is traced or
 captured.
 
-To compare takes one all-reduce, of 24 bytes per rank and one more, with the digests of the signatures. If they differ, a second one
-gathers the signatures themselves, for the error.
+A comparison takes one all-reduce, of 24 bytes per rank and one more byte, which gathers the digests of the signatures. If these differ, a
+second all-reduce gathers the signatures themselves, for the error.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange: way.py
     verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies each
-    collective   ──► in memory or the communicator's, under a profiler's range, logged with SYNCBN_DEBUG=1
+    collective   ──► in the ranks' memory or over the group, under a profiler's range, logged with SYNCBN_DEBUG=1
     count        ──► identity.py: only if all of this has completed
 
 SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting for it; profilers show a range for each.
@@ -56,7 +56,7 @@ class LayerExchanges:
         """How an exchange of this many values on x's device is verified. Raises as `all_reduce_`.
 
         It comes first, before any value is computed: if it is the group's first exchange, it makes the group."""
-        if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group, and holds its collective as it is
+        if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
             return NO_TICKET
         try:
             self._enter(x)

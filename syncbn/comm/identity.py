@@ -24,14 +24,14 @@ class GroupState:
 
     def __init__(self) -> None:
         self.exchanges = 0
-        self.verifications = 0  # a rank that has missed one is at another count
+        self.verifications = 0  # a rank that has missed one has another count
         self.unnamed_layers = 0
-        self._ways: dict[type[MemoryOrGroup], Any] = {}  # of each class an instance
+        self._ways: dict[type[MemoryOrGroup], Any] = {}  # one instance of each class
 
     def way(self, kind: type[W]) -> W:
         """How the ranks exchange tensors: `Sharing` for those on the CPU, `PeerExchange` for those on GPUs."""
         way: W | None = self._ways.get(kind)
-        return self._ways.setdefault(kind, kind()) if way is None else way  # one, if two threads ask at once
+        return self._ways.setdefault(kind, kind()) if way is None else way  # the same one, if two threads ask at once
 
 
 _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()
@@ -40,7 +40,7 @@ _states: WeakKeyDictionary[Any, GroupState] = WeakKeyDictionary()
 def state_of(group: Any) -> GroupState:
     """The state of a group, or of an MPI duplicate. It ends with the group."""
     state = _states.get(group)
-    return _states.setdefault(group, GroupState()) if state is None else state  # one, if two threads ask at once
+    return _states.setdefault(group, GroupState()) if state is None else state  # the same one, if two threads ask at once
 
 
 class Membership:
@@ -69,7 +69,8 @@ class LayerRecord:
         return f'layer "{name}"' if name else f"unnamed layer {number}"
 
     def join(self, group: Any) -> Membership:
-        """The membership. The first call takes a number if the layer has no name: after an exchange that all ranks have completed."""
+        """The layer's membership of this group. The first call follows an exchange that all ranks have completed, and takes a number if the
+        layer has no name."""
         membership = self.memberships.get(group)
         if membership is None:
             state = state_of(group)
@@ -104,7 +105,7 @@ def described(name: str | None, class_name: str, channels: int) -> str:
     return f'layer "{name}" ({layer})' if name else layer
 
 
-# Beside the layers, not in them: a copy is another layer, and a layer that one rank reverts and converts again remains the same one.
+# Next to the layers, not in them: a copy is another layer, and a layer that one rank reverts and converts again remains the same one.
 _records: WeakKeyDictionary[torch.nn.Module, LayerRecord] = WeakKeyDictionary()
 
 

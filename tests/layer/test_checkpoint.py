@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import syncbn
 from support.collectives import collectives
 from support.oracle import assert_close
-from syncbn.checkpoint import Record
+from syncbn.checkpoint import Log
 
 
 def ours(function, *args):
@@ -155,7 +155,7 @@ def test_double_backward_through_a_checkpoint(world, counts):
         assert_close(got, want.double(), 1e-12, "gradient")
 
 
-def test_eval_mode_records_nothing(world):
+def test_eval_mode_logs_nothing(world):
     model = syncbn.convert_sync_batchnorm(block(), world.group).eval()
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     y = ours(model, x)
@@ -188,4 +188,4 @@ def test_another_order_of_layers_is_an_error():
     with pytest.raises(RuntimeError, match=r"call 0 is SyncBatchNorm\(5\) with 5 channels, but was SyncBatchNorm\(3\) with 3"):
         loss.backward()
     with pytest.raises(RuntimeError, match="not called in the forward pass"):
-        Record().replay("layer", 3)
+        Log().replay("layer", 3)
