@@ -18,6 +18,7 @@ Only rank 0 reports; the others print what failed.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -77,6 +78,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     torch.set_num_threads(1)
     if HERE.launcher == "torchrun" and not session.config.option.collectonly:
         syncbn.init_process_group(os.environ.get("SYNCBN_TEST_BACKEND", "gloo"), timeout=TIMEOUT)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """The garbage collector would visit all of torch and all tests again and again, which takes each process seconds."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
