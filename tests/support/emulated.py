@@ -79,9 +79,8 @@ def _compile_ptx(op: str, folder: Path) -> None:
 
 def compile_translated(text: str, op: str, target: Path, *flags: str) -> None:
     """The PTX of one op, as C++."""
-    source = target.with_suffix(".cpp")
-    source.write_text(translate(text, f"{op}.ptx"))
-    _compile(["-O1", "-fwrapv", "-ffp-contract=off", *flags, "-I", str(EMULATION), "-I", str(PTX), str(source)], target)
+    arguments = ["-O1", "-fwrapv", "-ffp-contract=off", *flags, "-I", str(EMULATION), "-I", str(PTX), "-x", "c++", "-"]
+    _compile(arguments, target, translate(text, f"{op}.ptx"))
 
 
 def build_sweep(op: str, target: Path) -> None:
@@ -132,8 +131,8 @@ def link(folder: Path, replaced: dict[str, Path]) -> Path:
     return target
 
 
-def _compile(arguments: list[str], target: Path) -> None:
-    compile_once([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments], target)
+def _compile(arguments: list[str], target: Path, source: str = "") -> None:
+    compile_once([COMPILER, "-std=c++17", "-fPIC", "-w", *PLANS, *arguments], target, source)
 
 
 def _run(command: list) -> None:

@@ -16,16 +16,19 @@ FOLDER = ROOT / "build" / "emulation"
 KEPT_FOR = 7 * 24 * 3600  # seconds since the last use
 
 
-def compile_once(command: list[str], target: Path) -> None:
-    """Runs `command -c -o target`, unless an earlier run has compiled the same preprocessed source with the same command."""
-    read = _run([*command, "-E"])
+def compile_once(command: list[str], target: Path, source: str = "") -> None:
+    """Runs `command -c -o target`, unless an earlier run has compiled the same preprocessed source with the same command.
+
+    A source that a test makes is the command's standard input: the name of a temporary file would make each of them another one.
+    """
+    read = _run([*command, "-E"], source)
     kept = FOLDER / f"{hashlib.sha256(read + repr(command).encode()).hexdigest()}.o"
     FOLDER.mkdir(parents=True, exist_ok=True)
     with open(kept.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait for the one that compiles
         if not kept.exists():
             _remove_unused()
-            _run([*command, "-c", "-o", str(kept.with_suffix(".new"))])
+            _run([*command, "-c", "-o", str(kept.with_suffix(".new"))], source)
             kept.with_suffix(".new").rename(kept)
     os.utime(kept)
     shutil.copy(kept, target)
@@ -37,7 +40,7 @@ def _remove_unused() -> None:
             path.unlink(missing_ok=True)
 
 
-def _run(command: list[str]) -> bytes:
-    done = subprocess.run(command, capture_output=True)
+def _run(command: list[str], source: str) -> bytes:
+    done = subprocess.run(command, input=source.encode(), capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout
