@@ -63,11 +63,10 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
 
   fold<CHANNELS>(s1);
   fold<CHANNELS>(s2);
-  warp_sums<CHANNELS>(s1, config.width);
-  warp_sums<CHANNELS>(s2, config.width);
   Pair sums[CHANNELS];
 #pragma unroll
   for (int j = 0; j < CHANNELS; ++j) sums[j] = {s1[j], s2[j]};
+  warp_sums(sums, config.width);
   Pair total = block_sum(sums, config.width);
   if (owns_channel) {
     const Moments& m = moments[threadIdx.x];

@@ -15,8 +15,8 @@
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
-// Adds 1 to a counter, or sets it to 0 if it is `last`, and has its old value in `old`. All threads see what this one has written before it,
-// or has seen written, before they see the new value; and this one sees all that others have written before their turn.
+// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Other threads that see the new value also see what this one has
+// written before, or has seen written; and this one sees the same of those that have counted before it.
 #define COUNT(old, counter, last) \
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory")
 #endif
@@ -41,7 +41,6 @@ struct Config {
   int splits;         // blocks that share a group
   int width;          // neighbouring threads that have neighbouring channels
   int64_t runs;       // that a group is walked in: a warp's (Planes), or a block's steps (Columns)
-  int64_t runs_each;  // of a warp or a block at least
   int pieces;         // into which a plane is cut,
   int piece;          // each of this many elements
   int lane_bits;      // 2^lane_bits lanes of a warp share one plane
@@ -100,7 +99,6 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
   const int splits = splits_for(resident_blocks(sm_count, blocks_per_sm, warps), layout.C, ceil_div(runs, warps));
   Config config{};
   config.groups = static_cast<int>(layout.C), config.splits = splits, config.width = 1, config.runs = runs;
-  config.runs_each = runs / (int64_t{splits} * warps);
   config.pieces = static_cast<int>(pieces), config.piece = piece;
   config.lane_bits = lane_bits, config.samples = samples, config.samples_apart = apart, config.along = along;
   config.vector_stride = apart * sample_stride + along, config.row_stride = apart * layout.C, config.sample_stride = sample_stride;
@@ -122,7 +120,6 @@ inline Config columns_config(const Layout& layout, int vector, int unroll, int m
   const int splits = splits_for(resident, groups, runs);
   Config config{};
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;
-  config.runs_each = runs / splits;
   config.threads = THREADS, config.shared_bytes = sums ? sum_bytes(THREADS / WARP, width, vector) : 0;
   return config;
 }

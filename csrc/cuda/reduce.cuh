@@ -35,26 +35,16 @@ __device__ void fold(T (&sums)[SUMS]) {
   for (int j = CHANNELS; j < SUMS; ++j) sums[j % CHANNELS] += sums[j];
 }
 
-// The first CHANNELS values are joined, each over the lanes of a warp that share columns: lanes that differ by a multiple of
-// `width`. The CHANNELS shuffles of one offset are independent of each other, so they share one latency.
-template <int CHANNELS, typename T, int SUMS, class Join>
-__device__ void warp_join(T (&values)[SUMS], int width, Join&& join) {
+// Each pair becomes its sum over the lanes of a warp that share columns: lanes that differ by a multiple of `width`. The shuffles of one
+// offset are independent of each other, so they share one latency.
+template <int CHANNELS>
+__device__ void warp_sums(Pair (&sums)[CHANNELS], int width) {
   for (int offset = width; offset < WARP; offset *= 2) {
 #pragma unroll
-    for (int j = 0; j < CHANNELS; ++j) values[j] = join(values[j], __shfl_xor_sync(ALL_LANES, values[j], offset));
+    for (int j = 0; j < CHANNELS; ++j) {
+      sums[j].add({__shfl_xor_sync(ALL_LANES, sums[j].a, offset), __shfl_xor_sync(ALL_LANES, sums[j].b, offset)});
+    }
   }
-}
-
-template <int CHANNELS, typename T, int SUMS>
-__device__ void warp_sums(T (&values)[SUMS], int width) {
-  warp_join<CHANNELS>(values, width, [](T a, T b) { return a + b; });
-}
-
-template <typename T>
-__device__ T warp_sum(T value, int width) {
-  T values[1] = {value};
-  warp_sums<1>(values, width);
-  return values[0];
 }
 
 // Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of CHANNELS columns in `lane_sums`.

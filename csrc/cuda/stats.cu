@@ -1,8 +1,10 @@
 // stats: this rank's shift(C), sum(C) and sumsq(C) of x - shift, weight and samples, in double.
 //
-// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each warp subtracts K, a mean
-// of values from all over its elements, sums d = x - K and d * d in acc_t, and brings them in double to the channel's shift, which all
-// blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Traffic: x once.
+// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each thread subtracts K, a mean of
+// the first of n values, sums d = x - K and d * d in acc_t, and brings them in double to the channel's shift, which all blocks share: with
+// k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K. If a K of w values is at a distance D from the
+// channel's mean, the squares of these w values add up to w D^2 or more, and the n values lose a rounding of D^2 each: n / w roundings of
+// the result at most, wherever zeros or outliers are. Traffic: x once.
 
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -18,41 +20,29 @@ __device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
   return has_value ? static_cast<const scalar_t*>(args.x)[c * args.layout.inner] : scalar_t{};
 }
 
-// K of a lane's channels. Its loads overlap those of the first step. Each lane takes the mean of one vector; together the vectors are
-// spread over all that the warp will read, so that leading zeros do not decide. Of three or more lanes the lowest and the highest mean are
-// left out, so that an outlier does not decide either. A lane without such a vector takes the step's first one.
-template <typename acc_t, int CHANNELS, typename scalar_t, class Walk, int STEP_WIDTH, class Step>
-__device__ void estimate_mean(acc_t (&mean)[CHANNELS], const scalar_t* x, const Walk& walk, const Vec<scalar_t, STEP_WIDTH>& first,
-                              const Step& step) {
-  constexpr int VECTOR_WIDTH = Walk::vector;
-  const int width = walk.config.width;
-  const auto spread = walk.spread();
-  Vec<scalar_t, VECTOR_WIDTH> in[1];
-  load(in, x, spread);
-  const bool has_value = spread.count > 0 || step.count > 0;
-  acc_t lowest[CHANNELS], highest[CHANNELS];
-#pragma unroll
-  for (int j = 0; j < CHANNELS; ++j) mean[j] = 0;
-#pragma unroll
-  for (int j = 0; j < VECTOR_WIDTH; ++j)
-    mean[j % CHANNELS] += spread.count > 0 ? in[0].get(j) * (acc_t{CHANNELS} / VECTOR_WIDTH) : acc_t{0};
-#pragma unroll
-  for (int j = 0; j < STEP_WIDTH; ++j)
-    mean[j % CHANNELS] += spread.count == 0 && step.count > 0 ? first.get(j) * (acc_t{CHANNELS} / STEP_WIDTH) : acc_t{0};
+// Of each channel the mean of a few values but the least and the greatest, one of which may be an outlier: of the elements of the first
+// vector if all are of one channel, else of those of `count` vectors.
+template <typename acc_t, int CHANNELS, typename scalar_t, int STEP_WIDTH, int UNROLL>
+__device__ void trimmed_mean(acc_t (&mean)[CHANNELS], const Vec<scalar_t, STEP_WIDTH> (&in)[UNROLL], int count) {
+  constexpr bool within = STEP_WIDTH > CHANNELS;
+  const int n = within ? STEP_WIDTH : count;
+  const acc_t part = acc_t{1} / static_cast<acc_t>(n > 2 ? n - 2 : n);
 #pragma unroll
   for (int j = 0; j < CHANNELS; ++j) {
-    lowest[j] = has_value ? mean[j] : static_cast<acc_t>(INFINITY);
-    highest[j] = has_value ? mean[j] : -static_cast<acc_t>(INFINITY);
-  }
-  warp_sums<CHANNELS>(mean, width);
-  warp_join<CHANNELS>(lowest, width, [](acc_t a, acc_t b) { return a < b ? a : b; });
-  warp_join<CHANNELS>(highest, width, [](acc_t a, acc_t b) { return a > b ? a : b; });
-  const int lanes = warp_sum(int{has_value}, width);
+    acc_t sum = in[0].get(j), least = sum, greatest = sum;
 #pragma unroll
-  for (int j = 0; j < CHANNELS; ++j) {
-    mean[j] = lanes > 2 ? (mean[j] - lowest[j] - highest[j]) / static_cast<acc_t>(lanes - 2) : mean[j] / static_cast<acc_t>(max(lanes, 1));
+    for (int i = 1; i < (within ? STEP_WIDTH : UNROLL); ++i) {
+      if (i >= n) break;
+      const acc_t value = within ? in[0].get(i) : in[i].get(j);
+      sum += value;
+      least = value < least ? value : least;
+      greatest = value > greatest ? value : greatest;
+    }
+    mean[j] = (n > 2 ? sum - least - greatest : sum) * part;
   }
 }
+
+constexpr int HELD = 64;  // values of a channel about one K, but for those of the step that exceeds it
 
 template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
@@ -66,41 +56,43 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   scalar_t channel_shift[CHANNELS];
 #pragma unroll
   for (int j = 0; j < CHANNELS; ++j) channel_shift[j] = shift_of<scalar_t>(args, walk.first_channel() + walk.column() + j);
-  acc_t shift[CHANNELS] = {}, s1[SUMS] = {}, s2[SUMS] = {};
+  acc_t K[CHANNELS] = {}, s1[SUMS] = {}, s2[SUMS] = {};
   int n = 0;
-  bool shifted = false;
+  Pair sums[CHANNELS] = {};
+  const auto bring = [&] {
+    if (n == 0) return;
+    fold<CHANNELS>(s1);
+    fold<CHANNELS>(s2);
+#pragma unroll
+    for (int j = 0; j < CHANNELS; ++j) {
+      const double k = static_cast<double>(K[j]) - to_acc(channel_shift[j]), nk = n * k, sum = s1[j];
+      sums[j].add({nk + sum, s2[j] + k * (2 * sum + nk)});
+    }
+#pragma unroll
+    for (int j = 0; j < SUMS; ++j) s1[j] = s2[j] = 0;
+    n = 0;
+  };
   walk.each([&](auto step) {
     constexpr int STEP_WIDTH = decltype(step)::vector, UNROLL = decltype(step)::unroll;
     Vec<scalar_t, STEP_WIDTH> in[UNROLL];
     load(in, x, step);
-    if (!shifted) {
-      estimate_mean(shift, x, walk, in[0], step);
-      shifted = __any_sync(ALL_LANES, step.count > 0);
-    }
+    if (n == 0 && step.count > 0) trimmed_mean(K, in, step.count);
     n += step.count * STEP_WIDTH / CHANNELS;
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) {
       if (u >= step.count) continue;
 #pragma unroll
       for (int j = 0; j < STEP_WIDTH; ++j) {
-        const acc_t d = in[u].get(j) - shift[j % CHANNELS];
+        const acc_t d = in[u].get(j) - K[j % CHANNELS];
         s1[j % SUMS] += d;
         s2[j % SUMS] = fma(d, d, s2[j % SUMS]);
       }
     }
+    if (n >= HELD) bring();
   });
+  bring();
+  warp_sums(sums, config.width);
 
-  fold<CHANNELS>(s1);
-  fold<CHANNELS>(s2);
-  warp_sums<CHANNELS>(s1, config.width);
-  warp_sums<CHANNELS>(s2, config.width);
-  const double all = warp_sum(static_cast<double>(n), config.width);
-  Pair sums[CHANNELS];
-#pragma unroll
-  for (int j = 0; j < CHANNELS; ++j) {
-    const double k = static_cast<double>(shift[j]) - to_acc(channel_shift[j]), sum = s1[j], sumsq = s2[j];
-    sums[j] = {all * k + sum, sumsq + k * (2 * sum + all * k)};
-  }
   const int64_t C = args.layout.C, channel = walk.first_channel() + threadIdx.x;
   const scalar_t own_shift = shift_of<scalar_t>(args, channel);
   Pair total = block_sum(sums, config.width);

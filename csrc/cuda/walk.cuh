@@ -64,9 +64,6 @@ __device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNR
 
 __device__ inline int clamped(int64_t n, int most) { return static_cast<int>(n < 0 ? 0 : n < most ? n : most); }
 
-// Cuts n into `parts` equal parts; returns the middle of part `part`.
-__device__ inline int64_t spread_over(int64_t n, int part, int parts) { return n * (2 * part + 1) / (2 * parts); }
-
 struct Walk {
   Layout layout;
   Config config;
@@ -111,17 +108,6 @@ struct Planes : Walk {
   template <class Body>
   __device__ void first(Body&& body) const {
     if (first_run() < config.runs) run(first_run(), body);
-  }
-
-  // At most one vector for each lane, spread over all that the warp walks; two adjacent lanes take one run, because their vectors share a
-  // memory sector.
-  __device__ Step<VECTOR_WIDTH, 1> spread() const {
-    int64_t runs_each = config.runs_each;
-    FORGET(runs_each);  // otherwise the compiler hoists all this out of the body's loop and keeps it in registers
-    const int64_t i = first_run() + run_stride() * spread_over(runs_each, threadIdx.x % WARP / 2, WARP / 2);
-    if (i >= config.runs) return {0, 0, 0, 0, 0};
-    const auto step = vectors_of(run_at(i));
-    return {step.first, 0, step.row, 0, min(step.count, 1)};
   }
 
  private:
@@ -212,14 +198,6 @@ struct Columns : Walk {
   template <class Body>
   __device__ void first(Body&& body) const {
     if (split < config.runs) run(split, body);
-  }
-
-  // At most one vector for each lane, spread over all that the block walks; the lanes of a row stay together.
-  __device__ Step<VECTOR_WIDTH, 1> spread() const {
-    const int row_of_warp = threadIdx.x % WARP / config.width, rows = blockDim.x / config.width;
-    const int64_t i = split + int64_t{config.splits} * spread_over(config.runs_each, row_of_warp, WARP / config.width);
-    const int64_t row = i * rows * UNROLL + threadIdx.x / config.width, channel = first_channel() + column();
-    return {row * layout.C + channel, 0, row, 0, channel < layout.C && row < layout.outer};
   }
 
  private:

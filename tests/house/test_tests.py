@@ -15,7 +15,7 @@ SOURCES = sorted(TESTS.rglob("*.py"))
 IN_TESTS = {path.stem for path in SOURCES} - {"__init__"}
 MAX_LINES = 300
 # Files that programs read or draw.
-DATA = (".json", ".png", ".svg")
+DATA = (".csv", ".json", ".png", ".svg")
 
 
 def imported_names(source: str) -> set[str]:

@@ -9,6 +9,7 @@ import torch
 
 from support.op_cases import EPS, SLOPE, Case, make, table
 from support.op_checks import CHECKS, check_moved_all_the_way, check_stats
+from support.spoiled import ALL, CASES, error_of_the_variance
 from syncbn import native, ops, reference
 from syncbn.activation import Activation, keeps_residual
 
@@ -213,6 +214,11 @@ def test_invalid_argument_is_named(name):
     ops.normalize(**good)
     with pytest.raises((ValueError, RuntimeError), match=name):
         ops.normalize(**{**good, name: bad[name]})
+
+
+@pytest.mark.parametrize("shape,kind,allowed", [*CASES, *(((32, 64, 112, 112), kind, 1e-6) for kind in ALL)])
+def test_the_variance_keeps_its_digits_wherever_zeros_or_outliers_are(shape, kind, allowed):
+    assert error_of_the_variance(ops.stats, kind, shape, "cuda") < allowed
 
 
 def test_the_shift_survives_a_mean_of_1e5():

@@ -16,6 +16,10 @@ from support.op_checks import CHECKS
 
 # On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
 MANY_BLOCKS = (72, Case((4700, 128), dtype=torch.bfloat16, activation="relu", residual=True))
+# On one, a thread walks over more values than stats holds about one K.
+LONG_WALK = (1, Case((5, 1, 128, 128)))
+# Blocks share sums: in a fifth of the orders a missing barrier lets the last of them come too early.
+SHARED = (7, Case((500, 128), activation="silu", residual=True))
 
 # Few, but with each edge that a mutant above is about.
 CASES = [
@@ -56,6 +60,6 @@ def run_all_checks(path: str, op: str, dtype: torch.dtype | None = None) -> None
     for seed, misaligned in enumerate([(), (), (), (), (), (), *((name,) for name in emulated.OPS[op])]):
         for case in cases:
             CHECKS[op](replace(kernels, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=misaligned), case)
-    sm_count, case = MANY_BLOCKS
-    if dtype in (None, case.dtype):
-        CHECKS[op](replace(kernels, sm_count=sm_count), case)
+    for (sm_count, case), seeds in ((MANY_BLOCKS, 1), (LONG_WALK, 1), (SHARED, 25)):
+        for seed in range(seeds if dtype in (None, case.dtype) else 0):
+            CHECKS[op](replace(kernels, sm_count=sm_count, seed=seed), case)
