@@ -216,9 +216,9 @@ def test_invalid_argument_is_named(name):
         ops.normalize(**{**good, name: bad[name]})
 
 
-@pytest.mark.parametrize("shape,kind,allowed", [*CASES, *(((32, 64, 112, 112), kind, 1e-6) for kind in ALL)])
-def test_the_variance_keeps_its_digits_wherever_zeros_or_outliers_are(shape, kind, allowed):
-    assert error_of_the_variance(ops.stats, kind, shape, "cuda") < allowed
+@pytest.mark.parametrize("shape,kind", [*CASES, *(((32, 64, 112, 112), kind) for kind in ALL)])
+def test_the_variance_keeps_its_digits_wherever_zeros_or_outliers_are(shape, kind):
+    assert error_of_the_variance(ops.stats, kind, shape, "cuda") < 1e-6
 
 
 def test_the_shift_survives_a_mean_of_1e5():

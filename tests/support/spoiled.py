@@ -19,11 +19,13 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "outliers of 1e6, a power of two apart": lambda x: every(64, x + 10, 1e6),
     "as many of 1e5 as lanes in a warp": lambda x: every(32, x + 1e3, 1e5),
     "constant but for outliers": lambda x: every(64, torch.full_like(x, 1e3), 3e6),
-    "zeros in the first steps of 768 threads": lambda x: torch.cat([torch.zeros(16 * 768), x.flatten()[16 * 768 :] + 1e3]).view_as(x),
+    "zeros in the first steps of 768 threads, then a constant": lambda x: torch.cat(
+        [torch.zeros(16 * 768), torch.full((x.numel() - 16 * 768,), 1234.567)]
+    ).view_as(x),
 }
 ALL = list(SPOILED)[:-1]
-# (shape, kind, allowed error); the last is for long walks, whose threads must not keep what they have taken for typical.
-CASES = [*((shape, kind, 1e-6) for shape in SHAPES for kind in ALL), ((1, 1, 900, 900), list(SPOILED)[-1], 1e-7)]
+# The last is for long walks, whose threads must not keep what they have taken for typical.
+CASES = [*((shape, kind) for shape in SHAPES for kind in ALL), ((1, 1, 900, 900), list(SPOILED)[-1])]
 
 
 def every(n: int, x: Tensor, value: float) -> Tensor:
