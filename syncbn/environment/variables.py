@@ -82,8 +82,8 @@ VARIABLES = (
     Variable("shared_memory", "1", "0 or 1", _switch, "0: the ranks of a host exchange over their group, not in memory that they share"),
     Variable(
         "peer", "0", "0 or 1", _switch,
-        "1: the ranks of a node exchange CUDA tensors in each other's GPU memory, not over their group; the same on all ranks; has never"
-        " run on a GPU",
+        "1: the ranks of a node exchange CUDA tensors in each other's GPU memory, not over their group; the same on all ranks; has not"
+        " run on two GPUs yet",
     ),
     Variable(
         "replace_torch", "0", "0 or 1", _switch,
