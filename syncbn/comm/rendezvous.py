@@ -137,21 +137,32 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
     which no process has its rank yet. So a process that replaces a dead one meets the survivors in their generation.
     """
     _check_address()
+    deadline = time.monotonic() + timeout.total_seconds()
     try:
-        store, rank, _ = next(dist.rendezvous("env://", rank=here.rank, world_size=here.world_size, timeout=timeout))
-        store = dist.PrefixStore(f"restart {_restarts()}", store)
-        generation = store.add("generations", 1 if rank == 0 else 0)
-        while generation == 0 or store.add(f"generation {generation}, rank {rank}", 1) > 1:
-            generation += 1
-            store.wait([f"generation {generation}"], timeout)
-        if rank == 0:
-            store.set(f"generation {generation}", "open")
+        while True:
+            left = datetime.timedelta(seconds=max(deadline - time.monotonic(), 1))
+            try:
+                store, *_ = next(dist.rendezvous("env://", rank=here.rank, world_size=here.world_size, timeout=left))
+                return _generation(dist.PrefixStore(f"restart {_restarts()}", store), here.rank, left)
+            except dist.DistNetworkError:  # the store of an earlier group, perhaps, which rank 0 has closed meanwhile: it opens another
+                if here.rank == 0 or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
     except dist.DistError as error:
         address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
         raise RuntimeError(
             f"{error}\nrank {here.rank} of {here.world_size} could not meet the others at {address} within {timeout.total_seconds():g} s:"
             " rank 0 has not started or has failed, or the address cannot be reached"
         ) from error
+
+
+def _generation(store: dist.Store, rank: int, timeout: datetime.timedelta) -> dist.Store:
+    generation = store.add("generations", 1 if rank == 0 else 0)
+    while generation == 0 or store.add(f"generation {generation}, rank {rank}", 1) > 1:
+        generation += 1
+        store.wait([f"generation {generation}"], timeout)
+    if rank == 0:
+        store.set(f"generation {generation}", "open")
     return dist.PrefixStore(f"generation {generation}", store)
 
 

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from support.oracle import assert_close
-from support.processes import two_ranks
+from support.processes import outputs, two_ranks
 from syncbn.comm import resolve
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -156,7 +156,7 @@ def test_duplicates_are_destroyed_with_their_groups(destroyed, tmp_path, forks, 
     script = tmp_path / "job.py"
     script.write_text(LEFT_BEHIND)
     ended = forks.run(script, str(tmp_path), destroyed, env=subprocess_env, timeout=200, ranks=two_ranks())
-    assert all(rank.returncode == 0 for rank in ended), ended
+    assert all(rank.returncode == 0 for rank in ended), outputs(ended)
     for rank in "01":
         counts = ast.literal_eval((tmp_path / rank).read_text())
         assert len(counts) >= 3 and counts[-1] == counts[0], counts

@@ -11,7 +11,7 @@ import torch
 
 import syncbn
 from support.forks import ForkServer
-from support.processes import LAUNCHERS_NAMES, run, torchrun, two_ranks
+from support.processes import LAUNCHERS_NAMES, outputs, run, torchrun, two_ranks
 from support.srun import SRUN
 from syncbn import environment
 from syncbn.comm import rendezvous
@@ -93,7 +93,7 @@ def run_on_each(forks: ForkServer, code: str, folder: Path, env: dict[str, str],
     script = folder / "job.py"
     script.write_text(code)
     ended = forks.run(script, str(folder), env=env, timeout=100, ranks=ranks)
-    assert all(rank.returncode == 0 for rank in ended), ended
+    assert all(rank.returncode == 0 for rank in ended), outputs(ended)
 
 
 def test_a_missing_address_is_named(monkeypatch):
@@ -181,6 +181,25 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 def test_recreated_default_group_has_no_stale_state(tmp_path, forks, subprocess_env):
     """Its subgroups and those of join, too."""
     run_on_each(forks, AGAIN, tmp_path, subprocess_env, two_ranks())
+    assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
+
+
+HASTY = """
+import sys, time, torch.distributed as dist, syncbn
+for turn in range(2):
+    syncbn.init_process_group("gloo", timeout=20)
+    rank = dist.get_rank()
+    if rank == turn == 0:
+        time.sleep(1)
+    dist.destroy_process_group()
+open(f"{sys.argv[1]}/{rank}", "w").close()
+"""
+
+
+@pytest.mark.world_size(1)
+def test_a_rank_may_begin_anew_before_the_others_have_ended(tmp_path, forks, subprocess_env):
+    """It meets rank 0's old store, which goes away."""
+    run_on_each(forks, HASTY, tmp_path, subprocess_env, two_ranks())
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
 

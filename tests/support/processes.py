@@ -4,13 +4,14 @@ groups of their own, but hand the environment down."""
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -35,13 +36,25 @@ def torchrun(ranks: int = 2) -> list[str]:
 def torchruns_variables(ranks: int) -> list[dict[str, str]]:
     """The variables that torchrun would set for this many ranks of this host."""
     size = str(ranks)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        same = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    same = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [same | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def free_port() -> int:
+    """One that no connection takes before a job listens on it: the system gives those from 32768 on to connections, also of other jobs."""
+    while True:
+        port = secrets.randbelow(12000) + 20000
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def two_ranks() -> list[dict[str, str]]:
     return torchruns_variables(2)
+
+
+def outputs(ended: Iterable[subprocess.CompletedProcess[str]]) -> str:
+    """What the ranks of a job have said, for the message of a failure."""
+    return "".join(f"\n-- rank {rank} exits with {end.returncode}\n{end.stdout}{end.stderr}" for rank, end in enumerate(ended))
 
 
 @contextmanager

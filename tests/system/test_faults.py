@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from support.forks import ForkServer
-from support.processes import job, left_behind, two_ranks
+from support.processes import job, left_behind, outputs, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 TIMEOUT = 6  # seconds, of the group
@@ -219,5 +219,5 @@ def test_a_rank_that_has_left_a_join_ends_the_other_with_an_error_that_names_joi
     script = tmp_path / "job.py"
     script.write_text(JOINED.format(joined=joined, fault=fault))
     ended = forks.run(script, str(tmp_path), env=subprocess_env, timeout=LIMIT, ranks=two_ranks())
-    assert all(rank.returncode != 0 for rank in ended), ended
+    assert all(rank.returncode != 0 for rank in ended), outputs(ended)
     assert_says(tmp_path / "0.error", words, at_once=False)

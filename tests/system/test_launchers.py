@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from support import ROOT
-from support.processes import run, two_ranks
+from support.processes import outputs, run, two_ranks
 
 pytestmark = [
     pytest.mark.world_size(1),
@@ -72,7 +72,7 @@ def test_the_unsynchronized_example_does_not_follow_the_one_process_run(compare,
     """Without a launcher: its ranks only meet to gather their results."""
     script, *arguments = example("local", tmp_path)
     ended = forks.run(Path(script), *arguments, env=subprocess_env, timeout=110, ranks=two_ranks())
-    assert [rank.returncode for rank in ended] == [0, 0], ended
+    assert [rank.returncode for rank in ended] == [0, 0], outputs(ended)
     assert_agrees(compare(), tmp_path)
     (result,) = tmp_path.glob("*.pt")
     torch.save({**torch.load(result), "norm": "sync"}, result)  # the comparison can fail: call the run synchronized

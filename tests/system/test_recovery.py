@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from support import ROOT
-from support.processes import job, left_behind, two_ranks
+from support.processes import job, left_behind, outputs, two_ranks
 
 pytestmark = [
     pytest.mark.world_size(1),
@@ -74,7 +74,7 @@ def undisturbed(tmp_path_factory, forks, subprocess_env) -> dict:
     script, arguments, path = script_in(tmp_path_factory.mktemp("undisturbed"))
     ranks = [rank | {"TORCHELASTIC_RESTART_COUNT": "0", "TEST_KILLS": "nobody"} for rank in two_ranks()]
     ended = forks.run(script, *arguments, env=subprocess_env, timeout=LIMIT, ranks=ranks)
-    assert all(rank.returncode == 0 and "resumes" not in rank.stdout for rank in ended), ended
+    assert all(rank.returncode == 0 and "resumes" not in rank.stdout for rank in ended), outputs(ended)
     checkpoint = torch.load(path, weights_only=True)
     assert checkpoint["epochs"] == 3
     return checkpoint

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from support.processes import run, torchrun, two_ranks
+from support.processes import outputs, run, torchrun, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 LAUNCHERS = {
@@ -39,7 +39,7 @@ def test_a_wrong_layer_fails(tmp_path, forks, subprocess_env):
         "from syncbn.check import main; sys.exit(main([]))"
     )
     ended = forks.run(script, env=subprocess_env, timeout=100, ranks=two_ranks())
-    assert [rank.returncode for rank in ended] == [1, 1], ended
+    assert [rank.returncode for rank in ended] == [1, 1], outputs(ended)
     assert "WRONG" in ended[0].stdout
 
 
