@@ -145,7 +145,7 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
                 store, *_ = next(dist.rendezvous("env://", rank=here.rank, world_size=here.world_size, timeout=left))
                 return _generation(dist.PrefixStore(f"restart {_restarts()}", store), here.rank, left)
             except dist.DistNetworkError:  # the store of an earlier group, perhaps, which rank 0 has closed meanwhile: it opens another
-                if here.rank == 0 or time.monotonic() > deadline:
+                if here.rank == 0 or deadline - time.monotonic() < 1:
                     raise
                 time.sleep(0.1)
     except dist.DistError as error:
