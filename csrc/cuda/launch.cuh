@@ -15,8 +15,8 @@
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
-// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Other threads that see the new value also see what this one has
-// written before, or has seen written; and this one sees the same of those that have counted before it.
+// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Other threads that see the new value also see what this one
+// has written before, or has seen written; and this one sees the same of those that have counted before it.
 #define COUNT(old, counter, last) \
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory")
 #endif
@@ -37,14 +37,14 @@ constexpr int MAX_RESIDENT = 32;            // blocks on an SM, however small; f
 constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 
 struct Config {
-  int groups;         // of channels: a block works on one group
-  int splits;         // blocks that share a group
-  int width;          // neighbouring threads that have neighbouring channels
-  int64_t runs;       // that a group is walked in: a warp's (Planes), or a block's steps (Columns)
-  int pieces;         // into which a plane is cut,
-  int piece;          // each of this many elements
-  int lane_bits;      // 2^lane_bits lanes of a warp share one plane
-  int samples;        // whose planes a run takes: more than 1 only if planes are not cut
+  int groups;     // of channels: a block works on one group
+  int splits;     // blocks that share a group
+  int width;      // neighbouring threads that have neighbouring channels
+  int64_t runs;   // that a group is walked in: a warp's (Planes), or a block's steps (Columns)
+  int pieces;     // into which a plane is cut,
+  int piece;      // each of this many elements
+  int lane_bits;  // 2^lane_bits lanes of a warp share one plane
+  int samples;    // whose planes a run takes: more than 1 only if planes are not cut
   // From a lane's vector to its next one in a step: either in another sample, or in the same plane.
   int samples_apart, along;
   int64_t vector_stride, row_stride;  // in elements, and in rows of the mask

@@ -65,8 +65,8 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 }
 
 // Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
-// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums. BATCH loads share
-// one latency: the compiler moves no __ldcg() across preceding statements.
+// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums. BATCH loads
+// share one latency: the compiler moves no __ldcg() across preceding statements.
 template <int BATCH>
 __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
   const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
