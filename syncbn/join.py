@@ -206,5 +206,5 @@ def _group_inside(comm: Any) -> dist.ProcessGroup:
     if isinstance(comm, DefaultGroupCommunicator):
         return comm.group
     if not isinstance(comm, ProcessGroupCommunicator):
-        raise ValueError("syncbn.join needs layers whose process_group belongs to torch.distributed, not to MPI")
+        raise ValueError("syncbn.join needs layers whose process_group belongs to torch.distributed")
     return duplicate_of(comm.group)

@@ -15,8 +15,8 @@
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
-// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Other threads that see the new value also see what this one
-// has written before, or has seen written; and this one sees the same of those that have counted before it.
+// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Acquires and releases: what this thread has written before is
+// visible to those that count later, and what earlier ones have written to this one.
 #define COUNT(old, counter, last) \
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory")
 #endif
@@ -40,9 +40,9 @@ struct Config {
   int groups;     // of channels: a block works on one group
   int splits;     // blocks that share a group
   int width;      // neighbouring threads that have neighbouring channels
-  int64_t runs;   // that a group is walked in: a warp's (Planes), or a block's steps (Columns)
-  int pieces;     // into which a plane is cut,
-  int piece;      // each of this many elements
+  int64_t runs;   // of a group: a warp takes one at a time (Planes), or a block (Columns)
+  int pieces;     // of a plane
+  int piece;      // elements of one
   int lane_bits;  // 2^lane_bits lanes of a warp share one plane
   int samples;    // whose planes a run takes: more than 1 only if planes are not cut
   // From a lane's vector to its next one in a step: either in another sample, or in the same plane.
@@ -84,7 +84,7 @@ inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool 
 }
 
 // inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8. If
-// planes are smaller and all of one alignment, it takes several, each by 8 lanes at least: the edges of more would take more steps.
+// planes are smaller and all of one alignment, it takes several, each by at least 8 lanes: more planes would need more steps for edges.
 inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);

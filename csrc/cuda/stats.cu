@@ -1,10 +1,13 @@
 // stats: this rank's shift(C), sum(C) and sumsq(C) of x - shift, weight and samples, in double.
 //
-// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each thread subtracts K, a mean of
-// the first of n values, sums d = x - K and d * d in acc_t, and brings them in double to the channel's shift, which all blocks share: with
-// k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K. If a K of w values is at a distance D from the
-// channel's mean, the squares of these w values add up to w D^2 or more, and the n values lose a rounding of D^2 each: n / w roundings of
-// the result at most, wherever zeros or outliers are. Traffic: x once.
+// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each thread subtracts K, a trimmed
+// mean of the first few of the next n values that it reads, sums d = x - K and d * d in acc_t, and brings them in double to the channel's
+// shift, which all blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K.
+//
+// Where zeros or outliers are does not matter. If a K of w values is D away from the channel's mean, these w values alone add w D^2 to the
+// sum of squares. The n values about this K lose at most a rounding of D^2 each. So the result loses n / w roundings, 16 if w is 4.
+//
+// Traffic: x once.
 
 #include "reduce.cuh"
 #include "vec.cuh"
@@ -20,8 +23,8 @@ __device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
   return has_value ? static_cast<const scalar_t*>(args.x)[c * args.layout.inner] : scalar_t{};
 }
 
-// Of each channel the mean of a few values but the least and the greatest, one of which may be an outlier: of the elements of the first
-// vector if all are of one channel, else of those of `count` vectors.
+// For each channel the mean of a few values without the least and the greatest, either of which may be an outlier: of the elements of the
+// first vector if all are of one channel, else of `count` vectors.
 template <typename acc_t, int CHANNELS, typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ void trimmed_mean(acc_t (&mean)[CHANNELS], const Vec<scalar_t, STEP_WIDTH> (&in)[UNROLL], int count) {
   constexpr bool within = STEP_WIDTH > CHANNELS;
@@ -42,7 +45,7 @@ __device__ void trimmed_mean(acc_t (&mean)[CHANNELS], const Vec<scalar_t, STEP_W
   }
 }
 
-constexpr int HELD = 64;  // values of a channel about one K, but for those of the step that exceeds it
+constexpr int HELD = 64;  // a thread takes a new K after the step that reaches this many values of a channel
 
 template <typename scalar_t, class Walk>
 __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)

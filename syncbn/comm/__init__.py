@@ -1,4 +1,4 @@
-"""Who normalizes together, and how their sums are added: the rest of the package never asks which backend it has.
+"""Who normalizes together, and how their sums are added: the layers never ask which backend they have.
 
 comm = resolve(process_group)      # None, a ProcessGroup, a one-dimensional DeviceMesh, or an mpi4py communicator
 total = comm.all_reduce_(tensor)   # sum over the ranks; every rank calls it, with the same length and dtype
