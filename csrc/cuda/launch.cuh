@@ -59,7 +59,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // each of a vector's elements, or two for each thread.
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
-// How many blocks of so many warps are resident at once. Their registers allow `blocks_per_sm` blocks of THREADS threads.
+// How many blocks of `warps` warps are resident at once, if registers allow `blocks_per_sm` blocks of THREADS threads.
 inline int64_t resident_blocks(int sm_count, int blocks_per_sm, int warps) {
   return int64_t{sm_count} * std::min(blocks_per_sm * (THREADS / WARP) / warps, MAX_RESIDENT);
 }
@@ -114,9 +114,9 @@ inline Config columns_config(const Layout& layout, int vector, int unroll, int m
   int width = 1;
   while (width < max_width && width < vectors) width *= 2;
   const int64_t resident = resident_blocks(sm_count, blocks_per_sm, THREADS / WARP);
-  if (sums && width == 8 && vectors <= width && ceil_div(layout.outer, THREADS / width * unroll) < 32 * resident) width = 4;
-  const int64_t groups = ceil_div(vectors, width);
-  const int64_t runs = ceil_div(layout.outer, int64_t{THREADS / width} * unroll);
+  const auto runs_of = [&](int width) { return ceil_div(layout.outer, int64_t{THREADS / width} * unroll); };
+  if (sums && width == 8 && vectors <= width && runs_of(width) < 32 * resident) width = 4;
+  const int64_t groups = ceil_div(vectors, width), runs = runs_of(width);
   const int splits = splits_for(resident, groups, runs);
   Config config{};
   config.groups = static_cast<int>(groups), config.splits = splits, config.width = width, config.runs = runs;

@@ -94,6 +94,13 @@ __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_
   return total;
 }
 
+// Whether this is the last of `blocks` blocks to arrive at a counter. After it the counter is 0, ready for the next launch.
+__device__ inline bool arrives_last(unsigned* counter, unsigned blocks) {
+  unsigned arrived;
+  COUNT(arrived, counter, blocks - 1);
+  return arrived == blocks - 1;
+}
+
 // True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Which block is last
 // varies, but partial sums are always added in index order.
 template <class Walk>
@@ -106,11 +113,8 @@ __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspa
   __syncthreads();
   SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
-    // One thread orders the whole block's writes and reads, with the barriers around it: the order of memory is cumulative. After the last
-    // block the counter is 0, ready for the next launch.
-    unsigned arrived;
-    COUNT(arrived, &workspace.counters[walk.group], splits - 1);
-    last[0] = arrived == splits - 1;
+    // One thread orders the whole block's writes and reads, with the barriers around it: the order of memory is cumulative.
+    last[0] = arrives_last(&workspace.counters[walk.group], splits);
   }
   __syncthreads();
   if (!last[0]) return false;

@@ -12,7 +12,7 @@ REGISTERS = {"pred": "bool", "b16": "u16", "b32": "u32", "b64": "u64", "f32": "u
 SIZES = {"b8": 1, "u8": 1}
 TYPE = re.compile(r"[usfb]\d+|bf16|pred")
 # These take a source location, because they can diverge or access a bad address.
-TELLS_WHERE = ("bar", "shfl", "vote", "ld", "st", "atom")
+TELLS_WHERE = ("bar", "shfl", "ld", "st", "atom")
 
 
 def translate(text: str, name: str) -> str:

@@ -18,7 +18,7 @@ SMS, RESIDENT = 132, 32
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """(threads of a block, blocks of a group, width of a tile, groups) of an op, for [outer, C, inner] of values of so many bytes."""
+    """(threads of a block, blocks of a group, width of a tile, groups) for each (op, bytes of an element, outer, C, inner)."""
     program = tmp_path_factory.mktemp("launches") / "launches"
     emulated.build_program(emulated.EMULATION / "launches.cpp", program)
 

@@ -27,10 +27,6 @@ void shfl_sync_bfly_(const char* site, D& d, bool& valid, A a, B offset, C clamp
   set<T>(d, emulation::exchange(site, get<u32>(mask), get<T>(a))[(threadIdx.x % 32) ^ get<u32>(offset)]);
   valid = true;
 }
-template <class T, class M>
-void vote_sync_any_(const char* site, bool& d, bool a, M mask) {
-  d = emulation::ballot(site, get<u32>(mask), a) != 0;
-}
 
 // ---- Kernels ---------------------------------------------------------------------------------------------------------------
 
