@@ -117,9 +117,19 @@ def test_the_duplicate_has_the_timeout_of_the_default_group():
 
 
 LEFT_BEHIND = """
-import gc, os, sys, torch, torch.distributed as dist, syncbn
+import gc, os, sys, time, torch, torch.distributed as dist, syncbn
 from torch import nn
 counts = []
+def descriptors_and_threads():
+    gc.collect()
+    return tuple(len(os.listdir(f"/proc/self/{kind}")) for kind in ("fd", "task"))
+def count():
+    time.sleep(0.5)  # the kernel lists a thread for a moment after it has been joined, longer if the machine is busy
+    for _ in range(1000):
+        if not counts or descriptors_and_threads() == counts[0]:
+            break
+        time.sleep(0.01)
+    counts.append(descriptors_and_threads())
 for _ in range(4):
     syncbn.init_process_group("gloo", timeout=60)
     rank = dist.get_rank()
@@ -133,16 +143,14 @@ for _ in range(4):
             for _ in range(3):
                 dist.destroy_process_group(group)
                 model[1].process_group = group = None
-                gc.collect()
-                counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+                count()
                 model[1].process_group = group = dist.new_group()
                 with syncbn.join(model):
                     model(torch.randn(5, 4)).sum().backward()
         del model, group
     dist.destroy_process_group()
-    gc.collect()
     if sys.argv[2] == "default group":
-        counts.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+        count()
     elif counts:
         break
 open(f"{sys.argv[1]}/{rank}", "w").write(repr(counts))
