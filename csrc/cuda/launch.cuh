@@ -45,7 +45,8 @@ struct Config {
   int piece;      // elements of one
   int lane_bits;  // 2^lane_bits lanes of a warp share one plane
   int samples;    // whose planes a run takes: more than 1 only if planes are not cut
-  // From a lane's vector to its next one in a step: either in another sample, or in the same plane.
+  // A lane's vectors of one step are this many samples apart if a run takes whole planes of several samples, with along == 0; otherwise
+  // they are `along` elements apart in the same plane, and samples_apart == 0.
   int samples_apart, along;
   int64_t vector_stride, row_stride;  // in elements, and in rows of the mask
   int64_t sample_stride;              // from an element to the one of the next sample
