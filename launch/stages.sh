@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by test.sh and .ci/run, whose stages leave cores idle: ranks wait for each other, and most tools use one core.
 #
-#   stage COMMAND ...    starts it, once fewer than STAGES others run (2), and shows its output when it ends
+#   stage COMMAND ...    starts it, once fewer than STAGES (2 if not set) others run, and shows its output when it ends
 #   finish               waits for all stages; ends the script with 1 if one has not passed, and names it
 logs=$(mktemp --directory)  # of each stage: N while it runs, N.passed or N.failed
 commands=()

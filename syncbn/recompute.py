@@ -6,7 +6,7 @@ an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
                remember  replaces, by its recipe, an output that an operator saved while the layer computed it: relu saves what it returns
-    backward   unpack    recipe ──► the output, computed once while someone holds it
+    backward   unpack    recipe ──► the output, computed again unless something still holds the last result
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ._torch_private import version_of
 _active: ContextVar[bool] = ContextVar("syncbn.recompute_outputs", default=False)
 _saved: ContextVar[list[_Kept] | None] = ContextVar("syncbn.recompute_outputs.saved", default=None)
 
-# A recipe may need an output that has a recipe. Along the residual connections of a network each would need the one before.
+# A recipe may need an output that has a recipe. Along the residual connections of a network each would need the one before. So no chain of
+# recipes is longer than this; the next output is kept.
 _LONGEST_CHAIN = 2
 
 
@@ -65,7 +66,7 @@ def recompute_outputs() -> Iterator[None]:
         _active.reset(token)
 
 
-is_active = _active.get  # whether `remember` is of use here; for code that is not compiled, since a graph cannot ask
+is_active = _active.get  # whether `remember` is of use here. Only for eager code: compiled code cannot read a context variable
 
 
 def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | None, saved: Iterable[_Kept] = ()) -> object:
@@ -151,7 +152,7 @@ class _Kept:
         self.version = version_of(tensor)
 
     def replace_by(self, recipe: _Recipe, memory: torch.UntypedStorage) -> None:
-        """Frees the tensor, if it is or views this recipe's output, unchanged, which is in `memory`."""
+        """Frees the tensor if it is this recipe's unchanged output, or a view of it. `memory` is the output's storage."""
         if isinstance(self.now, Tensor) and self.now.untyped_storage() is memory and recipe.is_for(self.now):
             self.now = _view(self.now, recipe)
 

@@ -11,7 +11,8 @@ Tests that do not apply are deselected. `pytest` without paths and without -m le
     nightly              mutants, every Plan of the sweep, and nvcc's PTX
     system               starts a job or a cluster, kills ranks, cuts links: what is in tests/system or takes `subprocess_env`
 
-`scales` marks tests whose result depends on the number of ranks: see `_scales`. Three and four ranks run only those in launch/test.sh.
+`scales` marks tests that check something new with this number of ranks: see `_scales`. On three and four ranks, and on one rank under
+torchrun, launch/test.sh runs no others.
 Only rank 0 reports; the others print what failed.
 """
 
@@ -55,7 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "nightly: mutants, every Plan of the sweep, and nvcc's PTX; not in a plain `pytest`")
     config.addinivalue_line("markers", "system: starts jobs; not in a plain `pytest` (set by conftest.py)")
-    config.addinivalue_line("markers", "scales: more ranks are another case (set by conftest.py)")
+    config.addinivalue_line("markers", "scales: checks something new with this number of ranks (set by conftest.py)")
     if not _selects(config):
         config.option.markexpr = QUICK
     if HERE.rank > 0:
@@ -130,9 +131,9 @@ def _sizes(item: pytest.Item) -> list[int]:
 
 
 def _scales(item: pytest.Item) -> bool:
-    """More ranks are another case for a test that splits a batch over them, and for one whose marker names this number of several ranks.
-    A single rank under torchrun is another case only for tests that need torch.distributed, which `pytest` leaves out: in a group of one
-    rank a layer is unsynchronized."""
+    """Whether the test checks something new with this number of ranks. With several ranks it does if it splits a batch over them, or if its
+    marker names their number. With a single rank under torchrun it does if it needs torch.distributed, because `pytest` leaves it out;
+    the others repeat what they check in a single process, since in a group of one rank a layer is unsynchronized."""
     if HERE.world_size == 1:
         return item.get_closest_marker("process_group") is not None
     return HERE.world_size in _sizes(item) or not {"counts", "numbers"}.isdisjoint(item.fixturenames)
@@ -242,7 +243,7 @@ def subprocess_env() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def forks(subprocess_env: dict[str, str]) -> Iterator[ForkServer]:
-    """Starts the ranks of a job whose subject is neither a launcher nor the import of torch."""
+    """Starts the ranks of a job, for tests that are about neither launchers nor the import of torch."""
     with fork_server(subprocess_env) as server:
         yield server
 

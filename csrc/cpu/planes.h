@@ -24,7 +24,8 @@ struct Planes {
     apart = l.C / STREAMS;
   }
 
-  // f(c, first element, length, plane) for the pieces of memory in a chunk of the channels [c0, c1), or in each `step`th of its planes.
+  // f(c, first element, length, plane) for the pieces of memory that a chunk has of the channels [c0, c1). With `step`, only every
+  // `step`th plane of the chunk is visited.
   template <typename F>
   INLINE void for_pieces(int64_t c0, int64_t c1, int64_t chunk, F f, int64_t step = 1) const {
     int64_t o = chunk * planes, end = min(o + planes, layout.outer), begin = 0, n = layout.inner;
@@ -33,8 +34,8 @@ struct Planes {
       for (int64_t c = c0; c < c1; ++c) f(c, (o * layout.C + c) * layout.inner + begin, n, o * layout.C + c);
   }
 
-  // Adds up two sums per channel, float64: reduce(streams, c0, c1, chunk, add) calls add(c, s1, s2) for each channel of [c0, c1), at
-  // most MAX_GROUP, and for those that are k * apart from it, k < streams.
+  // Adds up two sums per channel, float64. reduce(streams, c0, c1, chunk, add) gets at most MAX_GROUP channels [c0, c1); for each c of
+  // them, and each k < streams, it calls add(c + k * apart, s1, s2).
   template <typename F>
   void for_sums(double* total, F reduce) const {
     int64_t channels = layout.C, turns = apart + channels % STREAMS;  // STREAMS channels each, then one each
@@ -53,7 +54,7 @@ struct Planes {
         // Finish a chunk for all channels before the next chunk, which follows memory order.
         for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk) {
           reduce_groups(Number<STREAMS>{}, first, min(last, apart), chunk);
-          int64_t before = (STREAMS - 1) * apart;  // turn k, of one channel, has channel before + k
+          int64_t before = (STREAMS - 1) * apart;  // a turn k >= apart has one channel, number before + k
           reduce_groups(Number<1>{}, before + max(first, apart), before + last, chunk);
         }
       }
@@ -77,8 +78,8 @@ INLINE Pack<T> sum_of(const Pack<T>* chains) {
 }
 
 // Adds S runs of n values to s1 and s2 [S]: add(i, lanes, run, a1, a2) on packs. A single long run uses several accumulators to hide add
-// latency; with several runs the other runs hide it. A long run is added up as a tree, for accuracy: 64 packs, four of those, and all of
-// these.
+// latency; with several runs the other runs hide it. A long run is added up as a tree, for accuracy: an accumulator adds 64 packs; four
+// such sums are added, and then all of these.
 template <int S, typename acc_t, typename Add>
 INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
   using P = Pack<acc_t>;

@@ -50,8 +50,8 @@ void start(void* memory, int rank);
 // Adds `values` of all ranks, in place. Returns after at most 50 ms; progress is kept in the memory.
 //
 //   channels = 0   plain sums
-//   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples], the sums about this rank's shift; the result is about the
-//                  shift of the first rank that has samples
+//   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], the sums about this rank's shift; the result is
+//                  about the shift of the first rank that has samples
 //
 // `digest` is of what this rank is about to exchange.
 Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t channels, uint64_t digest);
@@ -59,7 +59,7 @@ Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t
 // Ends all exchanges: the other ranks get `abandoned`.
 void abandon(void* memory, int rank);
 
-// `fd` is the file of the memory: each rank has a record lock on its byte, which the kernel drops when the process ends.
+// `fd` is the file of the memory: each rank has a record lock on its byte, which Linux releases when the process ends.
 Presence presence(const void* memory, int rank, int other, int fd);
 
 }  // namespace syncbn::shared_memory

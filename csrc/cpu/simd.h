@@ -1,4 +1,4 @@
-// Pack: 8 or 16 values in registers, whole bytes of the mask; with it the loops are written once for all instruction sets.
+// Pack: 8 or 16 values in registers, so that its mask bits fill whole bytes; with it the loops are written once for all instruction sets.
 //
 // Everything is in the namespace of the instruction set that this file is compiled for, and nothing of the standard library is
 // instantiated: the linker could merge a shared inline function into the version that this CPU cannot execute.
@@ -70,7 +70,7 @@ struct Pack {
 
   Pack() = default;
   INLINE Pack(T value) {
-    for (int r = 0; r < REGISTERS; ++r) v[r] = value - V{};  // minus zero keeps the sign of zero
+    for (int r = 0; r < REGISTERS; ++r) v[r] = value - V{};  // subtracting 0 keeps the sign of a zero
   }
 
   template <typename F>

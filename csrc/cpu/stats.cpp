@@ -11,13 +11,13 @@
 namespace syncbn::cpu::SYNCBN_ISA {
 namespace {
 
-constexpr int K_VALUES = 128;  // about this many values have the mean K
-constexpr int K_ROWS = 16;     // columns, if inner is 1: at most this many rows of them
+constexpr int K_VALUES = 128;  // K is the mean of about this many values
+constexpr int K_ROWS = 16;     // columns, if inner is 1: K is the mean of at most this many rows
 
-// Recovers Σx and Σx² of n values from the shifted sums s1 and s2 and adds them.
-INLINE void unshift(double n, double shift, double s1, double s2, double& sum_x, double& sumsq_x) {
-  sum_x += n * shift + s1;
-  sumsq_x += s2 + shift * (2 * s1 + n * shift);
+// Adds to sum and sumsq those of n values, moved from K to the channel's shift: s1 and s2 are the sums about K, and k is K - shift.
+INLINE void add_moved(double n, double k, double s1, double s2, double& sum, double& sumsq) {
+  sum += n * k + s1;
+  sumsq += s2 + k * (2 * s1 + n * k);
 }
 
 // The first value of each channel; 0 if it has none.
@@ -27,7 +27,7 @@ void set_origins(Layout layout, const scalar_t* x, double* origins) {
   for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
 
-// The packs of a chunk of planes whose mean is K: a few of each `step`th plane, each from another place of it.
+// The packs of a chunk that K is the mean of: `each` packs from every `step`th plane, at a different place in each plane.
 struct Sample {
   int64_t step, each, unit;
 
@@ -79,9 +79,9 @@ void sum_planes(Layout layout, const scalar_t* x, const double* origins, double*
     });
     for (int64_t c = c0; c < c1; ++c)
       for (int k = 0; k < S; ++k) {
-        double origin = origins[c + k * apart], sum_x = 0, sumsq_x = 0;
-        unshift(double(count), double(shift[c - c0][k].v[0][0]) - origin, sum(s1[c - c0][k]), sum(s2[c - c0][k]), sum_x, sumsq_x);
-        add(c + k * apart, sum_x, sumsq_x);
+        double origin = origins[c + k * apart], moved = 0, moved_sq = 0;
+        add_moved(double(count), double(shift[c - c0][k].v[0][0]) - origin, sum(s1[c - c0][k]), sum(s2[c - c0][k]), moved, moved_sq);
+        add(c + k * apart, moved, moved_sq);
       }
   });
 }
@@ -90,7 +90,7 @@ template <typename scalar_t>
 void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  constexpr int PLACES = 2 * STREAMS;  // of one tensor; other sums read two
+  constexpr int ROW_STREAMS = 2 * STREAMS;  // twice those of backward_reduce, which reads two tensors, where stats reads one
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
@@ -100,22 +100,22 @@ void sum_columns(Layout layout, const scalar_t* x, const double* origins, double
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
       int64_t length = min(CHUNK_ROWS, end - row);
       // K's rows, `step` apart; if inner is 1, the rows with which the streams begin, which are then still in cache.
-      int64_t places = min(inner == 1 ? PLACES : ceil_div(K_VALUES, inner), length), step = length / places;
-      int64_t turns = inner == 1 ? min(K_ROWS / PLACES, step) : 1;
+      int64_t sampled = min(inner == 1 ? ROW_STREAMS : ceil_div(K_VALUES, inner), length), step = length / sampled;
+      int64_t turns = inner == 1 ? min(K_ROWS / ROW_STREAMS, step) : 1;
       alignas(64) acc_t shift[STRIP], s1[STRIP], s2[STRIP];
       fill(shift, wide, acc_t(0));
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
       double shifts[STRIP];
       for (int64_t turn = 0; turn < turns; ++turn)
-        add_rows<PLACES>(
-            first + turn * width, step * width, row, places, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+        add_rows<ROW_STREAMS>(
+            first + turn * width, step * width, row, sampled, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
             [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
-      double values = double(places * turns * inner), count = double(length * inner);
+      double values = double(sampled * turns * inner), count = double(length * inner);
       for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
       for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
       unfold(n, inner, wide, shift);
-      add_rows<PLACES>(
+      add_rows<ROW_STREAMS>(
           first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
           [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
             P d = keep(load(x + e, lanes) - k, lanes);
@@ -123,7 +123,7 @@ void sum_columns(Layout layout, const scalar_t* x, const double* origins, double
             a2 += d * d;
           });
       for_slots(n, inner, s1, s2, [&](int64_t k, double v1, double v2) INLINED {
-        unshift(count, shifts[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
+        add_moved(count, shifts[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
       });
     }
   });
@@ -133,23 +133,23 @@ void sum_columns(Layout layout, const scalar_t* x, const double* origins, double
 
 void stats(const StatsArgs& args) {
   const Layout& layout = args.layout;
-  double *shift = args.stats, *sum_x = shift + layout.C, *sumsq_x = sum_x + layout.C, n = double(samples(layout));
+  double *shift = args.stats, *sums = shift + layout.C, *sumsqs = sums + layout.C, n = double(samples(layout));
   with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);
     auto x = static_cast<const scalar_t*>(args.x);
     set_origins<scalar_t>(layout, x, shift);
-    by_columns(layout, false) ? sum_columns(layout, x, shift, sum_x) : sum_planes(layout, x, shift, sum_x);
+    by_columns(layout, false) ? sum_columns(layout, x, shift, sums) : sum_planes(layout, x, shift, sums);
   });
   if (!args.shifted) {
 #pragma GCC ivdep
     for (int64_t c = 0; c < layout.C; ++c) {
-      double s1 = sum_x[c], s2 = sumsq_x[c], sum = 0, sumsq = 0;
-      unshift(n, shift[c], s1, s2, sum, sumsq);
-      shift[c] = 0, sum_x[c] = sum, sumsq_x[c] = sumsq;
+      double s1 = sums[c], s2 = sumsqs[c], sum = 0, sumsq = 0;
+      add_moved(n, shift[c], s1, s2, sum, sumsq);  // from the shift to 0
+      shift[c] = 0, sums[c] = sum, sumsqs[c] = sumsq;
     }
   }
   if (args.rank_weighted && n > 1)
-    for (int64_t c = 0; c < 2 * layout.C; ++c) sum_x[c] /= n;
+    for (int64_t c = 0; c < 2 * layout.C; ++c) sums[c] /= n;
   double* tail = args.stats + 3 * layout.C;
   tail[stats_tail::weight] = args.rank_weighted ? n > 0 : n;
   tail[stats_tail::samples] = n;

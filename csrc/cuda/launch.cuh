@@ -1,4 +1,4 @@
-// The launch configuration of every kernel is a value from one function here, with its reason.
+// Launch configurations: each function that returns a Config says why it is so.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +15,8 @@
   kernel<<<(config).groups*(config).splits, (config).threads, (config).shared_bytes, stream>>>(__VA_ARGS__)
 #define FORGET(value) asm volatile("" : "+l"(value))  // the compiler must assume that the value changes here
 #define PREFETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
-// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Acquires and releases: what this thread has written before is
-// visible to those that count later, and what earlier ones have written to this one.
+// Adds 1 to a counter, or sets it to 0 if it is `last`; `old` is what it was. Acquires and releases: threads that count later see what this
+// thread wrote before, and it sees what threads that counted earlier wrote before.
 #define COUNT(old, counter, last) \
   asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory")
 #endif
@@ -30,7 +30,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for more
 constexpr int MAX_RESIDENT = 32;            // blocks on an SM, however small; fewer on some GPUs
 
-// The workspace has space for this many blocks on each SM that add their sums to those of others: no Plan may ask for more.
+// At most this many blocks on each SM may share sums with other blocks: the workspace has space for no more, so no Plan may ask for more.
 #ifndef SYNCBN_MAX_BLOCKS_PER_SM
 #define SYNCBN_MAX_BLOCKS_PER_SM 4
 #endif
@@ -56,8 +56,8 @@ struct Config {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Shared memory of block_sum() and, after it, of sum_partials(): two doubles for each warp and column with one column of padding for
-// each of a vector's elements, or two for each thread.
+// Shared memory of block_sum() and, after it, of sum_partials(), which use the same bytes: 16 (two doubles) for each entry of
+// [warps, vector, width + 1], whose last column is padding, or for each thread, whichever is more.
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
 // How many blocks of `warps` warps are resident at once, if registers allow `blocks_per_sm` blocks of THREADS threads.
@@ -71,9 +71,9 @@ inline int splits_for(int64_t resident, int64_t groups, int64_t max_splits) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(resident / groups, max_splits)));
 }
 
-// Warps in a block of Planes, for `runs` of a channel. A block is smaller if only then there is a resident block for each channel: with a
-// few more channels than that, most SMs would idle through a second wave. If that leaves much of the machine empty, and each warp enough to
-// do, several smaller blocks share a channel. Measured on an H100 (benchmarks/results/).
+// Warps in a block of Planes, for `runs` of a channel. Blocks shrink until every channel has a resident block: if only a few channels had
+// none, most SMs would idle through a second wave. If more than a quarter of the machine would then be empty, and each warp has many runs,
+// blocks are halved, so that several share a channel. Measured on an H100 (benchmarks/results/).
 inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool sums, int sm_count) {
   const auto resident = [&](int warps) { return resident_blocks(sm_count, blocks_per_sm, warps); };
   int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
@@ -134,7 +134,7 @@ inline Config peers_config(int64_t numel) {
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
 // two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once. A shared group has two
-// resident blocks or more; blocks of Columns have up to THREADS columns, those of Planes one.
+// resident blocks or more. Blocks of Planes have one column, those of Columns at most 64; there is space for THREADS of each.
 inline int64_t max_shared_groups(int sm_count) { return int64_t{sm_count} * MAX_RESIDENT / 2; }
 inline size_t counter_bytes(int sm_count) { return ceil_div((max_shared_groups(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
 inline size_t workspace_bytes(int sm_count) {

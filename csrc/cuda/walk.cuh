@@ -83,7 +83,7 @@ template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
-  static constexpr bool shares_bytes = false;  // whether a mask byte is shared with threads outside its own neighbourhood
+  static constexpr bool shares_bytes = false;  // whether other threads than 8 / vector adjacent lanes have bits in a mask byte
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
   static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): it has few
@@ -125,7 +125,7 @@ struct Planes : Walk {
 
   __device__ Run run_at(int64_t i) const {
     const int64_t index = reversed ? config.runs - 1 - i : i;
-    // 32 bits suffice: if planes are split, 2^32 runs would mean more than 2^38 elements.
+    // 32 bits suffice: pieces of planes that are cut have 32 elements or more on average, so 2^32 runs would be 2^37 elements.
     const int64_t o = config.pieces == 1 ? index * config.samples : static_cast<uint32_t>(index) / static_cast<uint32_t>(config.pieces);
     const int piece = config.pieces == 1 ? 0 : static_cast<int>(index - o * config.pieces);
     const int64_t row = o * layout.C + group, plane = row * layout.inner;
@@ -140,7 +140,7 @@ struct Planes : Walk {
     const bool has_edges = run.has_edges();
     body(vectors_of(run));
     if (!has_edges) return;
-    FORGET(i);  // computed again, the run takes no registers while the body works on vectors
+    FORGET(i);  // makes the compiler compute the run again, which then takes no registers while the body works on vectors
     edges(run_at(i), body);
   }
 
@@ -152,7 +152,8 @@ struct Planes : Walk {
     return {run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride, count};
   }
 
-  // Of 16 lanes, 0 to 7 take the mask byte before the vectors and 8 to 15 the one after them; the other 16 take the next sample's.
+  // Lanes 0 to 7 take the 8 elements before the vectors, and lanes 8 to 15 the 8 elements after them: each of the two shares one mask byte.
+  // Lanes 16 to 31 do the same for the next sample.
   template <class Body>
   __device__ void edges(const Run& run, Body&& body) const {
     const int lane = threadIdx.x % WARP, at = lane % 16, edge = at < 8 ? at - 8 : run.body_length() + at - 8;
@@ -179,7 +180,7 @@ struct Columns : Walk {
   static_assert(max_width <= 8 && (max_width & (max_width - 1)) == 0, "a tile is at most a memory line, and divides a warp");
   static constexpr bool shares_bytes = VECTOR_WIDTH == 1;
   static constexpr int sums = VECTOR_WIDTH;
-  static constexpr int partials = 16;  // 264 blocks may share a tile: a thread has up to 66 to add
+  static constexpr int partials = 16;  // on an H100, in 16 bits, 264 blocks may share a tile: a thread adds up to 66 of their sums
 
   static Config make_config(const Layout& layout, bool sums, int sm_count) {
     return columns_config(layout, VECTOR_WIDTH, UNROLL, max_width, BLOCKS, sums, sm_count);
@@ -206,7 +207,7 @@ struct Columns : Walk {
     const int rows = blockDim.x / config.width;
     const int64_t channel = first_channel() + column();
     const int64_t row = (reversed ? config.runs - 1 - i : i) * rows * UNROLL + threadIdx.x / config.width;
-    int count = 0;  // by comparisons: the loads would wait for a division of 64 bits
+    int count = 0;  // counted by comparisons, because the loads would wait for a division of 64 bits
 #pragma unroll
     for (int u = 0; u < UNROLL; ++u) count += channel < layout.C && row + u * rows < layout.outer;
     body(Step<VECTOR_WIDTH, UNROLL>{row * layout.C + channel, rows * layout.C, row, rows, count});

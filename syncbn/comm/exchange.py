@@ -1,4 +1,4 @@
-"""A layer's communicator: attaches the layer to its collectives, for verification, logs, profiles and errors.
+"""Runs a layer's exchanges over a communicator: verifies them, and names the layer in logs, profiles and errors.
 
     group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange: way.py
     verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies each
@@ -30,7 +30,7 @@ from .way import OVER_THE_GROUP, Key, MemoryOrGroup
 class LayerExchanges:
     """Runs a layer's exchanges over a communicator, in one call of the layer and in that call's backward passes.
 
-    It looks up once where the layer and its group stand: an exchange in shared memory takes less time than the look-ups.
+    It looks up the state of the layer and of its group only once, because the look-ups take longer than an exchange in shared memory.
     """
 
     __slots__ = ("_state", "channels", "comm", "dtype", "eps", "layer", "membership", "record", "shape", "way", "weighting")
@@ -55,7 +55,7 @@ class LayerExchanges:
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
         """How an exchange of this many values on x's device is verified. Raises as `all_reduce_`.
 
-        It comes first, before any value is computed: if it is the group's first exchange, it makes the group."""
+        Call it before any value is computed: if this is the group's first exchange, it makes the group."""
         if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
             return NO_TICKET
         try:
@@ -75,7 +75,7 @@ class LayerExchanges:
         return total[:-TAGS].view_as(values)
 
     def verify(self, total: Tensor, kind: str, ticket: Ticket) -> None:
-        """Verifies the tags of sums that no op uses, as an op that uses them does by its ticket."""
+        """Verifies the tags of sums that no op will use. An op that uses sums gets their ticket, and verifies them itself."""
         self.way.verify(self._key(kind, total.numel() - TAGS), total[-TAGS:], ticket)
 
     def all_reduce_(self, tensor: Tensor, kind: str) -> Tensor:
@@ -94,13 +94,13 @@ class LayerExchanges:
         return self.comm.all_reduce_(tensor) if torch.compiler.is_compiling() else self._exchanged(tensor, 0, kind)
 
     def merges(self, x: Tensor) -> bool:
-        """Whether statistics about different shifts can be added here. `ticket` comes first."""
+        """Whether `all_reduce_stats_` merges statistics about different shifts. Call `ticket` before it."""
         return self.way.in_one_memory or self.comm.merges(x.device)
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
 
-        `shifted` is what `merges` returned: if a graph breaks between the two calls, this one may be traced, and that one not."""
+        `shifted` is what `merges` returned: if the graph breaks in between, this call may be traced although that one was not."""
         if torch.compiler.is_compiling():
             return self.comm.all_reduce_stats_(rebase(stats, torch.zeros_like(stats[:channels])) if shifted else stats, channels)
         return self._exchanged(stats, channels, "forward")
@@ -146,7 +146,7 @@ class LayerExchanges:
             except Mismatch:  # on every rank, so that all of them can compare signatures over the group
                 agreement.verify(self.comm, signature(*key), self.details(), tensor.device)
                 raise agreement.RankMismatchError(
-                    f"another rank adds another number of values, or compares nothing (SYNCBN_CHECK), in {signature(*key)}"
+                    f"the ranks differ in the number of values or in SYNCBN_CHECK (set it on every rank), in {signature(*key)}"
                 ) from None
         except _RAISED_AS_IS:
             raise
@@ -194,7 +194,7 @@ class LayerExchanges:
     def _key(self, kind: str, values: int) -> Key:
         if self.membership is not None:
             identity = self.membership.identity
-        else:  # the group may not have been made: to ask for it would try again
+        else:  # the group may not have been made, and `comm.group` would try again to make it
             identity = self.layer if self.record is None else self.record.identity_in(self._state)
         return identity, kind, values, self.dtype, self.weighting, self.eps, self.channels
 

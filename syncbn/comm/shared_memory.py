@@ -1,4 +1,4 @@
-"""Memory that all ranks of a host have mapped, and the sums that travel through it: a microsecond instead of a collective's hundreds.
+"""Memory that all ranks of a host have mapped, and the sums that travel through it: in microseconds, where a collective takes hundreds.
 
 The protocol is in csrc/cpu/shared_memory.h: every rank publishes its values and waits for the others in compiled code, without the
 GIL, in slices of 50 ms. Between slices this file handles signals and the timeout, and checks whether the other ranks are alive. Before any
@@ -115,7 +115,7 @@ class SharedMemory:
         Raises:
             Mismatch: on every rank, if their digests or lengths differ. The next exchange may follow.
             SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has raised this.
-                No exchange can follow.
+                No exchange can follow. Or another thread of this process has been exchanging for `timeout` seconds; others can follow.
             Forked: `memory` belongs to the parent of this process.
         """
         if values.dtype is not torch.float64 or not values.is_contiguous() or not values.is_cpu:
@@ -176,7 +176,7 @@ class SharedMemory:
         gave_up = [name for name, state in presence.items() if state == _GAVE_UP]
         ended = f"{self._missing(presence)}; " if _ENDED in presence.values() else ""
         who = f"{', '.join(gave_up)} gave up an exchange" if gave_up else "this rank gave up an earlier exchange"
-        return SharedExchangeError(f"{ended}{who}, so no other can follow in this group")
+        return SharedExchangeError(f"{ended}{who}, so this group can exchange no more: make it again, or start the job again")
 
 
 def bytes_for(ranks: int) -> int:

@@ -29,10 +29,11 @@ _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse_activation: bool = False) -> nn.Module:
     """Turns every batch norm in `module` into a `SyncBatchNorm`, in place, and returns `module`.
 
-    `BatchNorm1d/2d/3d`, lazy batch norms, and subclasses that keep torch's forward are converted and remain instances of their class;
-    a `torch.nn.SyncBatchNorm` does not, because DistributedDataParallel would refuse it on the CPU. A subclass that overrides forward is
-    left alone, with one warning that names it, because its behaviour would be lost. So is a batch norm that torch.jit has scripted.
-    timm's BatchNormAct2d is converted, and keeps its own dropout and activation.
+    `BatchNorm1d/2d/3d`, lazy batch norms, and subclasses that keep torch's forward are converted and remain instances of their class. A
+    `torch.nn.SyncBatchNorm` is converted, too, but is then no instance of its class, because DistributedDataParallel would refuse it on
+    the CPU. A subclass is left alone, with one warning that names it, if it overrides forward or has an attribute with the name of an
+    option of `SyncBatchNorm`, because its behaviour would be lost. So is a batch norm that torch.jit has scripted. timm's BatchNormAct2d
+    is converted, and keeps its own dropout and activation.
 
     Args:
         module: a model, or a batch norm itself.
@@ -61,7 +62,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
     if left_alone:
         names = ", ".join(sorted(left_alone))
         warnings.warn(
-            "not converted, because they override forward, have an attribute named like an option of ours (activation, weighting, ...),"
+            "not converted, because they override forward, have an attribute named like an option of SyncBatchNorm (activation, ...),"
             f" or are scripted: {names}",
             stacklevel=2,
         )
@@ -90,7 +91,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
             with thawed(child):
-                if isinstance(child, nn.SyncBatchNorm):  # by replace_torch: torch's layer, as it was before
+                if isinstance(child, nn.SyncBatchNorm):  # a SyncBatchNorm only by replace_torch: it was torch's layer before
                     continue
                 if options_of_ours(child) or _is_of_a_users_class(child):
                     left_alone.append(name or type(child).__name__)

@@ -1,4 +1,4 @@
-"""Python processes that start in milliseconds: forked from one that has imported torch, on which each new interpreter spends seconds.
+"""Python processes that start in milliseconds: they are forked from one that has imported torch, which takes a new interpreter seconds.
 
 They run a script with an environment, output and exit status of their own, and import syncbn themselves, which reads the environment. They
 are not children of the test, and their interpreter, libraries and OMP_NUM_THREADS are those of the server: a test about launchers or about

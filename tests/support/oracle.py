@@ -17,7 +17,7 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6, torch.float16: 6e-4, tor
 
 @dataclass
 class Result:
-    """Of one training step, over the whole batch: gradients of weight and bias are sums over the batch."""
+    """What one training step over the whole batch gives: gradients of weight and bias are sums over the batch."""
 
     y: Tensor
     dx: Tensor
@@ -26,7 +26,7 @@ class Result:
     dbias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
-    terms: dict[str, Tensor]  # sizes of what dx, dweight and dbias are sums of: these may cancel, and their rounding remains
+    terms: dict[str, Tensor]  # magnitudes of the terms of dx, dweight and dbias: terms may cancel, and their rounding errors remain
 
 
 def activate(z: Tensor, activation: str | None, negative_slope: float = 0.01) -> Tensor:
@@ -70,8 +70,8 @@ def batch_norm_step(
 
 
 def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """mean and biased variance [C] of whole [N, C, *] if all ranks have equal weight: mean of the ranks' means, and mean of their mean
-    squares less its square. Ranks without samples do not count."""
+    """mean and biased variance [C] of whole [N, C, *] if all ranks have equal weight: the mean of the ranks' means, and the mean of their
+    mean squares minus the square of that mean. Ranks without samples do not count."""
     dims = [0, *range(2, whole.dim())]
     parts = [part for part in whole.split(counts) if len(part)]
     mean = torch.stack([part.mean(dims) for part in parts]).mean(0)
@@ -79,8 +79,8 @@ def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tenso
 
 
 def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> float:
-    """max |got - want| / max |scale|, NaN where got is not finite; 0 for empty tensors. `scale` is `want` unless given: the whole
-    batch's values, where `want` is one rank's."""
+    """max |got - want| / max |scale|: one number, NaN if `got` has a NaN, infinite if it has an infinity, 0 for empty tensors. `scale` is
+    `want` unless given: the whole batch's values, if `want` is one rank's."""
     assert got.shape == want.shape, f"shape {list(got.shape)}, wanted {list(want.shape)}"
     if want.numel() == 0:
         return 0.0

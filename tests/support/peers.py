@@ -36,9 +36,9 @@ class Exchanges(ctypes.Structure):
 
 @dataclass
 class Received:
-    """Of each rank."""
+    """What each rank received."""
 
-    values: list[list[Tensor]]  # for each exchange
+    values: list[list[Tensor]]  # of each rank and exchange
     missing: list[int]
     numbers: list[list[int]]
 
@@ -52,7 +52,7 @@ class Ranks:
         self.library.emulate_ranks.restype = ctypes.c_char_p
 
     def exchange(self, sent: list[list[Tensor]], seed: int, threads: int = THREADS, first_number: int = 0) -> Received:
-        """`sent[rank][e]`; an empty one is an exchange that this rank leaves out. All memory starts as on a GPU."""
+        """`sent[rank][e]`; an empty one is an exchange that this rank leaves out. Memory starts as PeerMemory makes it."""
         ranks, exchanges = len(sent), len(sent[0])
         places = torch.zeros(ranks, 2 * ranks * CAPACITY * 4, dtype=torch.int32)
         numbers = torch.full((ranks, CAPACITY + 1), first_number, dtype=torch.int64).to(torch.uint32)

@@ -64,7 +64,7 @@ LINES = [
         lambda t, name, count: f'static const u32 {name} = shared_variable("{name}", {SIZES[t] * int(count or 1)});',
     ),
     (r"([\w$]+):", r"\1:;"),
-    (r"\{\s*" + INSTRUCTION + r"\s*\}", _instruction),  # as inline assembly comes
+    (r"\{\s*" + INSTRUCTION + r"\s*\}", _instruction),  # the form in which nvcc writes inline assembly
     (INSTRUCTION, _instruction),
 ]
 OPERANDS = [
