@@ -96,7 +96,7 @@ def torch_folder() -> Path:
 
 
 def schemas_digest() -> str:
-    """Of the table in syncbn/ops.py, which cannot be imported: an isolated build has no torch."""
+    """The digest of SCHEMAS in syncbn/ops.py, which cannot be imported: an isolated build has no torch."""
     body = ast.parse(Path("syncbn/ops.py").read_text()).body
     (table,) = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SCHEMAS")
     return runpy.run_path("syncbn/build_info.py")["digest"](ast.literal_eval(table))

@@ -64,7 +64,7 @@ def spills(log: str) -> list[tuple[str, int, int]]:
 
 
 def instructions(sass: str) -> dict[str, collections.Counter[str]]:
-    """Of each kernel, how often each instruction occurs."""
+    """How often each instruction occurs in each kernel."""
     kernels = re.split(r"\n\s*(?:\.section\s+\.text\.|Function : )", sass)[1:]
     return {
         short(demangled(kernel.split(",", 1)[0].split("\n", 1)[0])): collections.Counter(

@@ -28,7 +28,7 @@ class Nvml:
         return 0 if ask is None or ask(ctypes.byref(version)) else version.value
 
     def devices(self) -> list[tuple[str, int]]:
-        """Of each GPU, in the order of the PCI bus: its UUID, such as GPU-8932f937-..., and its compute capability, 10 * major + minor."""
+        """Each GPU in the order of the PCI bus: its UUID, such as GPU-8932f937-..., and its compute capability, 10 * major + minor."""
         count = ctypes.c_uint()
         if self.library.nvmlDeviceGetCount_v2(ctypes.byref(count)):
             return []

@@ -84,8 +84,9 @@ inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool 
   return warps;
 }
 
-// inner > 1. A group is a channel. A warp takes a piece of a plane: at most what its lanes load in one step, a multiple of 8. If
-// planes are smaller and all of one alignment, it takes several, each by at least 8 lanes: more planes would need more steps for edges.
+// inner > 1. A group is a channel. A warp takes a piece of a plane: a multiple of 8 elements, at most what its lanes load in one step. If
+// planes are smaller, and all of them have one alignment, the warp takes several. Each plane gets at least 8 lanes, because the edges of
+// more planes would need more steps.
 inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);

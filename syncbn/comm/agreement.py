@@ -6,8 +6,8 @@ SYNCBN_CHECK says when the ranks compare whole signatures:
     always    at every exchange, to find where a run diverges later on
     off       never
 
-With first and always every eager exchange is also verified by a digest (sharing.py). Nothing is compared while a graph is traced or
-captured.
+With first and always every eager exchange outside syncbn.join is also verified by a digest (sharing.py). No signatures are compared while a
+graph is traced or captured.
 
 A comparison takes one all-reduce, of 24 bytes per rank and one more byte, which gathers the digests of the signatures. If these differ, a
 second all-reduce gathers the signatures themselves, for the error.

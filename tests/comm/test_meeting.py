@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.world_size(2, 3, 4), pytest.mark.skipif(shared_memory.
 
 @pytest.fixture(autouse=True)
 def folder(world) -> Iterator[Path]:
-    """Of these ranks, in /dev/shm, where other jobs' files come and go."""
+    """A folder for these ranks alone, in /dev/shm, where other jobs' files come and go."""
     name = gather(world, secrets.token_hex(16).encode())[0].decode()
     path = Path("/dev/shm") / f"syncbn-test-{name}"
     path.mkdir(exist_ok=True)

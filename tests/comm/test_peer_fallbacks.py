@@ -88,7 +88,7 @@ def test_a_captured_exchange_sets_nothing_up(monkeypatch):
 
 @pytest.fixture
 def memory(peer_library, monkeypatch):
-    """Of a group of one rank."""
+    """The memory of a group of one rank."""
     stand_in(monkeypatch, peer_library)
     own = torch.zeros(2 * 8 * 16, dtype=torch.uint8)
     monkeypatch.setattr(peer_memory, "symmetric_memory", lambda *arguments: SharedFiles(own, [own.data_ptr()], None))

@@ -86,7 +86,7 @@ def test_results_equal_those_over_the_group(fresh, counts):
 
 @several
 def test_sums_are_bitwise_those_in_the_order_of_ranks(fresh, world, peer_device):
-    """Of exchanges whose lengths change, and to which the ranks come at random times."""
+    """The lengths of the exchanges change, and the ranks come to them at random times."""
     delays, exchange = random.Random(world.rank), exchange_of(fresh.group)
     for number in range(60):
         generator = torch.Generator().manual_seed(number)

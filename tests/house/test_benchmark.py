@@ -29,7 +29,7 @@ def inputs():
 
 
 def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
-    """Of its own four ops, two tickets and two exchanges: host_split() counts them. Afterwards nothing is timed any more."""
+    """A layer has four ops, two tickets and two exchanges: host_split() counts them. Afterwards nothing is timed any more."""
     before = (ops.stats, LayerExchanges.all_reduce_)
     (row,) = host.host_split(inputs, repeats=3, calls=5)
     wholes, parts = ("exchanging", "alone", "BatchNorm2d"), ("tickets", "collectives", "around the collectives", "rest")

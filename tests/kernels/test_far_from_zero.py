@@ -96,7 +96,7 @@ def test_moving_statistics_are_the_batchs_where_nothing_is_kept(implementation):
 @IMPLEMENTATIONS
 @pytest.mark.parametrize("momentum", [0.1, 0.5, 0.9, 1e-9, 1 - 1e-9, 1.5, -0.1])
 def test_moving_statistics_move_by_the_momentum(implementation, momentum):
-    """Of two float64 numbers of size 1, to a few roundings; and what does not change stays as it is, to the bit."""
+    """The result is right to a few roundings of float64 numbers of size 1; what does not change is bitwise identical."""
     x = torch.randn(50, 3, dtype=torch.float64)
     stats = ops.stats(x, False, True)
     mean, var, _ = reference.finalize(stats, 0.0)

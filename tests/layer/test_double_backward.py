@@ -53,7 +53,7 @@ def test_gradgradcheck_in_any_memory_format(view):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
 def test_second_derivative_is_that_of_the_whole_batch(world, counts, activation, residual):
-    """Of a loss with a penalty on the gradients of x and residual, and the parameters, against plain torch in one process."""
+    """The loss is a penalty on the gradients of x and residual. Its gradients, and the parameters', are those of plain torch."""
     whole, whole_residual, coefficients = leaf(sum(counts), 3, 4), leaf(sum(counts), 3, 4), torch.randn(sum(counts), 3, 4).double()
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=torch.float64, activation=activation)
     with torch.no_grad():

@@ -26,7 +26,7 @@ def net() -> nn.Sequential:
 
 
 def batches(numbers: tuple[int, ...]) -> list[list[torch.Tensor]]:
-    """Of each rank."""
+    """The batches of each rank."""
     torch.manual_seed(1)
     return [[torch.randn(ROWS, 2, 5, dtype=torch.float64) + rank for _ in range(n)] for rank, n in enumerate(numbers)]
 
@@ -101,7 +101,7 @@ def test_a_group_whose_other_ranks_have_left_continues(world, ranks_per_group, n
 
 @each_split
 def test_eval_passes_inside_join_exchange_nothing(world, numbers):
-    """Of the module inside DDP, on any rank, at any time."""
+    """They call the module inside DDP, on any rank, at any time."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()))
     results = 0
     with syncbn.join(model):

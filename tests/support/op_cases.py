@@ -86,7 +86,7 @@ class Case:
         return Activation[self.activation]
 
     def tolerance(self, tolerances: dict[torch.dtype, float], dtype: torch.dtype | None = None) -> float:
-        """Of a result of this dtype. Depending on FMA contraction, Σx²/n - mean² is off by about mean² float64 roundings; no tighter
+        """For a result of this dtype. Depending on FMA contraction, Σx²/n - mean² is off by about mean² float64 roundings; no tighter
         bound is possible."""
         return max(tolerances[dtype or self.dtype], 0.0 if self.shifted else 2.0**-51 * self.mean**2)
 

@@ -114,7 +114,7 @@ def test_a_batch_norm_with_a_residual_folds():
 
 
 def test_linear_on_sequences_with_features_last():
-    """Of [N, L, C] the Keras layer normalizes what the linear layer has as its outputs."""
+    """The Keras layer normalizes the last dimension of [N, L, C], which is the linear layer's output."""
     check(randomized(nn.Sequential(nn.Linear(3, 6), SyncBatchNormalization(num_features=6))), torch.randn(2, 5, 3))
 
 

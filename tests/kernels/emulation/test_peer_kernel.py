@@ -34,7 +34,7 @@ def ranks(library) -> Ranks:
 
 
 def values(count: int, lengths: list[int], seed: int) -> list[list[torch.Tensor]]:
-    """Of each rank, for each exchange: magnitudes that make the order of additions visible, and bits that look like a number."""
+    """What each rank sends in each exchange: magnitudes that make the order of additions visible, and bits that look like a number."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(n, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-8, 9, (n,), generator=generator)  # noqa: E731
     return [[draw(n) if e % 3 else draw(n) * 0 + float(e) * 5e-324 for e, n in enumerate(lengths)] for _ in range(count)]
