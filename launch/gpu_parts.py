@@ -56,6 +56,7 @@ def sweeps() -> tuple[tuple[str, ...], ...]:
 
 
 KERNELS = "tests/kernels/test_gpu_kernels.py"
+PAIRS = "tests/kernels/test_pairs.py"
 LAYER = ("tests/layer/test_cuda_graphs.py", "tests/layer/test_gpu_layer.py")
 TWO_RANKS = pytest_command("tests/layer/test_layer.py", "-m", "gpu")
 SOME = "whole_batch and float32 or alarms and cuda"  # all take minutes: over gloo, a test of two ranks takes half a second
@@ -70,7 +71,7 @@ DAYS: dict[str, tuple[int, list[tuple[Part, ...]]]] = {
         (Part("check", 45, (("nvidia-smi", CLOCKS, "--format=csv"), (sys.executable, "-m", "syncbn.check")), 4, "NVIDIA|^cuda|layer",
               r"cuda +compiled kernels", vital=True),),
         (
-            Part("kernels", 90, (pytest_command("-n", "6", KERNELS, "-k", "not more_than and not memory"),), **TESTS),
+            Part("kernels", 90, (pytest_command("-n", "6", KERNELS, PAIRS, "-k", "not more_than and not memory"),), **TESTS),
             Part("layer", 90, (pytest_command(*LAYER, *GRAPHS_AND_LAUNCHES),), **TESTS),
             Part("alone", 90, (pytest_command(*LAYER, "-k", "single_rank"),), **TESTS),
             sanitizers(),

@@ -34,12 +34,11 @@ def check(layer: str, tensors: Tensors) -> None:
 
 
 def check_eager(layer: str, tensors: Tensors) -> None:
-    """`check`, `check_transforms` and `check_memory`, at each training step of code that is not compiled.
+    """`check` and `check_memory`, for code that is not compiled.
 
     Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
     Instead the usual case, in which everything fits, is recognized by a few cheap tests; only if it is not, the others look for the error.
     """
-    check_transforms(layer, tensors[0])
     if not _are_usual(tensors):
         _refuse(layer, *tensors)
     for t in tensors:
@@ -113,7 +112,7 @@ def _refuse(
 
 
 def check_transforms(layer: str, input: Tensor) -> None:
-    """Raises an error with a remedy where torch's own would mention only an internal function.
+    """For code that is not compiled. Raises an error with a remedy where torch's own would mention only an internal function.
 
     Raises:
         TypeError: the input is a DTensor.
@@ -142,6 +141,15 @@ def check_memory(layer: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{layer}: {what} {list(t.shape)} has no memory: its storage has been freed")
 
 
+def explained(error: Exception, layer: str, tensors: Tensors) -> Exception:
+    """The error of `check_eager`, which names the layer, if an op has refused these tensors; else `error`."""
+    try:
+        check_eager(layer, tensors)
+    except (TypeError, ValueError) as refused:
+        return refused
+    return error
+
+
 def plain(t: Tensor | None) -> Tensor | None:
     """t as a tensor of torch's own class, if its class takes part in torch's functions by `__torch_function__`."""
     if t is None or type(t) is Tensor or type(t).__torch_function__ is torch.nn.Parameter.__torch_function__:  # which is disabled
@@ -149,14 +157,14 @@ def plain(t: Tensor | None) -> Tensor | None:
     return t.as_subclass(Tensor)
 
 
-def check_count(layer: str, stats: Tensor, x: Tensor, comm: Communicator) -> None:
+def check_count(layer: str, stats: Tensor | None, x: Tensor, comm: Communicator) -> None:
     """Raises ValueError, on every rank, if each channel has one value over all ranks: its variance is undefined.
 
     For ranks on which a channel has at most one value, since it waits for the device. All ranks that could raise call it, and agree.
     """
     if (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    total = samples_per_channel(x) if comm is LOCAL else parts(stats).samples.item()
+    total = samples_per_channel(x) if comm is LOCAL or stats is None else parts(stats).samples.item()
     if total == 1:
         raise ValueError(
             f"{layer}: expected more than 1 value per channel over all ranks when training, got input {list(x.shape)} on this rank"

@@ -32,15 +32,15 @@ Saved = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tenso
 class SyncBatchNormFunction(torch.autograd.Function):
     """Batch normalization over the samples of R ranks.
 
-        x, y, dy     [N, C, *]   this rank's samples, x dense; N differs by rank and may be 0
+        x, y, dy     [N, C, *]   this rank's batch, x dense; N differs by rank and may be 0
         stats        [3C + 4]    shift, sum and sum of squares of x - shift, weight, samples and tags over all ranks, float64
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
-        local        dweight and dbias are the same sums over this rank's samples only: left to DDP to average
+        local        dweight and dbias are the same sums over this rank's batch only: left to DDP to average
 
-    Every rank runs one collective each way, whatever its samples and whatever requires a gradient. A recomputation of a
-    checkpoint has none in the forward direction, if it was given `checkpoint_contexts`.
+    n is the number of values that a channel has over all ranks. Every rank exchanges once each way, whatever its batch and whatever
+    requires a gradient. If a checkpoint has `checkpoint_contexts`, its recomputation exchanges nothing in the forward direction.
     """
 
     @staticmethod
@@ -51,87 +51,119 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         anchor: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
+        running: Running,
         exchange: LayerExchanges,
         options: Options,
     ) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        running = (running_mean, running_var, num_batches_tracked)
-        stats, running, ticket = (_traced_stats if compiling else _group_stats)(x, running, exchange, options)
+        stats, running, ticket = _group_stats(x, running, exchange, options, residual is None)
         if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
             check_count(options.layer, stats, x, exchange.comm)
-        y, mask = ops.normalize(x, stats, weight, bias, residual, *running, options.momentum, options.unbiased, *options.epilogue, *ticket)
+        momentum, epilogue, _, rank_weighted, unbiased, *_ = options
+        mask: Tensor | None = None
+        if stats is None:
+            y, stats = ops.batch_norm(x, weight, bias, *running, momentum, unbiased, *epilogue, rank_weighted)
+        else:
+            y, mask = ops.normalize(x, stats, weight, bias, residual, *running, momentum, unbiased, *epilogue, *ticket)
         # What the compiled ops write does not count as changed in place, so it is marked here: a backward pass that has saved one of these
         # tensors then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
             increment_version(written)
-        if not compiling and recompute.is_active():
+        if recompute.is_active():
             ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
-
-        ctx.has_residual = residual is not None
-        kept_mask: Tensor | None = None
-        if residual is not None:
-            activation = options.epilogue.activation
-            kept_mask = mask if keeps_mask(activation, True) else None
-            residual = residual if keeps_residual(activation, True) else None
-        ctx.save_for_backward(x, stats, weight, bias, residual, kept_mask)
-        ctx.exchange, ctx.options = exchange, options
+        _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved: Saved = ctx.saved_tensors
-        x, _, weight, bias, *_ = saved
+        x, stats, weight, bias, residual, mask = saved
         options: Options = ctx.options
         exchange: LayerExchanges = ctx.exchange
-        needs_dx, needs_dresidual = ctx.needs_input_grad[:2]
+        needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             grads = differentiable_backward(dy, *saved, *options.epilogue, options.rank_weighted, exchange)
             return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *_NO_GRADIENTS
         if not (dy.is_contiguous() and x.is_contiguous()):
             dy = dense_like(dy, x)
 
-        ticket = NO_TICKET if exchange is UNSYNCHRONIZED else exchange.ticket(dy, "backward", 2 * x.shape[1])
-        sums, dweight, dbias = ops.backward_reduce(dy, *saved, *options.epilogue, ticket.tag)
-        if exchange is not UNSYNCHRONIZED:
-            sums = exchange.all_reduce_(sums, "backward")
         dx: Tensor | None = None
-        dz = dy if ctx.has_residual else None
-        needs_dz = needs_dresidual and options.epilogue.activation != Activation.none
-        if needs_dx or needs_dz:
-            dx, written = ops.backward_input(dy, sums, *saved, *options.epilogue, options.rank_weighted, *ticket)
-            dx, dz = dx if needs_dx else None, written if needs_dz else dz
+        dz = dy if needs_dresidual else None
+        if exchange is UNSYNCHRONIZED and needs_dx and residual is None and mask is None:
+            dx, dweight, dbias = ops.batch_norm_backward(dy, x, stats, weight, bias, *options.epilogue, options.rank_weighted)
         else:
-            exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
+            ticket = NO_TICKET if exchange is UNSYNCHRONIZED else exchange.ticket(dy, "backward", 2 * x.shape[1])
+            sums, dweight, dbias = ops.backward_reduce(dy, *saved, *options.epilogue, ticket.tag)
+            if exchange is not UNSYNCHRONIZED:
+                sums = exchange.all_reduce_(sums, "backward")
+            needs_dz = needs_dresidual and options.epilogue.activation != Activation.none
+            if needs_dx or needs_dz:
+                dx, written = ops.backward_input(dy, sums, *saved, *options.epilogue, options.rank_weighted, *ticket)
+                dx, dz = dx if needs_dx else None, written if needs_dz else dz
+            else:
+                exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
         return dx, dz, None if weight is None else dweight, None if bias is None else dbias, *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None,) * 6  # of the arguments of `forward` after the bias
+_NO_GRADIENTS = (None,) * 4  # of the arguments of `forward` after the bias
 
 
-def _group_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
-    """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify."""
-    replayed = checkpoint.replayed()
-    if replayed is None:
+class TracedSyncBatchNormFunction(SyncBatchNormFunction):
+    """The same step in a compiled graph. It is not differentiated twice there, and the partitioner decides what to recompute."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        anchor: Tensor | None,
+        running: Running,
+        exchange: LayerExchanges,
+        options: Options,
+    ) -> Tensor:
         stats, ticket = _exchanged_stats(x, exchange, options)
+        if x.numel() <= x.shape[1]:
+            check_count(options.layer, stats, x, exchange.comm)
+        # Updated outside `normalize`, which the partitioner may then recompute in the backward pass.
+        update_running_stats(stats, *running, options.momentum, options.unbiased)
+        unbiased, epilogue = options.unbiased, options.epilogue
+        y, mask = ops.normalize(x, stats, weight, bias, residual, *NOTHING_TRACKED, None, unbiased, *epilogue, *ticket)
+        _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
+        return y
+
+
+def _keep(ctx: Any, saved: Saved, exchange: LayerExchanges, options: Options) -> None:
+    """Keeps for the backward pass what it needs: of the residual and the mask at most one, and neither without a residual."""
+    x, stats, weight, bias, residual, mask = saved
+    if residual is None:
+        mask = None
     else:
-        stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
-    for log in checkpoint.logs():
-        log.append(options.layer, stats)
-    if replayed is not None or in_backward():  # where a forward pass can only be a recomputation, after one that has updated them
+        mask = mask if keeps_mask(options.epilogue.activation, True) else None
+        residual = residual if keeps_residual(options.epilogue.activation, True) else None
+    ctx.save_for_backward(x, stats, weight, bias, residual, mask)
+    ctx.exchange, ctx.options = exchange, options
+
+
+def _group_stats(
+    x: Tensor, running: Running, exchange: LayerExchanges, options: Options, plain: bool
+) -> tuple[Tensor | None, Running, Ticket]:
+    """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify.
+
+    The statistics are None if `batch_norm` computes them: in a single process, if the step is `plain`, which it is without a residual. Not
+    in a checkpoint that logs: its recomputation calls `normalize`, and selective checkpointing wants the same ops in both passes."""
+    replayed, logs = checkpoint.replayed(), checkpoint.logs()
+    if replayed is not None or in_backward():  # here a forward pass can only be a recomputation; the first one has updated them
         running = NOTHING_TRACKED
+    if replayed is not None:
+        stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
+    elif plain and exchange is UNSYNCHRONIZED and not logs:
+        return None, running, NO_TICKET
+    else:
+        stats, ticket = _exchanged_stats(x, exchange, options)
+    for log in logs:
+        log.append(options.layer, stats)
     return stats, running, ticket
-
-
-def _traced_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
-    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in two ways: it is not differentiated twice,
-    and it recomputes no outputs."""
-    stats, ticket = _exchanged_stats(x, exchange, options)
-    # Updated outside `normalize`, which the compiler may then recompute in the backward pass.
-    update_running_stats(stats, *running, options.momentum, options.unbiased)
-    return stats, NOTHING_TRACKED, ticket
 
 
 def _exchanged_stats(x: Tensor, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Ticket]:

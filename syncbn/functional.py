@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import recompute
+from . import ops, recompute
 from ._torch_private import eager_apply
 from .activation import Activation, activate
-from .arguments import check, check_eager, plain
-from .autograd import Running, SyncBatchNormFunction
+from .arguments import check, check_eager, check_transforms, explained, plain
+from .autograd import Running, SyncBatchNormFunction, TracedSyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
 from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .comm.identity import LayerRecord
@@ -42,8 +42,8 @@ def batch_norm_train(
 ) -> Tensor:
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
-    All tensors are checked here, before any exchange, so no function called from here checks them again. `record` is the layer's, if
-    there is one.
+    Before an exchange all tensors are checked here. `record` is what this rank remembers of the layer's earlier exchanges; None for a
+    function call.
 
     Raises:
         TypeError, ValueError, NotImplementedError: see arguments.py; or eps is not positive. Before any exchange.
@@ -57,11 +57,15 @@ def batch_norm_train(
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     else:
-        check_eager(options.layer, tensors)
+        check_transforms(options.layer, input)
+        # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. A
+        # residual is checked, because `dense_like` would broadcast it.
+        if comm is not LOCAL or residual is not None or not ops.refuse_wrong_tensors(input):
+            check_eager(options.layer, tensors)
     eps = options.epilogue.eps
     if not eps > 0:
         raise ValueError(f"{options.layer}: eps must be positive in training, got {eps}")
-    # Here, where autograd sees it: only tensors that are inputs of the autograd function can be differentiated a second time.
+    # The copy is made here, where autograd records it: only inputs of the autograd function can be differentiated a second time.
     if not input.is_contiguous():
         input = dense(input)
     if residual is not None:
@@ -72,13 +76,17 @@ def batch_norm_train(
         exchange = LayerExchanges(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
         has_trainable = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         anchor = None if has_trainable else _ANCHOR
-    apply = SyncBatchNormFunction.apply if compiling else _eager_apply
-    return apply(input, residual, weight, bias, anchor, *running, exchange, options)
+    if compiling:
+        return TracedSyncBatchNormFunction.apply(input, residual, weight, bias, anchor, running, exchange, options)
+    try:
+        return _eager_apply(input, residual, weight, bias, anchor, running, exchange, options)
+    except Exception as error:
+        raise explained(error, options.layer, tensors) from None
 
 
 def _with_torch_function(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
-    """What a mode or a class of tensors calls. After a mode, such as the default device's, it is the turn of the class: the tensors keep
-    theirs until then."""
+    """What torch calls for an active mode, such as the default device's, and then for the tensors' class. Only the second call unwraps the
+    tensors."""
     input, residual, weight, bias, mean, var, num_batches = tensors if has_torch_function(tensors) else map(plain, tensors)
     assert input is not None
     return batch_norm_train(input, residual, weight, bias, (mean, var, num_batches), comm, options, record)
@@ -93,7 +101,7 @@ def batch_norm_eval(
     running_var: Tensor,
     options: Options,
 ) -> Tensor:
-    """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises as `batch_norm_train`."""
+    """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises the errors of `check`."""
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if saves and not torch.compiler.is_exporting():
@@ -174,12 +182,16 @@ def sync_batch_norm(
     Returns:
         y [N, C, *] of the input's type and memory format.
 
-    The ranks verify every eager exchange of a function call, too. Only with SYNCBN_CHECK=always do they also compare signatures before
-    it: unlike a layer, a function call has no identity whose first exchange could be remembered.
+    The ranks verify every eager exchange of a function call by its tag. They compare whole signatures only with SYNCBN_CHECK=always:
+    unlike a layer, a function call has no identity whose first exchange could be remembered.
 
     Raises:
-        ValueError: an argument has the wrong shape, type or device, or eps is not positive (before any collective); or each channel has
-            a single value over all ranks while training (on every rank).
+        TypeError: the input is not of a floating-point dtype, or is a DTensor. Like the next two before any exchange.
+        NotImplementedError: a transform of torch.func runs.
+        ValueError: an argument has the wrong shape, dtype or device; while training, eps is not positive.
+        ValueError: while training, each channel has a single value over all ranks. On every rank.
+        RankMismatchError: the other ranks are about to exchange something else. On every rank.
+        RuntimeError: another rank has not come within the group's timeout.
 
     >>> running_mean, running_var = torch.zeros(4), torch.ones(4)
     >>> y = sync_batch_norm(torch.randn(8, 4, 2, 2) + 5, running_mean, running_var, activation="relu")

@@ -34,7 +34,8 @@ class SyncBatchNorm(_BatchNorm):
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     With x split over the ranks in any way, this is `torch.nn.BatchNorm*d` on the concatenated batch: outputs, gradients and moving
-    statistics. Without a process group, or with one rank, it is plain batch normalization. Eval mode never communicates.
+    statistics. If torch.distributed does not run, or the group has one rank, it is plain batch normalization. Eval mode never
+    communicates.
 
     Args:
         num_features: C, the size of dimension 1.
@@ -60,7 +61,8 @@ class SyncBatchNorm(_BatchNorm):
         ValueError: an unknown activation, weighting or process_group; an input that does not fit; a training step with a group that
             this rank is not a member of; a single value per channel over all ranks while training (on every rank).
 
-    The state dict is that of `torch.nn.BatchNorm*d`. `SyncBatchNorm1d`, `2d` and `3d` are this layer for code that asks for a class.
+    The state dict is that of `torch.nn.BatchNorm*d`. `SyncBatchNorm1d`, `2d` and `3d` are this layer for code that
+    tests for torch's classes.
 
     >>> layer = SyncBatchNorm(8, activation="relu")
     >>> layer(torch.randn(2, 8, 4, 4)).shape

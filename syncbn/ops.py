@@ -1,8 +1,8 @@
-"""The four ops: their schemas on one screen, and their fake kernels.
+"""The ops: their schemas on one screen, and their fake kernels.
 
 Every device runs `reference.py` unless `native.py` has loaded a compiled kernel for it. Names and arguments are the same in the schema,
-the reference and the kernel; the reference says what they mean. Tensors are dense (`layout.dense`); checks on what a caller passes are
-made in `arguments.py`, before any collective.
+the reference and the kernel; the reference says what they mean. Tensors are dense (`layout.dense`). Compiled ops refuse wrong tensors;
+before an exchange, `arguments.py` does so for every device.
 """
 
 from __future__ import annotations
@@ -35,6 +35,17 @@ SCHEMAS = {
         " float eps, int activation, float negative_slope, bool rank_weighted=False,"
         " int tag=0, int ranks=0, Tensor(a!)? alarm=None) -> (Tensor dx, Tensor dz)"
     ),
+    # Both ops of a direction in one call, for a single process without a residual: one call costs the host less than two.
+    "batch_norm": (
+        "(Tensor x, Tensor? weight, Tensor? bias,"
+        " Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked,"
+        " float? momentum, bool unbiased, float eps, int activation, float negative_slope, bool rank_weighted=False)"
+        " -> (Tensor y, Tensor stats)"
+    ),
+    "batch_norm_backward": (
+        "(Tensor dy, Tensor x, Tensor stats, Tensor? weight, Tensor? bias,"
+        " float eps, int activation, float negative_slope, bool rank_weighted=False) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+    ),
 }
 
 _library = torch.library.Library("syncbn", "DEF")
@@ -42,7 +53,14 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
-native.load(SCHEMAS)  # after the definitions, which the compiled kernels fill in
+# After the definitions, which the compiled kernels fill in.
+_compiled_for_cpu, _compiled_for_cuda = (library.loaded for library in native.load(SCHEMAS))
+
+
+def refuse_wrong_tensors(x: Tensor) -> bool:
+    """Whether the ops refuse every wrong tensor that comes with this x. Compiled ops do; the reference and the fake kernels check less."""
+    return type(x) is Tensor and (_compiled_for_cpu if x.is_cpu else x.is_cuda and _compiled_for_cuda)
+
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -57,6 +75,8 @@ stats = _op(reference.stats)
 normalize = _op(reference.normalize)
 backward_reduce = _op(reference.backward_reduce)
 backward_input = _op(reference.backward_input)
+batch_norm = _op(reference.batch_norm)
+batch_norm_backward = _op(reference.batch_norm_backward)
 
 
 def _on_one_device(*tensors: Tensor | None) -> None:
@@ -95,3 +115,19 @@ def _(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slop
 def _(dy, sums, x, stats, weight, bias, residual, mask, eps, activation, negative_slope, rank_weighted=False, tag=0, ranks=0, alarm=None):
     _on_one_device(dy, sums, x, stats, weight, bias, residual, mask)
     return torch.empty_like(x), torch.empty_like(x) if writes_dz(activation, residual, mask) else x.new_empty(0)
+
+
+@torch.library.register_fake("syncbn::batch_norm", lib=_library)
+def _(
+    x, weight, bias, running_mean, running_var, num_batches_tracked, momentum, unbiased, eps, activation, negative_slope,
+    rank_weighted=False,
+):  # fmt: skip
+    own, running = stats(x, rank_weighted), (running_mean, running_var, num_batches_tracked)
+    return normalize(x, own, weight, bias, None, *running, momentum, unbiased, eps, activation, negative_slope)[0], own
+
+
+@torch.library.register_fake("syncbn::batch_norm_backward", lib=_library)
+def _(dy, x, stats, weight, bias, eps, activation, negative_slope, rank_weighted=False):
+    kept = x, stats, weight, bias, None, None, eps, activation, negative_slope
+    sums, dweight, dbias = backward_reduce(dy, *kept)
+    return backward_input(dy, sums, *kept)[0], dweight, dbias

@@ -21,7 +21,7 @@ from .moments import acc_type, backward_sums, by_channel, channel_sum, effective
 from .moments import stats as stats
 from .moments import update_running_stats as update_running_stats
 
-# ---- The four ops -------------------------------------------------------------------------------------------------------------
+# ---- The ops ------------------------------------------------------------------------------------------------------------------
 
 
 def normalize(
@@ -130,6 +130,42 @@ def backward_input(
     dx = dz * to_acc(scale) - (x.to(dz.dtype) - to_acc(hi)) * to_acc(slope) + to_acc(shift)
     dx = torch.empty_like(x).copy_(dx)
     return dx, (torch.empty_like(x).copy_(dz) if writes_dz(activation, residual, mask) else x.new_empty(0))
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    unbiased: bool,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    rank_weighted: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`stats` and `normalize` of a single process without a residual: y and the stats."""
+    own, running = stats(x, rank_weighted, shifted=True), (running_mean, running_var, num_batches_tracked)
+    return normalize(x, own, weight, bias, None, *running, momentum, unbiased, eps, activation, negative_slope)[0], own
+
+
+def batch_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    stats: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: int,
+    negative_slope: float,
+    rank_weighted: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`backward_reduce` and `backward_input` of a single process without a residual: dx, dweight and dbias."""
+    kept = x, stats, weight, bias, None, None, eps, activation, negative_slope
+    sums, dweight, dbias = backward_reduce(dy, *kept)
+    return backward_input(dy, sums, *kept, rank_weighted)[0], dweight, dbias
 
 
 # ---- Parts --------------------------------------------------------------------------------------------------------------------

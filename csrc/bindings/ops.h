@@ -1,4 +1,4 @@
-// The four ops for any device: check the arguments, allocate the outputs, call the kernel with plain data. A Device is a class like this,
+// The ops for any device: check the arguments, allocate the outputs, call the kernel with plain data. A Device is a class like this,
 // which states how devices differ:
 //
 //   struct Device {
@@ -39,9 +39,10 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.layout = in.layout;
   args.x = in.data;
   args.stats = in.statistics(stats, eps);
-  args.weight = in.vector("weight", weight);
-  args.bias = in.vector("bias", bias);
+  args.weight = in.parameter("weight", weight);
+  args.bias = in.parameter("bias", bias);
   args.residual = in.same("residual", residual);
+  SYNCBN_REQUIRE(running_mean.has_value() == running_var.has_value(), "running_mean and running_var must be given both or neither");
   args.running_mean = in.updated("running_mean", running_mean);
   args.running_var = in.updated("running_var", running_var);
   if (num_batches_tracked) {
@@ -75,8 +76,8 @@ Args backward_args(const Input<Device>& in, const Tensor& dy, const Tensor& stat
   args.dy = in.same("dy", dy);
   args.x = in.data;
   args.stats = in.statistics(stats, eps);
-  args.weight = in.vector("weight", weight);
-  args.bias = in.vector("bias", bias);
+  args.weight = in.parameter("weight", weight);
+  args.bias = in.parameter("bias", bias);
   args.residual = in.same("residual", residual);
   args.activation = activation_of(activation);
   args.negative_slope = negative_slope;
@@ -124,12 +125,35 @@ std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor sums, Tensor x, Tens
   return {dx, dz};
 }
 
+// stats and normalize of a single process, which has no exchange between them: one call costs the host less than two.
+template <class Device>
+std::tuple<Tensor, Tensor> batch_norm(Tensor x, OptionalTensor weight, OptionalTensor bias, OptionalTensor running_mean,
+                                      OptionalTensor running_var, OptionalTensor num_batches_tracked, std::optional<double> momentum,
+                                      bool unbiased, double eps, int64_t activation, double negative_slope, bool rank_weighted) {
+  Tensor stats = syncbn::stats<Device>(x, rank_weighted, true, 0);
+  Tensor y = std::get<0>(normalize<Device>(x, stats, weight, bias, {}, running_mean, running_var, num_batches_tracked, momentum, unbiased,
+                                           eps, activation, negative_slope, 0, 0, {}));
+  return {y, stats};
+}
+
+// backward_reduce and backward_input of a single process.
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> batch_norm_backward(Tensor dy, Tensor x, Tensor stats, OptionalTensor weight, OptionalTensor bias,
+                                                       double eps, int64_t activation, double negative_slope, bool rank_weighted) {
+  auto [sums, dweight, dbias] = backward_reduce<Device>(dy, x, stats, weight, bias, {}, {}, eps, activation, negative_slope, 0);
+  Tensor dx = std::get<0>(
+      backward_input<Device>(dy, sums, x, stats, weight, bias, {}, {}, eps, activation, negative_slope, rank_weighted, 0, 0, {}));
+  return {dx, dweight, dbias};
+}
+
 }  // namespace syncbn
 
-#define SYNCBN_IMPLEMENT(dispatch_key, Device)                              \
-  STABLE_TORCH_LIBRARY_IMPL(syncbn, dispatch_key, m) {                      \
-    m.impl("stats", TORCH_BOX(&syncbn::stats<Device>));                     \
-    m.impl("normalize", TORCH_BOX(&syncbn::normalize<Device>));             \
-    m.impl("backward_reduce", TORCH_BOX(&syncbn::backward_reduce<Device>)); \
-    m.impl("backward_input", TORCH_BOX(&syncbn::backward_input<Device>));   \
+#define SYNCBN_IMPLEMENT(dispatch_key, Device)                                      \
+  STABLE_TORCH_LIBRARY_IMPL(syncbn, dispatch_key, m) {                              \
+    m.impl("stats", TORCH_BOX(&syncbn::stats<Device>));                             \
+    m.impl("normalize", TORCH_BOX(&syncbn::normalize<Device>));                     \
+    m.impl("backward_reduce", TORCH_BOX(&syncbn::backward_reduce<Device>));         \
+    m.impl("backward_input", TORCH_BOX(&syncbn::backward_input<Device>));           \
+    m.impl("batch_norm", TORCH_BOX(&syncbn::batch_norm<Device>));                   \
+    m.impl("batch_norm_backward", TORCH_BOX(&syncbn::batch_norm_backward<Device>)); \
   }

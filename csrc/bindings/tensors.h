@@ -80,10 +80,19 @@ struct Input {
                    show(t->sizes()));
     return {const_cast<void*>(readable(name, *t)), dtype_of(name, *t), t->stride(0)};
   }
-  // The same for a vector that the op writes.
+  // weight or bias.
+  ChannelVector parameter(const char* name, const OptionalTensor& t) const {
+    const ChannelVector found = vector(name, t);
+    SYNCBN_REQUIRE(!t || found.dtype == dtype || found.dtype == DType::float32 || found.dtype == DType::float64, name,
+                   " must be float32, float64 or ", show(x.scalar_type()), ", as x, got ", show(t->scalar_type()));
+    return found;
+  }
+  // A vector that the op writes.
   ChannelVector updated(const char* name, const OptionalTensor& t) const {
     ChannelVector found = vector(name, t);
-    if (t) found.data = t->data_ptr();
+    if (!t) return found;
+    SYNCBN_REQUIRE(found.stride != 0 || layout.C == 1, name, " must have memory of its own for each channel, got an expanded tensor");
+    found.data = t->data_ptr();
     return found;
   }
 

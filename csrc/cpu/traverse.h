@@ -60,15 +60,19 @@ INLINE void fill(T* to, int64_t n, T value) {
 
 // Aligned to a cache line: store-to-load forwarding fails for vectors that cross a cache line.
 constexpr std::align_val_t LINE{64};
+constexpr int64_t SMALL_BUFFER = 8192;  // bytes on the stack: to allocate so few takes as long as to fill them
 template <typename T>
 class Buffer {
+  alignas(64) T small_[SMALL_BUFFER / sizeof(T)];
   T* data_;
 
  public:
-  explicit Buffer(int64_t size) : data_(new (LINE) T[size]) {}
+  explicit Buffer(int64_t size) : data_(size <= SMALL_BUFFER / int64_t(sizeof(T)) ? small_ : new (LINE) T[size]) {}
   Buffer(int64_t size, T value) : Buffer(size) { fill(data_, size, value); }
   Buffer(const Buffer&) = delete;
-  ~Buffer() { ::operator delete[](data_, LINE); }
+  ~Buffer() {
+    if (data_ != small_) ::operator delete[](data_, LINE);
+  }
   operator T*() { return data_; }
   operator const T*() const { return data_; }
 };
@@ -107,9 +111,14 @@ INLINE bool non_temporal(const scalar_t* p, int64_t n) {
 // values [C] -> [width] in place: each value repeated `inner` times, then the whole sequence repeated.
 template <typename T>
 void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
-  if (inner > 1)
-    for (int64_t c = C - 1; c >= 0; --c)
-      fill(values + c * inner, inner, T(values[c]));  // from the end, so that values are read before being overwritten
+  // From the end, so that values are read before they are overwritten. A pack that ends where a short channel ends also covers the end of
+  // the channel before it, which is written next.
+  for (int64_t c = C - 1; inner > 1 && c >= 0; --c) {
+    const int64_t end = (c + 1) * inner;
+    const T value = values[c];
+    if (inner <= PACK && end - PACK >= c) store(values + end - PACK, Pack<T>(value));
+    else fill(values + c * inner, inner, value);
+  }
   for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 

@@ -15,7 +15,10 @@ from syncbn import autograd, modules, ops
 pytestmark = pytest.mark.world_size(1)
 PACKAGE = str(Path(syncbn.__file__).parent)
 MAX_FUNCTIONS, MAX_FILES = 8, 6
-OPS = {"forward": ["stats", "normalize"], "backward": ["backward_reduce", "backward_input"]}
+OPS = {
+    "forward": ["batch_norm", "stats", "normalize"],
+    "backward": ["batch_norm_backward", "backward_reduce", "backward_input"],
+}
 ENTRIES = {"forward": modules.SyncBatchNorm.forward, "backward": autograd.SyncBatchNormFunction.backward}
 
 
@@ -30,10 +33,12 @@ def running(frame: FrameType | None) -> list[CodeType]:
 
 
 def paths_to_ops(layer: syncbn.SyncBatchNorm) -> dict[str, list[CodeType]]:
-    """The functions that lead to each op in one training step. The first step prepares what later ones use, so the second counts."""
+    """The functions that lead to each op in a training step without and one with a residual, which calls other ops. The first steps
+    prepare what later ones use, so the second ones count."""
     functions = {id(getattr(ops, name)._op): name for names in OPS.values() for name in names}  # `_op` is the call into torch's C++
     x = torch.randn(4, 3, 5, requires_grad=True)
-    layer(x).sum().backward()
+    for residual in (None, x):
+        layer(x, residual).sum().backward()
     found = {}
 
     def note(frame: FrameType, event: str, called: object) -> None:
@@ -42,7 +47,8 @@ def paths_to_ops(layer: syncbn.SyncBatchNorm) -> dict[str, list[CodeType]]:
 
     sys.setprofile(note)
     try:
-        layer(x).sum().backward()
+        for residual in (None, x):
+            layer(x, residual).sum().backward()
     finally:
         sys.setprofile(None)
     return found
@@ -54,7 +60,7 @@ def shown(path: list[CodeType]) -> str:
 
 @pytest.mark.parametrize("direction", OPS)
 def test_a_step_reaches_its_kernels_through_few_functions_in_few_files(direction):
-    paths = paths_to_ops(syncbn.SyncBatchNorm(3))
+    paths = paths_to_ops(syncbn.SyncBatchNorm(3, activation="relu"))
     for op in OPS[direction]:
         path = paths[op]
         assert path[0] is ENTRIES[direction].__code__

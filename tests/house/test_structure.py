@@ -24,7 +24,7 @@ PACKAGE = Path(syncbn.__file__).parent
 FLOORS = {
     "torch, the machine and memory": "_torch_private environment layout activation moments build_info gpus native",
     "communication": "comm",
-    "the four ops": "reference ops",
+    "the ops": "reference ops",
     "the layer's arithmetic": "options arguments recompute checkpoint double_backward autograd functional",
     "what a layer needs": "keras_weights guards surgery.__init__ surgery.record surgery.tails surgery.encapsulation surgery.trace",
     "the layers": "modules keras",

@@ -22,8 +22,8 @@ def normalize(x=X, stats=STATS, weight=W, bias=W, residual=None, mean=None, var=
     return ops.normalize(x, stats, weight, bias, residual, mean, var, tracked, 0.1, True, EPS, activation, 0.0, 3, 1, alarm)
 
 
-def reduce(dy=X, x=X, residual=None, mask=None, activation=Activation.relu, tag=0):
-    return ops.backward_reduce(dy, x, STATS, W, W, residual, mask, EPS, activation, 0.0, tag)
+def reduce(dy=X, x=X, weight=W, residual=None, mask=None, activation=Activation.relu, tag=0):
+    return ops.backward_reduce(dy, x, STATS, weight, W, residual, mask, EPS, activation, 0.0, tag)
 
 
 REFUSED = [
@@ -36,8 +36,12 @@ REFUSED = [
     (lambda: normalize(stats=STATS[:7]), r"stats must .* got Double \[7\]"),
     (lambda: normalize(weight=torch.ones(4)), r"weight must be \[3\] to match x \[2, 3, 4\], got \[4\]"),
     (lambda: normalize(bias=torch.ones(3).int()), "bias must be float32, .* got Int"),
-    (lambda: normalize(mean=torch.ones(2)), r"running_mean must be .* got \[2\]"),
-    (lambda: normalize(var=torch.ones(1, 3)), r"running_var must be .* got \[1, 3\]"),
+    (lambda: normalize(weight=W.half()), "weight must be float32, float64 or Float, as x, got Half"),
+    (lambda: reduce(weight=W.bfloat16()), "weight must be float32, float64 or Float, as x, got BFloat16"),
+    (lambda: normalize(mean=torch.ones(2), var=W), r"running_mean must be .* got \[2\]"),
+    (lambda: normalize(mean=W, var=torch.ones(1, 3)), r"running_var must be .* got \[1, 3\]"),
+    (lambda: normalize(mean=W), "running_mean and running_var must be given both or neither"),
+    (lambda: normalize(mean=W, var=torch.ones(1).expand(3)), "running_var must have memory of its own for each channel"),
     (lambda: normalize(tracked=torch.tensor(0.0)), "num_batches_tracked must be contiguous Long"),
     (lambda: normalize(residual=torch.ones(2, 3, 5)), r"residual must be \[2, 3, 4\], as x, got \[2, 3, 5\]"),
     (lambda: normalize(residual=X.half()), "residual must be Float, as x, got Half"),

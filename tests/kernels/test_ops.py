@@ -163,6 +163,10 @@ def test_opcheck(name, layout):
     torch.library.opcheck(ops.normalize, normalize_args, test_utils=checks)
     torch.library.opcheck(ops.backward_reduce, (dy, x, stats, *how), test_utils=checks)
     torch.library.opcheck(ops.backward_input, (dy, sums, x, stats, *how, False, *verification), test_utils=checks)
+    if residual is None and not verification:
+        momentum_and_epilogue = normalize_args[8:]
+        torch.library.opcheck(ops.batch_norm, (x, weight, bias, *buffers, *momentum_and_epilogue), test_utils=checks)
+        torch.library.opcheck(ops.batch_norm_backward, (dy, x, stats, weight, bias, 1e-5, activation, 0.01), test_utils=checks)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])

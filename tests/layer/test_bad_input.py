@@ -48,6 +48,11 @@ CALLS = {  # what is wrong: (arguments of sync_batch_norm, exception, words that
     ),
     "weight on another device": (dict(weight=torch.ones(3, device="meta")), ValueError, ["weight", "cpu", "meta"]),
     "residual of another shape": (dict(residual=X[:1]), ValueError, ["residual", "[2, 3, 4]", "[1, 3, 4]"]),
+    "residual that fits a channels-last input only if it is broadcast": (
+        dict(input=torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last), residual=torch.ones(1, 3, 4, 4)),
+        ValueError,
+        ["residual", "[2, 3, 4, 4]", "[1, 3, 4, 4]"],
+    ),
     "residual of another dtype": (dict(residual=X.double()), ValueError, ["residual", "float32", "float64"]),
     "unknown activation": (dict(activation="gelu"), ValueError, ["activation", *map(repr, NAMES), "'gelu'"]),
     "unknown weighting": (dict(weighting="equal"), ValueError, ["weighting", "'samples'", "'ranks'", "'equal'"]),

@@ -154,15 +154,14 @@ def test_every_second_output_along_residual_connections_is_kept() -> None:
 
 @pytest.fixture
 def normalized(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Grows by one with each call of the op."""
+    """Grows by one with each output that is computed."""
     calls: list[Any] = []
-    op = ops.normalize
 
-    def counted(*args: Any) -> Any:
-        calls.append(args[0].shape)
-        return op(*args)
+    def counted(op: Any) -> Any:
+        return lambda *args: calls.append(args[0].shape) or op(*args)
 
-    monkeypatch.setattr(ops, "normalize", counted)
+    for op in ("normalize", "batch_norm"):
+        monkeypatch.setattr(ops, op, counted(getattr(ops, op)))
     return calls
 
 
