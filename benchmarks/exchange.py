@@ -1,9 +1,9 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
-Starts mpirun with 2 and 4 ranks of one thread each. In each of them gloo, MPI and shared memory take turns, of 50 exchanges or one step
-each, of a small ResNet and of the U-Net of launch/quickstart.sh. Two more models say what a step's time is made of: in "alone" each rank
-normalizes its own batch by this package's layer, and in "BatchNorm2d, meeting" the ranks wait for each other at each batch norm, both ways,
-and exchange nothing, as in any synchronization.
+Starts mpirun with 2 and 4 ranks of one thread each. In each run gloo, MPI and shared memory take turns: 50 exchanges each; then one step
+each, of a small ResNet, and with 4 ranks of the U-Net of launch/quickstart.sh, too. Two more models say what a step's time is made of: in
+"alone" each rank normalizes its own batch by this package's layer, and in "BatchNorm2d, meeting" the ranks wait for each other at each
+batch norm, both ways, and exchange nothing, as in any synchronization.
 Writes benchmarks/results/exchange-MACHINE.json.
 """
 
@@ -56,7 +56,7 @@ GOALS = {  # (ranks, path at C = 64 or model) -> at most
 
 
 def groups() -> dict[str, Any]:
-    """Values for a layer's process_group: name -> group. Some of the groups may not share memory."""
+    """Values for a layer's process_group: name -> group. Half of the groups are forbidden to share memory."""
     from mpi4py import MPI
 
     made: dict[str, Any] = {}
@@ -177,7 +177,7 @@ def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
 
 
 def summaries(row: Row, samples: Samples) -> list[Row]:
-    """The median, and the tenth of the samples below which nothing else seems to have run on the machine."""
+    """The median, and the 10th percentile: what a sample takes if nothing else seems to run on the machine."""
     return [
         {**row, "of the samples": figure, **{name: statistics.quantiles(values, n=10)[tenth - 1] for name, values in samples.items()}}
         for figure, tenth in (("median", 5), ("10%", 1))

@@ -50,8 +50,8 @@ def run(part: Part) -> tuple[bool, str]:
 
 
 def run_command(command: tuple[str, ...], env: dict[str, str], file, limit: float) -> int:
-    """Its exit status. At the limit it may end the processes that it has launched, which torchrun puts in sessions of their own; then its
-    own session is killed."""
+    """Its exit status. At the limit it gets SIGTERM and some seconds to end what it has started, because torchrun's ranks have sessions of
+    their own; then its own session is killed."""
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(max(limit, 0))
@@ -179,7 +179,7 @@ def main() -> int:
     if args.dry_run:
         return dry_run({day: DAYS[day] for day in ([args.day] if args.day else DAYS)})
     if args.day is None:
-        parser.error("which of the three scripts, 1, 2 or 3?")
+        parser.error("which run: 1, 2 or 3?")
     return run_day(DAYS[args.day][1])
 
 

@@ -83,7 +83,7 @@ template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
-  static constexpr bool shares_bytes = false;  // whether other threads than 8 / vector adjacent lanes have bits in a mask byte
+  static constexpr bool shares_bytes = false;  // whether a mask byte has bits of more threads than a few adjacent lanes
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
   static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): it has few
@@ -152,7 +152,7 @@ struct Planes : Walk {
     return {run.first + sample * config.sample_stride + at, config.vector_stride, run.row + sample * layout.C, config.row_stride, count};
   }
 
-  // Lanes 0 to 7 take the 8 elements before the vectors, and lanes 8 to 15 the 8 elements after them: each of the two shares one mask byte.
+  // Lanes 0 to 7 take the 8 elements before the vectors, and lanes 8 to 15 the 8 elements after them: eight lanes share one mask byte.
   // Lanes 16 to 31 do the same for the next sample.
   template <class Body>
   __device__ void edges(const Run& run, Body&& body) const {

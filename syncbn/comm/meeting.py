@@ -1,8 +1,9 @@
 """The ranks of a group agree on memory that those of a host share, or on the reason why they do not use any.
 
     gather a host's identity ──► first rank makes the file ──► gather its name ──► all map it ──► gather random numbers ──► all compare
+    ──► gather the verdicts
 
-Each arrow that gathers is one exchange over the group itself, which carries this rank's reason to give up, too: all ranks go on, or none.
+Each step that gathers is one exchange over the group itself. It also carries this rank's reason to give up: all ranks go on, or none.
 The file has a name only until all ranks have mapped it.
 """
 
@@ -26,7 +27,8 @@ FOLDER = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 VERSION = b"1"  # of the protocol: ranks may run different builds
 PAYLOAD, REASON = 64, 192  # bytes in a row of `gather`
-STALE = 60  # seconds after which a name belongs to a job that was killed while it set up; without it, a very slow one uses its group
+# Seconds. An older file is taken for that of a killed job, and removed. A job so slow that it loses its file exchanges over its group.
+STALE = 60
 Gather = Callable[[bytes], list[bytes]]
 Made = TypeVar("Made")
 
@@ -73,9 +75,9 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
             why = f"{FOLDER} of the ranks {here} is not the same memory"
         agree(gather, b"", why)
-    finally:  # all ranks of the host have it by now, or will not use it; and the first one may have been killed
+    finally:  # by now every rank of the host has mapped it, or none will; each removes it, because its maker may have been killed
         if path is not None and len(here) > 1:
-            with suppress(OSError):  # another rank has removed it, or is another user, whose files stay
+            with suppress(OSError):  # it has been removed, or another user made it, whose files stay
                 path.unlink()
     if memory is not None:
         memory.start()
@@ -100,7 +102,7 @@ def _why_not() -> str:
     if not native.status()[0].loaded:
         return f"the compiled library is not loaded: {native.status()[0].reason}"
     if library() is None:
-        return "the compiled library was built without it: it needs Linux and a library of this version"
+        return "the compiled library was built without it: shared memory needs Linux, and a library of this version"
     return "" if FOLDER.is_dir() else f"there is no {FOLDER}"
 
 

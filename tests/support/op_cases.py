@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,7 +29,7 @@ SHAPES = [
     (9, 70),  # bytes of the mask across tiles of 32 channels
     (6, 44),  # channels: a multiple of 4, not of 8
     (3, 7, 5, 11),  # primes: nothing divides a warp
-    (2, 16, 7, 7),  # odd planes, one channel a multiple of 8
+    (2, 16, 7, 7),  # planes of odd length: one in eight begins at a multiple of 8
     (33, 24, 2, 2),  # 3 and 6 vectors of channels: idle lanes
     (2, 3, 4, 5, 6),  # three dimensions
     (70, 8, 3, 3),  # more planes than warps
@@ -44,7 +45,7 @@ SHAPES = [
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 FUSIONS = [(activation, residual) for residual in (False, True) for activation in (activation.name for activation in Activation)]
 
-# Of values about 1: a few roundings of what it is computed in (float32), or one of what it is stored in.
+# For values of about 1: a few roundings of the type of the computation (float32; float64 for float64), or one of the stored type.
 VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # Of a sum, relative to the sum of the absolute values of its terms: float32 in a thread, float64 after.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
@@ -70,8 +71,9 @@ class Case:
     strided: bool = False  # weight, bias and the moving statistics are columns of matrices
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
-    tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks have sent, of which TAG is this one's; None: unverified
-    group: str = "others"  # whose statistics: also of "others", this rank "alone", "nobody" (all 0), or with a "negative" variance
+    tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from each of RANKS
+    # Whose statistics the ops get: those of this rank and "others", of this rank "alone", of "nobody" (all 0); or a "negative" variance.
+    group: str = "others"
 
     def __str__(self) -> str:
         names = [str(self.shape).replace(" ", ""), "last" if self.channels_last else "first", str(self.dtype).removeprefix("torch.")]
@@ -95,27 +97,35 @@ class Case:
         return keeps_mask(self.fused, self.residual)
 
 
-def in_turn(n: int, *choices: Any, each: int = 1) -> Any:
-    """The choice of case n, if each choice serves this many cases in a row."""
-    return choices[n // each % len(choices)]
+# What a case has besides shape, layout and dtype: the choices of each axis, one of them written twice if it is more frequent.
+# "own" is the dtype of x.
+AXES: dict[str, tuple] = {
+    "fusion": tuple(FUSIONS),
+    "weight": (torch.float32, "own", torch.float64, None),
+    "bias": (torch.float32, "own", None),
+    "running": (torch.float32, torch.float64, torch.bfloat16, torch.float16, None),
+    "momentum": (0.1, None, 0.3),
+    "unbiased": (True, True, True, False),
+    "rank_weighted": (False, False, False, True),
+    "shifted": (False, True),
+}
+
+
+ALWAYS = list(itertools.product(SHAPES, (False, True), DTYPES, range(2)))  # every shape in both layouts and every dtype, twice
+
+
+def drawn(n: int) -> dict[str, Any]:
+    """The choices of case n. They are drawn, the same in each run, so that no axis follows another."""
+    return {axis: random.Random(f"{axis} {n}").choice(choices) for axis, choices in AXES.items()}
 
 
 def table() -> list[Case]:
-    """Every shape in both layouts and every type, twice. The other axes take turns, in periods of different lengths. A new axis is one
-    line, and a new choice one argument."""
+    """A new axis is one line in AXES, and a new choice one value."""
     cases = []
-    for n, (shape, channels_last, dtype, _) in enumerate(itertools.product(SHAPES, (False, True), DTYPES, range(2))):
-        activation, residual = in_turn(n + n // 8, *FUSIONS)
-        cases.append(Case(
-            shape, channels_last, dtype, activation, residual,
-            weight=in_turn(n, torch.float32, dtype, torch.float64, None, each=2),
-            bias=in_turn(n, torch.float32, None, dtype),
-            running=in_turn(n, torch.float32, torch.float64, torch.bfloat16, torch.float16, None),
-            momentum=in_turn(n, 0.1, None, 0.3),
-            unbiased=in_turn(n, True, True, True, False),
-            rank_weighted=in_turn(n, False, False, False, True, False, False, False),
-            shifted=in_turn(n, False, True),
-        ))  # fmt: skip
+    for n, (shape, channels_last, dtype, _) in enumerate(ALWAYS):
+        choices = {axis: dtype if isinstance(choice, str) else choice for axis, choice in drawn(n).items()}
+        activation, residual = choices.pop("fusion")
+        cases.append(Case(shape, channels_last, dtype, activation, residual, **choices))
     return cases + EXTREMES + TAGGED
 
 
@@ -192,11 +202,11 @@ def doubled(t: Tensor | None) -> Tensor | None:
 def make(case: Case, device: str = "cpu") -> Data:
     # The same values on every device; but a real layer is drawn where it is used, since float64 of it takes seconds on the CPU.
     where = device if math.prod(case.shape) > 1 << 20 else "cpu"
-    random = torch.Generator(where).manual_seed(zlib.crc32(repr(case).encode()))
+    generator = torch.Generator(where).manual_seed(zlib.crc32(repr(case).encode()))
     c = case.shape[1]
 
     def draw(shape: tuple[int, ...], dtype: torch.dtype | None, mean: float = 0.0) -> Tensor | None:
-        return None if dtype is None else (torch.randn(shape, generator=random, device=where) + mean).to(dtype)
+        return None if dtype is None else (torch.randn(shape, generator=generator, device=where) + mean).to(dtype)
 
     def like_x(wanted: bool = True, mean: float = 0.0) -> Tensor | None:
         t = draw(case.shape, case.dtype if wanted else None, mean)
@@ -208,7 +218,7 @@ def make(case: Case, device: str = "cpu") -> Data:
     weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
     # The group has another rank, with 3 samples of its own: statistics are not those of x, and not empty.
-    other = torch.randn((3, c), generator=random, device=where, dtype=torch.float64) + case.mean
+    other = torch.randn((3, c), generator=generator, device=where, dtype=torch.float64) + case.mean
     stats = reference.stats(x.double(), case.rank_weighted, case.shifted)
     if case.group in ("others", "negative"):
         stats = moments.merge(stats, reference.stats(other, case.rank_weighted, case.shifted))
@@ -227,7 +237,7 @@ def make(case: Case, device: str = "cpu") -> Data:
     tracked = torch.tensor(4)
     data = Data(x, dy, residual, weight, bias, running_mean, running_var, tracked, stats, mask, torch.empty(0))
     data.sums = reference.backward_reduce(*backward_arguments(data, case, doubled))[0] + F.pad(
-        torch.randn(2 * c, generator=random, device=where).double(), (0, moments.SUMS_TAIL)
+        torch.randn(2 * c, generator=generator, device=where).double(), (0, moments.SUMS_TAIL)
     )
     _fill_tags(case, *moments.parts_of_sums(data.sums)[-2:])
     for name, value in vars(data).items():
