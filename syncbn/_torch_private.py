@@ -91,6 +91,11 @@ def is_traced_by_make_fx() -> bool:
     return get_proxy_mode() is not None
 
 
+# How many dispatch modes see each op before it runs: selective checkpointing's, FakeTensorMode, those of tracers. Fallback: 1, as if there
+# were one. It is torch's function itself, because each step of a layer in a single process asks.
+is_dispatched: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
+
+
 def in_backward() -> bool:
     """Whether autograd's engine runs this code: a forward pass in it can only be a recomputation.
 

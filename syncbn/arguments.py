@@ -141,13 +141,14 @@ def check_memory(layer: str, *tensors: Tensor | None) -> None:
             raise ValueError(f"{layer}: {what} {list(t.shape)} has no memory: its storage has been freed")
 
 
-def explained(error: Exception, layer: str, tensors: Tensors) -> Exception:
-    """The error of `check_eager`, which names the layer, if an op has refused these tensors; else `error`."""
+def explain(layer: str, tensors: Tensors) -> None:
+    """Raises the error of `check_eager`, which names the layer, if an op has refused these tensors."""
     try:
         check_eager(layer, tensors)
     except (TypeError, ValueError) as refused:
-        return refused
-    return error
+        raise refused from None
+    except Exception:
+        pass  # what cannot even be checked, such as a sparse tensor: the op's own error says more
 
 
 def plain(t: Tensor | None) -> Tensor | None:

@@ -51,11 +51,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         anchor: Tensor | None,
-        running: Running,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
         exchange: LayerExchanges,
         options: Options,
+        in_one_call: bool,
     ) -> Tensor:
-        stats, running, ticket = _group_stats(x, running, exchange, options, residual is None)
+        running = running_mean, running_var, num_batches_tracked
+        stats, running, ticket = _group_stats(x, running, exchange, options, in_one_call)
         if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
             check_count(options.layer, stats, x, exchange.comm)
         momentum, epilogue, _, rank_weighted, unbiased, *_ = options
@@ -68,6 +72,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # tensors then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
             increment_version(written)
+        for log in checkpoint.logs():
+            log.append(options.layer, stats)
         if recompute.is_active():
             ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
         _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
@@ -104,7 +110,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return dx, dz, None if weight is None else dweight, None if bias is None else dbias, *_NO_GRADIENTS
 
 
-_NO_GRADIENTS = (None,) * 4  # of the arguments of `forward` after the bias
+_NO_GRADIENTS = (None,) * 7  # of the arguments of `forward` after the bias
 
 
 class TracedSyncBatchNormFunction(SyncBatchNormFunction):
@@ -118,15 +124,18 @@ class TracedSyncBatchNormFunction(SyncBatchNormFunction):
         weight: Tensor | None,
         bias: Tensor | None,
         anchor: Tensor | None,
-        running: Running,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
         exchange: LayerExchanges,
         options: Options,
+        in_one_call: bool,
     ) -> Tensor:
         stats, ticket = _exchanged_stats(x, exchange, options)
         if x.numel() <= x.shape[1]:
             check_count(options.layer, stats, x, exchange.comm)
         # Updated outside `normalize`, which the partitioner may then recompute in the backward pass.
-        update_running_stats(stats, *running, options.momentum, options.unbiased)
+        update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
         unbiased, epilogue = options.unbiased, options.epilogue
         y, mask = ops.normalize(x, stats, weight, bias, residual, *NOTHING_TRACKED, None, unbiased, *epilogue, *ticket)
         _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
@@ -146,23 +155,19 @@ def _keep(ctx: Any, saved: Saved, exchange: LayerExchanges, options: Options) ->
 
 
 def _group_stats(
-    x: Tensor, running: Running, exchange: LayerExchanges, options: Options, plain: bool
+    x: Tensor, running: Running, exchange: LayerExchanges, options: Options, in_one_call: bool
 ) -> tuple[Tensor | None, Running, Ticket]:
     """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify.
 
-    The statistics are None if `batch_norm` computes them: in a single process, if the step is `plain`, which it is without a residual. Not
-    in a checkpoint that logs: its recomputation calls `normalize`, and selective checkpointing wants the same ops in both passes."""
-    replayed, logs = checkpoint.replayed(), checkpoint.logs()
+    The statistics are None if `batch_norm` computes them, unless a checkpoint gives them back."""
+    replayed = checkpoint.replayed()
     if replayed is not None or in_backward():  # here a forward pass can only be a recomputation; the first one has updated them
         running = NOTHING_TRACKED
     if replayed is not None:
-        stats, ticket = replayed.replay(options.layer, x.shape[1]), NO_TICKET
-    elif plain and exchange is UNSYNCHRONIZED and not logs:
+        return replayed.replay(options.layer, x.shape[1]), running, NO_TICKET
+    if in_one_call:
         return None, running, NO_TICKET
-    else:
-        stats, ticket = _exchanged_stats(x, exchange, options)
-    for log in logs:
-        log.append(options.layer, stats)
+    stats, ticket = _exchanged_stats(x, exchange, options)
     return stats, running, ticket
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import ops, recompute
 from ._torch_private import eager_apply
 from .activation import Activation, activate
-from .arguments import check, check_eager, check_transforms, explained, plain
+from .arguments import Tensors, check, check_eager, check_memory, check_transforms, explain, plain
 from .autograd import Running, SyncBatchNormFunction, TracedSyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
 from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
@@ -50,18 +51,32 @@ def batch_norm_train(
         ValueError: each channel has a single value over all ranks. On every rank.
     """
     tensors = (input, residual, weight, bias, *running)
-    compiling = torch.compiler.is_compiling()
-    if compiling:
+    if torch.compiler.is_compiling():
         check(options.layer, tensors)
-    elif has_torch_function(tensors):
+        return _step(TracedSyncBatchNormFunction.apply, tensors, comm, options, record, False)
+    if has_torch_function(tensors):
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
-    else:
-        check_transforms(options.layer, input)
-        # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. A
-        # residual is checked, because `dense_like` would broadcast it.
-        if comm is not LOCAL or residual is not None or not ops.refuse_wrong_tensors(input):
-            check_eager(options.layer, tensors)
+    check_transforms(options.layer, input)
+    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. Checked is
+    # what is copied before: a residual, which `dense_like` would broadcast, and the memory of an input.
+    if comm is not LOCAL or residual is not None or not ops.check_their_tensors(input):
+        check_eager(options.layer, tensors)
+        return _step(_eager_apply, tensors, comm, options, record, False)
+    if not input.is_contiguous():
+        check_memory(options.layer, input)
+    try:
+        return _step(_eager_apply, tensors, comm, options, record, True)
+    except Exception:
+        explain(options.layer, tensors)
+        raise
+
+
+def _step(
+    apply: Callable[..., Tensor], tensors: Tensors, comm: Communicator, options: Options, record: LayerRecord | None, in_one_call: bool
+) -> Tensor:
+    """The step of an autograd function. `in_one_call`: by one op each way."""
+    input, residual, weight, bias, *running = tensors
     eps = options.epilogue.eps
     if not eps > 0:
         raise ValueError(f"{options.layer}: eps must be positive in training, got {eps}")
@@ -73,18 +88,14 @@ def batch_norm_train(
     if comm is LOCAL:
         exchange, anchor = UNSYNCHRONIZED, None
     else:
-        exchange = LayerExchanges(comm, options.name, input.dtype, options.weighting, eps, record, None if compiling else input.shape)
+        shape = None if torch.compiler.is_compiling() else input.shape
+        exchange = LayerExchanges(comm, options.name, input.dtype, options.weighting, eps, record, shape)
         has_trainable = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         anchor = None if has_trainable else _ANCHOR
-    if compiling:
-        return TracedSyncBatchNormFunction.apply(input, residual, weight, bias, anchor, running, exchange, options)
-    try:
-        return _eager_apply(input, residual, weight, bias, anchor, running, exchange, options)
-    except Exception as error:
-        raise explained(error, options.layer, tensors) from None
+    return apply(input, residual, weight, bias, anchor, *running, exchange, options, in_one_call)
 
 
-def _with_torch_function(tensors: tuple[Tensor | None, ...], comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
+def _with_torch_function(tensors: Tensors, comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
     """What torch calls for an active mode, such as the default device's, and then for the tensors' class. Only the second call unwraps the
     tensors."""
     input, residual, weight, bias, mean, var, num_batches = tensors if has_torch_function(tensors) else map(plain, tensors)

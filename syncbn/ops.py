@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native, reference
+from ._torch_private import is_dispatched
 from .activation import keeps_mask, writes_dz
 from .layout import mask_bytes
 from .moments import stats_numel, sums_numel
@@ -57,9 +58,10 @@ for _name, _schema in SCHEMAS.items():
 _compiled_for_cpu, _compiled_for_cuda = (library.loaded for library in native.load(SCHEMAS))
 
 
-def refuse_wrong_tensors(x: Tensor) -> bool:
-    """Whether the ops refuse every wrong tensor that comes with this x. Compiled ops do; the reference and the fake kernels check less."""
-    return type(x) is Tensor and (_compiled_for_cpu if x.is_cpu else x.is_cuda and _compiled_for_cuda)
+def check_their_tensors(x: Tensor) -> bool:
+    """Whether the ops refuse wrong tensors that come with this x. Compiled ops do. The reference and the fake kernels check less, and under
+    a dispatch mode any code may run in their place."""
+    return type(x) is Tensor and (_compiled_for_cpu if x.is_cpu else x.is_cuda and _compiled_for_cuda) and not is_dispatched()
 
 
 F = TypeVar("F", bound=Callable[..., object])

@@ -53,9 +53,9 @@ def normalize(
     """
     s = parts(stats)
     _verify(s.tag, s.tag_squared, tag, ranks, alarm)
-    update_running_stats(stats, running_mean, running_var, num_batches_tracked, momentum, unbiased)
     z = _affine(x, stats, weight, bias, residual, eps)
     y = activate(z, activation, negative_slope).to(x.dtype)
+    update_running_stats(stats, running_mean, running_var, num_batches_tracked, momentum, unbiased)  # not before all else has worked
     keep_mask = keeps_mask(activation, residual is not None)
     mask = _pack_bits(~(z <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
     return torch.empty_like(x).copy_(y), mask

@@ -31,11 +31,12 @@ Tensor empty(const Tensor& x, int64_t numel, int32_t dtype) {
   return empty<Device>(x, 1, &numel, &stride, dtype);
 }
 
-// A tensor whose memory was freed, as FSDP frees parameters, has a null pointer: kernels would treat an optional one as absent.
+// A tensor whose memory was freed, as FSDP frees parameters, has an empty storage. Its pointer is null plus its place in the storage.
 inline const void* readable(const char* name, const Tensor& t) {
-  const void* data = t.const_data_ptr();
-  SYNCBN_REQUIRE(data || t.numel() == 0, name, " ", show(t.sizes()), " has no memory: its storage has been freed");
-  return data;
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));
+  SYNCBN_REQUIRE(bytes || t.numel() == 0, name, " ", show(t.sizes()), " has no memory: its storage has been freed");
+  return t.const_data_ptr();
 }
 
 // x, and methods that check the other arguments against it.

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from syncbn import _torch_private as private
 
@@ -129,6 +131,13 @@ def test_in_backward_while_autograd_runs_its_graph():
     assert in_backward_pass(private.in_backward) and not private.in_backward()
 
 
+def test_is_dispatched_by_as_many_modes_as_are_active():
+    assert private.is_dispatched() == 0
+    with FakeTensorMode(), create_selective_checkpoint_contexts([])[0]:
+        assert private.is_dispatched() == 2
+    assert in_make_fx(private.is_dispatched) and private.is_dispatched() == 0
+
+
 def test_is_profiling_under_either_profiler():
     for profiler in (torch.profiler.profile, torch.autograd.profiler.profile):
         with profiler():
@@ -143,6 +152,7 @@ def test_is_profiling_under_either_profiler():
         ("is_transformed", ["_C._functorch"], False),
         ("in_backward", ["_C._current_graph_task_id"], False),
         ("is_profiling", ["autograd._profiler_enabled"], True),
+        ("is_dispatched", ["_C._len_torch_dispatch_stack"], 1),
     ],
 )
 def test_without_its_name_a_question_has_one_answer(monkeypatch, name, lacking, fallback):

@@ -255,3 +255,16 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, forks, s
     waited = re.search(rf'after ([\d.]+) s: layer "encoder\.bn" .*\nrank {1 - failing} of 2 could not complete its forward', other.stdout)
     assert waited, other.stdout
     assert timeout - 1.5 < float(waited.group(1)) < timeout + 4, other.stdout
+
+
+@pytest.mark.world_size(1)
+def test_the_cause_of_an_error_in_a_step_is_kept():
+    """Here of a hook that fails when the layer saves a tensor: the layer's tensors are not at fault."""
+    cause = OSError("no space left")
+
+    def fails(t):
+        raise RuntimeError("cannot offload") from cause
+
+    with torch.autograd.graph.saved_tensors_hooks(fails, lambda t: t), pytest.raises(RuntimeError, match="cannot offload") as error:
+        syncbn.SyncBatchNorm(3)(X.clone().requires_grad_())
+    assert error.value.__cause__ is cause

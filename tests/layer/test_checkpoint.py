@@ -31,14 +31,23 @@ def nested(function, *args):
     return ours(lambda *a: ours(function, *a), *args)
 
 
-def selective(function, *args):
-    """Saves convolutions, recomputes the rest."""
+def saving_convolutions():
+    """The contexts of selective checkpointing, which sees each op in both passes."""
 
     def policy(context, op, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if op == torch.ops.aten.convolution.default else CheckpointPolicy.PREFER_RECOMPUTE
 
-    theirs = functools.partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(function, *args, use_reentrant=False, context_fn=functools.partial(syncbn.checkpoint_contexts, theirs))
+    return create_selective_checkpoint_contexts(policy)
+
+
+def selective(function, *args):
+    contexts = functools.partial(syncbn.checkpoint_contexts, saving_convolutions)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+def selective_inside(function, *args):
+    """The inner checkpoint is recomputed outside of the outer one's contexts."""
+    return ours(lambda *a: checkpoint(function, *a, use_reentrant=False, context_fn=saving_convolutions), *args)
 
 
 def two_of_two(function, *args):
@@ -68,7 +77,7 @@ def train(model, run, x, steps=2):
 
 
 @pytest.mark.parametrize("early_stop", [True, False], ids=["early-stop", "to-the-end"])
-@pytest.mark.parametrize("method", [*EXACT, *DETECTED])
+@pytest.mark.parametrize("method", [*EXACT, *DETECTED, selective_inside])
 def test_checkpointed_training_equals_training(world, counts, method, early_stop):
     """Outputs, gradients and moving statistics, bit for bit: the recomputation has the same statistics and adds nothing to them."""
     x = world.mine(torch.randn(sum(counts), 3, 4, dtype=torch.float64), counts)

@@ -41,6 +41,16 @@ class Call:
     def free(self, name: str) -> None:
         getattr(self.layer, name).untyped_storage().resize_(0)
 
+    def free_with_others(self, name: str) -> None:
+        """As FSDP1 keeps parameters: the tensor is a part of a larger storage, which is freed."""
+        storage = torch.ones(100)
+        getattr(self.layer, name).data = storage[10:16]
+        storage.untyped_storage().resize_(0)
+
+    def free_input(self, whole: Tensor) -> None:
+        self.input = whole.clone().transpose(2, 3)
+        self.input.untyped_storage().resize_(0)
+
 
 class Case(NamedTuple):
     change: tuple[Any, ...]  # method of Call, arguments
@@ -51,6 +61,7 @@ class Case(NamedTuple):
 CASES = {
     "channels": Case(("set", "input", torch.randn(4, 5, 3, 3)), ValueError, "must have 6 channels"),
     "one dimension": Case(("set", "input", torch.randn(6)), ValueError, "at least 2 dimensions"),
+    "one dimension with gaps": Case(("set", "input", torch.randn(12)[::2]), ValueError, "at least 2 dimensions"),
     "integer input": Case(("set", "input", torch.ones(4, 6, dtype=torch.int64)), TypeError, "must be float32"),
     "another device": Case(("set", "input", torch.randn(4, 6, device="meta")), ValueError, "weight must be on meta"),
     "one value per channel": Case(("set", "input", torch.randn(1, 6)), ValueError, "more than 1 value per channel"),
@@ -70,6 +81,10 @@ CASES = {
     "freed count": Case(("free", "num_batches_tracked"), ValueError, "num_batches_tracked .* has no memory"),
     "freed parameter": Case(("free", "weight"), ValueError, "weight .* has no memory"),
     "freed statistic": Case(("free", "running_mean"), ValueError, "running_mean .* has no memory"),
+    "parameter in freed storage": Case(("free_with_others", "weight"), ValueError, "weight .* has no memory"),
+    "statistic in freed storage": Case(("free_with_others", "running_var"), ValueError, "running_var .* has no memory"),
+    "freed input that is not contiguous": Case(("free_input", torch.randn(4, 6, 3, 5)), ValueError, "input .* has no memory"),
+    "sparse parameter": Case(("buffer", "weight", nn.Parameter(torch.ones(6).to_sparse())), NotImplementedError, "SparseCPU"),
     "eps": Case(("attribute", "eps", 0.0), ValueError, "eps must be positive"),
     "negative eps": Case(("attribute", "eps", -1.0), ValueError, "eps must not be negative"),
     "eps that is no number": Case(("attribute", "eps", float("nan")), ValueError, "eps must not be negative"),

@@ -126,6 +126,13 @@ def test_a_layer_is_one_call_in_a_traced_graph(layer):
 
 
 @pytest.mark.world_size(1)
+def test_a_training_layer_is_traced_with_its_moving_statistics():
+    layer, x = syncbn.SyncBatchNorm(4), torch.randn(5, 4)
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    assert torch.equal(traced(x), layer(x)) and layer.num_batches_tracked > 0
+
+
+@pytest.mark.world_size(1)
 def test_onnx_export_of_a_reverted_model(model, x):
     onnx = pytest.importorskip("onnx", reason="ONNX export needs onnx and onnxscript")
     pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
