@@ -25,7 +25,7 @@ from . import environment, native
 from ._torch_private import is_torchs_layer_replaced
 from .comm import resolve
 from .comm.exchange import LayerExchanges
-from .comm.rendezvous import init_process_group
+from .comm.rendezvous import has_a_gpu_of_its_own, init_process_group
 from .environment import rank_info
 from .modules import SyncBatchNorm
 
@@ -142,11 +142,12 @@ def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]
 def describe_problems() -> list[str]:
     """One sentence per problem, including the remedy."""
     problems = []
-    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, rank_info().local_world_size or 1
+    here = rank_info()
+    gpus, ranks = torch.cuda.device_count() if torch.cuda.is_available() else 0, here.local_world_size or 1
     for library in native.status():
         if not library.loaded and (library.device == "cpu" or gpus):
             problems.append(f"{library.device} runs the slower reference: {library.reason}.")
-    if gpus and ranks > gpus:
+    if gpus and not has_a_gpu_of_its_own(here):
         shared = "a GPU" if gpus == 1 else f"{gpus} GPUs"
         problems.append(f"{ranks} ranks share {shared}: start at most one rank for each GPU, or stay with gloo.")
     if not gpus and dist.get_backend() == "nccl":

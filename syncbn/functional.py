@@ -58,8 +58,8 @@ def batch_norm_train(
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     check_transforms(options.layer, input)
-    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. Checked is
-    # what is copied before: a residual, which `dense_like` would broadcast, and the memory of an input.
+    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. It checks
+    # what `_step` copies before: a residual, which `dense_like` would broadcast, and the memory of an input.
     if comm is not LOCAL or residual is not None or not ops.check_their_tensors(input):
         check_eager(options.layer, tensors)
         return _step(_eager_apply, tensors, comm, options, record, False)

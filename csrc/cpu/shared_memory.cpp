@@ -23,7 +23,7 @@ namespace syncbn::shared_memory {
 namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
-constexpr int64_t kAwake = 50'000;      // ns that a rank stays awake: ten times two context switches, so little is lost if the wait is long
+constexpr int64_t kAwake = 50'000;      // ns that a rank spins before it sleeps, which costs a tenth of that with waking up
 constexpr int64_t kSettle = 1'000'000;  // ns, at least, between two moves to another core, which take tens of microseconds
 
 // How many forks lie between the first process and this one. A process id would cost a system call at every exchange.

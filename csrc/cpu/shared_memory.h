@@ -47,7 +47,7 @@ uint64_t random_of(const void* memory, int rank);
 // Called by each rank after all have joined.
 void start(void* memory, int rank);
 
-// Adds `values` of all ranks, in place. Returns after at most 50 ms; progress is kept in the memory.
+// Adds `values` of all ranks, in place. Returns when it has, or when it has waited for 50 ms; progress is kept in the memory.
 //
 //   channels = 0   plain sums
 //   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], the sums about this rank's shift; the result is

@@ -13,7 +13,7 @@ namespace syncbn::shared_memory {
 enum Stage : uint32_t { idle = 0, published, summed };
 
 struct alignas(64) Control {
-  // Written by its rank, read by all.
+  // Read by all, written by its rank; but ranks that wait for it count themselves in `sleepers`.
   std::atomic<uint64_t> epoch;
   std::atomic<uint32_t> abandoned;
   std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes

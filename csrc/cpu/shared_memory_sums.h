@@ -40,7 +40,8 @@ struct Piece {
       memcpy(values + first, slot, size * sizeof(double));
       return;
     }
-    if (is_last()) memcpy(values + 3 * channels, slot, kStatsTail * sizeof(double));  // before, every piece sends this rank's
+    // Not earlier, because with each piece `write` sends this rank's own.
+    if (is_last()) memcpy(values + 3 * channels, slot, kStatsTail * sizeof(double));
     for (int part = 0; part < 3; ++part) {
       memcpy(values + part * channels + first, slot + kStatsTail + part * size, size * sizeof(double));
     }

@@ -44,7 +44,8 @@ class Communicator(Protocol):
         """A communicator of these ranks of this one, which lives as long. Every rank calls it; those that are not among them get None."""
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
-        """The elementwise sum of `tensor` over the ranks, bitwise identical on all of them. May be `tensor` itself, overwritten."""
+        """The elementwise sum of `tensor` over the ranks, bitwise identical on all of them. Overwrites `tensor` and returns it; in a
+        compiled graph it may return another tensor."""
 
     def merges(self, device: torch.device) -> bool:
         """Whether `all_reduce_stats_` takes statistics about any shifts, where x is on this device; else all shifts must be 0."""

@@ -88,6 +88,7 @@ class LayerExchanges:
             RankMismatchError: the ranks disagree about the exchange; raised on every rank.
             RuntimeError: another rank did not arrive within the group's timeout, or its process exited; or the exchange failed on this
                 rank. Names the layer.
+            ValueError, TypeError, MemoryError: this rank's own, as they were raised.
         """
         if self.comm is LOCAL:
             return tensor

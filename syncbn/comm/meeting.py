@@ -27,7 +27,7 @@ FOLDER = Path("/dev/shm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 VERSION = b"1"  # of the protocol: ranks may run different builds
 PAYLOAD, REASON = 64, 192  # bytes in a row of `gather`
-# Seconds. An older file is taken for that of a killed job, and removed. A job so slow that it loses its file exchanges over its group.
+# Seconds. An older file is taken for that of a killed job, and removed. If that job is only slow, its ranks exchange over their group.
 STALE = 60
 Gather = Callable[[bytes], list[bytes]]
 Made = TypeVar("Made")
@@ -38,7 +38,7 @@ class Unusable(Exception):
 
 
 class Hosts(NamedTuple):
-    """The hosts of a group's ranks, and this rank's memory on its own: None if it is alone there."""
+    """The hosts of a group's ranks, and the memory on this rank's host: None if no other rank is there."""
 
     ranks: list[list[int]]  # for each host its ranks, in the order of first ranks
     memory: SharedMemory | None

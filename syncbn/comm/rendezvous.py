@@ -106,21 +106,27 @@ def _device(here: RankInfo) -> torch.device:
     return device
 
 
+def has_a_gpu_of_its_own(here: RankInfo) -> bool:
+    """Whether this rank has a GPU that no other rank of its host uses, as far as a rank can tell.
+
+    If it sees fewer GPUs than there are ranks on its host, they are taken to be shared, unless the launcher says otherwise."""
+    gpus = _gpus()
+    return gpus >= (here.local_world_size or 1) or (gpus > 0 and _sees_gpus_of_its_own())
+
+
 def _default_backend(here: RankInfo) -> str:
     """NCCL if each rank of this host has a GPU of its own."""
-    gpus, ranks = _gpus(), here.local_world_size or 1
-    # A single visible GPU may be private to this rank or shared; fewer GPUs than ranks are always shared.
-    private = gpus >= ranks or (gpus == 1 and _sees_a_gpu_of_its_own())
-    if gpus and not private:
+    private = has_a_gpu_of_its_own(here)
+    if _gpus() and not private:
         warnings.warn(
-            f"{ranks} ranks share {gpus} GPUs, which NCCL refuses: using gloo, which is slow."
+            f"{here.local_world_size} ranks share {_gpus()} GPUs, which NCCL refuses: using gloo, which is slow."
             " If each has a GPU of its own, pass backend='nccl'",
             stacklevel=3,
         )
     return "nccl" if private else "gloo"
 
 
-def _sees_a_gpu_of_its_own() -> bool:
+def _sees_gpus_of_its_own() -> bool:
     """Whether srun was told to give each task its GPUs."""
     # SLURM_TRES_PER_TASK is also set for CPU requests: "cpu=8,gres/gpu=1".
     return environment.get("SLURM_GPUS_PER_TASK") is not None or "gres/gpu" in (environment.get("SLURM_TRES_PER_TASK") or "")
@@ -209,7 +215,7 @@ def _pause_at_exit() -> None:
 
 
 def _meeting_point(here: RankInfo) -> tuple[str, int]:
-    """The host of rank 0 and a free port there."""
+    """The host of rank 0 and a port there: a free one if rank 0 chooses it, else one that all ranks compute."""
     hosts = environment.get("SLURM_STEP_NODELIST")
     if here.launcher == "srun" and hosts:
         return _first_host(hosts), _port_of_job()

@@ -114,8 +114,9 @@ class SharedMemory:
 
         Raises:
             Mismatch: on every rank, if their digests or lengths differ. The next exchange may follow.
-            SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has raised this.
-                No exchange can follow. Or another thread of this process has been exchanging for `timeout` seconds; others can follow.
+            SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has given up, for
+                any reason. No exchange can follow. Or another thread of this process has been exchanging for `timeout` seconds; then
+                later exchanges can follow.
             Forked: `memory` belongs to the parent of this process.
         """
         if values.dtype is not torch.float64 or not values.is_contiguous() or not values.is_cpu:

@@ -1,7 +1,7 @@
 """How the ranks of a group exchange CPU tensors: in shared memory if they can, else over the group.
 
     one host         in its memory
-    several hosts    sums in each host's memory ──► the first rank of each host over the group's backend ──► results in each host's memory
+    several hosts    sums in each host's memory ──► the hosts' first ranks over a group of their own ──► results in each host's memory
     else             over the group, with a tag in the payload
 
 Every eager exchange is verified, at any step, unless SYNCBN_CHECK=off: no rank uses a sum to which another rank has added something else.
@@ -39,7 +39,9 @@ class Sharing(MemoryOrGroup):
         self.first_ranks: Communicator | None = None  # the group of the hosts' first ranks; None on any other rank, or with one host
 
     def _memory_in_words(self) -> str:
-        return "in shared memory" if self.hosts == 1 else f"in shared memory on each of {self.hosts} hosts, whose first ranks use the group"
+        if self.hosts == 1:
+            return "in shared memory"
+        return f"in shared memory on each of {self.hosts} hosts, whose first ranks use a group of their own"
 
     def _meet(self, comm: Communicator, device: torch.device) -> None:
         """Raises RankMismatchError, on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike."""

@@ -94,7 +94,7 @@ VARIABLES = (
 # ---- Variables of others, of the build and of the tests --------------------------------------------------------------------------
 
 MEETING = {
-    "MASTER_ADDR": "the host of rank 0, where the ranks meet; if not set, taken from srun's variables or exchanged over MPI",
+    "MASTER_ADDR": "the host of rank 0, where the ranks meet; if not set, taken from srun's variables, exchanged over MPI, or this host",
     "MASTER_PORT": "a free port there",
     "TORCHELASTIC_RESTART_COUNT": "how often torchrun has restarted the ranks",
     "GROUP_WORLD_SIZE": "torchrun's number of hosts",

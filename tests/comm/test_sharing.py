@@ -37,7 +37,7 @@ def test_no_collective_after_the_first_exchange(world):
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
     with collectives() as seen, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exchange, "way_of", default)  # counted as with default settings
+        patch.setattr(exchange, "way_of", default)  # `collectives` turns shared memory off; here it is on
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []
@@ -76,7 +76,8 @@ def test_float64_far_from_zero_is_as_good_as_torch(world):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name):
     """With default settings, over every communicator."""
-    fresh = dataclasses.replace(world, group=another_group(world))  # in which the ranks have exchanged equally often, and so share a line
+    # All ranks have exchanged equally often in a new group, so an error lists those that agree on one line.
+    fresh = dataclasses.replace(world, group=another_group(world))
     a, b = named("a", fresh), named("b", fresh)
     for _ in range(3):
         b(a(batch())).sum().backward()
@@ -169,7 +170,7 @@ def test_workers_of_a_data_loader_come_and_go(world):
         for (x,) in DataLoader(data, batch_size=2, num_workers=1, multiprocessing_context="fork"):
             layer(x)
     if world.rank == 0:
-        time.sleep(0.3)  # the others look after its process, which has not ended with its workers
+        time.sleep(0.3)  # the others check whether its process has ended: it has not, only its workers
     assert torch.isfinite(layer(batch())).all()
 
 

@@ -104,7 +104,7 @@ def logs(folder: Path) -> str:
 
 def assert_summed(folder: Path) -> None:
     for rank in range(4):
-        assert (folder / f"path.{rank}").read_text() == "in shared memory on each of 2 hosts, whose first ranks use the group"
+        assert (folder / f"path.{rank}").read_text() == "in shared memory on each of 2 hosts, whose first ranks use a group of their own"
         for odd in (3, 1, 0):
             said = (folder / f"mismatch {odd}.{rank}").read_text()
             assert said.startswith("RankMismatchError"), said

@@ -12,12 +12,12 @@ from support.processes import job
 from syncbn import native
 from syncbn.comm import shared_memory
 
-WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded; if it was, and has no such exchange, what of it runs
+WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded; or which of its code runs, if it has no such exchange
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 TIMEOUT = 4  # seconds
 LIMIT = 60
 
-# Two ranks that meet through files. Rank 1 has an accident in its third exchange.
+# Two ranks that meet through files. Rank 1 has an accident while it sets up, or in its third exchange.
 SCRIPT = f"""
 import os, signal, sys, time, torch
 from pathlib import Path
