@@ -59,7 +59,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         in_one_call: bool,
     ) -> Tensor:
         running = running_mean, running_var, num_batches_tracked
-        stats, running, ticket = _group_stats(x, running, exchange, options, in_one_call)
+        stats: Tensor | None
+        compiling = torch.compiler.is_compiling()
+        if compiling:
+            stats, running, ticket = _traced_stats(x, running, exchange, options)
+        else:
+            stats, running, ticket = _group_stats(x, running, exchange, options, in_one_call)
         if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
             check_count(options.layer, stats, x, exchange.comm)
         momentum, epilogue, _, rank_weighted, unbiased, *_ = options
@@ -72,11 +77,20 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # tensors then raises instead of using the changed values.
         if written := [t for t in running if t is not None]:
             increment_version(written)
-        for log in checkpoint.logs():
-            log.append(options.layer, stats)
-        if recompute.is_active():
-            ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
-        _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
+        if not compiling:
+            for log in checkpoint.logs():
+                log.append(options.layer, stats)
+            if recompute.is_active():
+                ctx.recipe = recompute.remember(y, _normalization(stats, weight, bias, options), x, residual)
+
+        if residual is None:
+            mask = None
+        else:
+            activation = epilogue.activation
+            mask = mask if keeps_mask(activation, True) else None
+            residual = residual if keeps_residual(activation, True) else None
+        ctx.save_for_backward(x, stats, weight, bias, residual, mask)
+        ctx.exchange, ctx.options = exchange, options
         return y
 
     @staticmethod
@@ -113,47 +127,6 @@ class SyncBatchNormFunction(torch.autograd.Function):
 _NO_GRADIENTS = (None,) * 7  # of the arguments of `forward` after the bias
 
 
-class TracedSyncBatchNormFunction(SyncBatchNormFunction):
-    """The same step in a compiled graph. It is not differentiated twice there, and the partitioner decides what to recompute."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        anchor: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        num_batches_tracked: Tensor | None,
-        exchange: LayerExchanges,
-        options: Options,
-        in_one_call: bool,
-    ) -> Tensor:
-        stats, ticket = _exchanged_stats(x, exchange, options)
-        if x.numel() <= x.shape[1]:
-            check_count(options.layer, stats, x, exchange.comm)
-        # Updated outside `normalize`, which the partitioner may then recompute in the backward pass.
-        update_running_stats(stats, running_mean, running_var, num_batches_tracked, options.momentum, options.unbiased)
-        unbiased, epilogue = options.unbiased, options.epilogue
-        y, mask = ops.normalize(x, stats, weight, bias, residual, *NOTHING_TRACKED, None, unbiased, *epilogue, *ticket)
-        _keep(ctx, (x, stats, weight, bias, residual, mask), exchange, options)
-        return y
-
-
-def _keep(ctx: Any, saved: Saved, exchange: LayerExchanges, options: Options) -> None:
-    """Keeps for the backward pass what it needs: of the residual and the mask at most one, and neither without a residual."""
-    x, stats, weight, bias, residual, mask = saved
-    if residual is None:
-        mask = None
-    else:
-        mask = mask if keeps_mask(options.epilogue.activation, True) else None
-        residual = residual if keeps_residual(options.epilogue.activation, True) else None
-    ctx.save_for_backward(x, stats, weight, bias, residual, mask)
-    ctx.exchange, ctx.options = exchange, options
-
-
 def _group_stats(
     x: Tensor, running: Running, exchange: LayerExchanges, options: Options, in_one_call: bool
 ) -> tuple[Tensor | None, Running, Ticket]:
@@ -169,6 +142,15 @@ def _group_stats(
         return None, running, NO_TICKET
     stats, ticket = _exchanged_stats(x, exchange, options)
     return stats, running, ticket
+
+
+def _traced_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
+    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in two ways: it is not differentiated twice,
+    and it recomputes no outputs."""
+    stats, ticket = _exchanged_stats(x, exchange, options)
+    # Updated outside `normalize`, which the partitioner may then recompute in the backward pass.
+    update_running_stats(stats, *running, options.momentum, options.unbiased)
+    return stats, NOTHING_TRACKED, ticket
 
 
 def _exchanged_stats(x: Tensor, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Ticket]:

@@ -16,7 +16,7 @@ from . import ops, recompute
 from ._torch_private import eager_apply
 from .activation import Activation, activate
 from .arguments import Tensors, check, check_eager, check_memory, check_transforms, explain, plain
-from .autograd import Running, SyncBatchNormFunction, TracedSyncBatchNormFunction
+from .autograd import Running, SyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
 from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .comm.identity import LayerRecord
@@ -53,7 +53,7 @@ def batch_norm_train(
     tensors = (input, residual, weight, bias, *running)
     if torch.compiler.is_compiling():
         check(options.layer, tensors)
-        return _step(TracedSyncBatchNormFunction.apply, tensors, comm, options, record, False)
+        return _step(SyncBatchNormFunction.apply, tensors, comm, options, record, False)
     if has_torch_function(tensors):
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)

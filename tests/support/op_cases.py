@@ -72,7 +72,8 @@ class Case:
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
     tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from each of RANKS
-    # Whose statistics the ops get: those of this rank and "others", of this rank "alone", of "nobody" (all 0); or a "negative" variance.
+    # The statistics that the ops get: "others": of this rank and another; "alone": of this rank; "nobody": all are 0; "negative": the
+    # variance is negative.
     group: str = "others"
 
     def __str__(self) -> str:
