@@ -1,7 +1,7 @@
 """Measures syncbn against torch in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile]
 
-Writes benchmarks/results/MACHINE.json and .png. One process with an initialized group of one rank: nothing is exchanged, except in
-the columns that say so, where NCCL adds up the numbers of one rank.
+Writes benchmarks/results/MACHINE.json and .png. It runs in one process with an initialized group of one rank: nothing is exchanged,
+except in the columns that say so, where NCCL adds up the values of one rank.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def layer_rows(device: str, repeats: int, compiled: bool) -> list[Row]:
 
 
 def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) -> list[Row]:
-    """All batch norm layers of a network with the ReLU and the addition that follow: the sum over its layers."""
+    """The time of all batch norm layers of a network, each with the ReLU and the addition that follow it: a sum over the layers."""
     rows = []
     for name in names:
         for kind in kinds:
@@ -70,7 +70,7 @@ def network_rows(device: str, repeats: int, kinds: list[str], names: list[str]) 
 
 
 def other_rows(device: str) -> list[Row]:
-    """Host time of a tiny layer, the memory that a layer keeps for its backward pass, and its peak memory."""
+    """Host time of a tiny layer, the memory that a layer keeps for its backward pass, and on a GPU its peak memory."""
     rows: list[Row] = []
     for direction, calls in layer_calls(Inputs(TINY, KINDS[0], device)).items():
         times = host_microseconds(calls, device)
@@ -84,7 +84,8 @@ def other_rows(device: str) -> list[Row]:
 
 
 def ops_speedups(ops: list[Row]) -> list[Row]:
-    """Two of our ops against torch's one, each way, for the 12 cases that the project counts. On the CPU only."""
+    """Torch's time over ours, for its one op and our two ops each way: the 12 cases of the targets, four shapes in three kinds. On the
+    CPU only."""
     ms = {(r["shape"], r["kind"], r["op"]): r["ms"] for r in ops}
     rows = []
     for shape, kind in {(r["shape"], r["kind"]): None for r in ops if r["kind"] in KINDS[:3]}:
@@ -97,7 +98,7 @@ def ops_speedups(ops: list[Row]) -> list[Row]:
 
 
 def host_figure(host: list[Row]) -> Row:
-    """A tiny layer, whose time is that of the host, in a group of one rank."""
+    """The ratio for a tiny layer in a group of one rank. Its time is that of the host."""
     (both,) = (r for r in host if r["what"] == "host µs, both")
     return {"figure": f"host, {TINY}, forward + backward, syncbn / torch", "value": both["syncbn / torch"], "target": "at most 1.25"}
 
@@ -154,7 +155,7 @@ def over_runs(summaries: list[list[Row]]) -> list[Row]:
 
 
 def measure(args: argparse.Namespace, repeats: int, limit: float) -> Iterator[tuple[str, list[Row]]]:
-    """The sections of one run, each printed as soon as it is measured, so that an interrupted run has shown its results."""
+    """The sections of one run, each as soon as it is measured: the last run's are printed even if it is interrupted later."""
     ops = ops_rows(args.device, repeats, limit)
     yield "ops", ops
     layers = layer_rows(args.device, repeats, args.compile)
@@ -178,11 +179,11 @@ def measure(args: argparse.Namespace, repeats: int, limit: float) -> Iterator[tu
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    parser.add_argument("--networks", action="store_true", help="the layers of whole networks as well")
-    parser.add_argument("--compile", action="store_true", help="torch.compile'd batch norm as well")
-    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, for a busy machine and one thread")
-    parser.add_argument("--runs", type=int, default=1, help="of everything: the summary has the median, the rest is the last run's")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads on the CPU")
+    parser.add_argument("--networks", action="store_true", help="also measure the layers of whole networks")
+    parser.add_argument("--compile", action="store_true", help="also measure torch's batch norm under torch.compile")
+    parser.add_argument("--processor-time", action="store_true", help="measured instead of elapsed time: for a busy machine, one thread")
+    parser.add_argument("--runs", type=int, default=1, help="of everything: the summary has their medians, the rest is from the last run")
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()

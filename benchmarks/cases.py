@@ -49,27 +49,27 @@ class Inputs:
 
 
 class TorchExchanging(nn.SyncBatchNorm):
-    """With the collectives of a group of several ranks; for one, torch's layer is its plain batch norm."""
+    """Torch's layer with the collectives that it has in a group of several ranks. In a group of one it is plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)
-        running, how = (self.running_mean, self.running_var), (self.eps, self.momentum, dist.group.WORLD, 1)
-        return TorchSyncBatchNormFunction.apply(input, self.weight, self.bias, *running, *how)
+        running, settings = (self.running_mean, self.running_var), (self.eps, self.momentum, dist.group.WORLD, 1)
+        return TorchSyncBatchNormFunction.apply(input, self.weight, self.bias, *running, *settings)
 
 
 def layers(inputs: Inputs, after: str, compiled: bool = False) -> dict[str, nn.Module]:
-    """Ours first, then torch's. With one rank nothing is exchanged, unless the name says so."""
+    """The layers to compare, by name. A layer exchanges nothing, unless its name says so."""
     channels, device, options = inputs.shape[1], inputs.device, {"activation": "relu" if "relu" in after else None}
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(inputs.shape)](channels).to(device)
-    found = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
+    made = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
-        # Given its communicator, a layer exchanges even in a group of one rank: the cost of an exchange without waiting for others.
+        # A layer that is given a communicator exchanges even in a group of one rank. This costs as much as an exchange without waiting.
         exchanging = ProcessGroupCommunicator(dist.group.WORLD)
-        found["syncbn, exchanging"] = syncbn.SyncBatchNorm(channels, process_group=exchanging, **options).to(device)
-        found["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
+        made["syncbn, exchanging"] = syncbn.SyncBatchNorm(channels, process_group=exchanging, **options).to(device)
+        made["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
     if compiled:
-        found["torch.compile"] = torch.compile(copy.deepcopy(plain))
-    return found
+        made["torch.compile"] = torch.compile(copy.deepcopy(plain))
+    return made
 
 
 def forward(name: str, layer: nn.Module, inputs: Inputs, after: str) -> Tensor:
@@ -83,7 +83,7 @@ def forward(name: str, layer: nn.Module, inputs: Inputs, after: str) -> Tensor:
 
 
 def layer_calls(inputs: Inputs, after: str = "", compiled: bool = False) -> dict[str, Calls]:
-    """{"forward": ..., "backward": ..., "both": ...}, each a call for each layer."""
+    """{"forward": ..., "backward": ..., "both": ...}; each of the three has a call for each layer."""
     calls: dict[str, Calls] = {"forward": {}, "backward": {}, "both": {}}
     for name, layer in layers(inputs, after, compiled).items():
         wanted = [inputs.x, *layer.parameters(), *([inputs.residual] if "add" in after else [])]
@@ -105,7 +105,7 @@ def rotations(inputs: Inputs) -> int:
 
 
 def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
-    """(calls, tensors of x's size that each must read or write). Torch's own kernels next to ours, if it has any."""
+    """(calls of our ops and of torch's, how many tensors of x's size each has to read or write)."""
     x, dy, c = inputs.x.detach(), inputs.dy, inputs.shape[1]
     weight, bias, mean, var = (torch.ones(c, device=x.device) for _ in range(4))
     tracked = torch.zeros((), dtype=torch.long, device=x.device)
@@ -155,7 +155,7 @@ def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
 
 
 def cudnn_calls(x: Tensor, dy: Tensor, weight: Tensor, mean: Tensor, var: Tensor) -> Calls:
-    """cuDNN's kernels, which do not synchronize. None if cuDNN refuses this input."""
+    """cuDNN's kernels, which do not synchronize. Empty if cuDNN refuses this input."""
     forward = lambda: torch.ops.aten.cudnn_batch_norm(x, weight, weight, mean, var, True, 0.1, EPS)  # noqa: E731
     try:
         _, m, invstd, reserve = forward()

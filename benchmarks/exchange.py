@@ -1,9 +1,9 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
-Starts mpirun with 2 and 4 ranks of one thread each. In each run gloo, MPI and shared memory take turns: 50 exchanges each; then one step
-each, of a small ResNet, and with 4 ranks of the U-Net of launch/quickstart.sh, too. Two more models say what a step's time is made of: in
-"alone" each rank normalizes its own batch by this package's layer, and in "BatchNorm2d, meeting" the ranks wait for each other at each
-batch norm, both ways, and exchange nothing, as in any synchronization.
+Starts mpirun with 2 and 4 ranks of one thread each. In each run gloo, MPI and shared memory take turns, first with 50 exchanges each, then
+with one training step each: of a small ResNet, and with 4 ranks also of the U-Net of launch/quickstart.sh. Two more variants of each model
+show what a step's time is made of. In "alone" each rank normalizes its own batch by this package's layer. In "BatchNorm2d, meeting" the
+ranks exchange nothing, but wait for each other at each batch norm, both ways, as any synchronized layer must.
 Writes benchmarks/results/exchange-MACHINE.json.
 """
 
@@ -40,8 +40,8 @@ from .timing import machine
 
 CHANNELS = (64, 512, 2048)
 RANKS = (2, 4)
-TURN = 50  # exchanges; the first few take longer, since the threads of the path before still run and its data fill the caches
-GOALS = {  # (ranks, path at C = 64 or model) -> at most
+TURN = 50  # exchanges; the first few take longer: threads of the previous path still run, and its data fill the caches
+GOALS = {  # (ranks, path at C = 64) -> µs at most; (ranks, model) -> at most this many times a step with BatchNorm2d
     (2, "gloo group, shared"): 3.0,
     (4, "gloo group, shared"): 100.0,
     (2, "MPI, shared"): 3.0,
@@ -108,7 +108,7 @@ class Block(nn.Module):
 
 
 def small_resnet() -> nn.Module:
-    """15 batch norms."""
+    """A ResNet with 15 batch norms."""
     widths = (32, 32, 64, 64, 128, 128, 256)
     blocks = [Block(before, width, 1 + (before != width)) for before, width in zip((32, *widths), widths, strict=False)]
     stem = [nn.Conv2d(3, 32, 7, 4, 3, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
@@ -143,7 +143,7 @@ def meet_in_batch_norms(model: nn.Module, group: Any) -> nn.Module:
 
 
 class Model(NamedTuple):
-    """What a step trains, with two images a rank."""
+    """A model to train, and the two images of each rank."""
 
     make: Callable[[], nn.Module]
     x: Tensor
@@ -156,7 +156,7 @@ def models_of(ranks: int) -> dict[str, Model]:
 
 
 def steps(made: dict[str, Any], model: Model, repeats: int) -> Samples:
-    """Milliseconds of a step."""
+    """Milliseconds of a training step, over each path and without any."""
     alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
     models = {"BatchNorm2d": model.make(), "alone": syncbn.convert_sync_batchnorm(model.make(), alone)}
     models["BatchNorm2d, meeting"] = meet_in_batch_norms(model.make(), made["gloo group, shared"])
@@ -234,7 +234,7 @@ def against_goals(rows: list[Row], ratio_rows: list[Row]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
-    parser.add_argument("--rank", action="store_true", help="as mpirun calls it")
+    parser.add_argument("--rank", action="store_true", help="be one of the ranks that mpirun starts")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     if args.rank:

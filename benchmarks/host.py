@@ -24,7 +24,7 @@ OPS = ("stats", "normalize", "backward_reduce", "backward_input")
 
 
 class Clock:
-    """Seconds and calls by name; of calls of one name inside each other, the outermost."""
+    """Seconds and numbers of calls, by name. Of nested calls with one name, only the outermost counts."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -79,9 +79,10 @@ def split(clock: Clock) -> Iterator[None]:
 
 
 def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:
-    """µs of a layer's forward and backward pass until they return: all, each op, the tickets and the collectives of the two exchanges, what
-    surrounds these, and the rest; and those of a layer alone in its group, and of the plain layer, which have no such parts. Medians of
-    `repeats` samples of `calls` calls."""
+    """µs until a layer's forward and backward pass return: medians of `repeats` samples of `calls` calls.
+
+    For a layer that exchanges: the whole, each op, the tickets and the collectives of the two exchanges, the rest of the exchanges, and
+    the rest of the pass. For a layer in a single process, and for torch's plain layer: the whole."""
     channels, device = inputs.shape[1], inputs.device
     comm = ProcessGroupCommunicator(dist.group.WORLD)
     layer = syncbn.SyncBatchNorm(channels, process_group=comm).to(device)
@@ -91,7 +92,7 @@ def host_split(inputs: Inputs, repeats: int, calls: int = 50) -> list[Row]:
         torch.autograd.grad(module(inputs.x), [inputs.x, *module.parameters()], inputs.dy)
 
     samples: list[Row] = []
-    for module in (layer, alone, plain):  # ranks compare what they exchange in the first step
+    for module in (layer, alone, plain):  # a layer's first step also verifies its signatures
         for _ in range(3):
             step(module)
     for _ in range(repeats):

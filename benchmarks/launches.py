@@ -1,8 +1,8 @@
 """What a layer costs apart from its kernels:  python -m benchmarks.launches [--device cpu]
 
-On a GPU: launches a layer, device time of a layer in a CUDA graph, and what an op leaves in the cache for the next one. On both devices
-the host's time of a layer too small to matter, split into the ops, the exchanges and the rest. One process with an initialized group of
-one rank; layers that are said to exchange do so all the same.
+On a GPU it counts a layer's launches, and times a layer in a CUDA graph and an op whose input the previous op has left in the cache. On
+both devices it times, on the host, a layer so small that its kernels take no time, and splits that into the ops, the exchanges and the
+rest. It runs in one process with an initialized group of one rank, in which layers named "exchanging" run their collectives all the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .host import host_split
 from .report import Row, table
 from .timing import clocks, machine, medians, rotated
 
-SMALL = [(2, 256, 56, 56), (2, 1024, 14, 14), (2, 2048, 7, 7)]  # ResNet-50 at batch 2: the device waits for the host, but for a graph
+SMALL = [(2, 256, 56, 56), (2, 1024, 14, 14), (2, 2048, 7, 7)]  # of ResNet-50 at batch 2: outside a graph the device waits for the host
 PAIRS = [((2, 256, 56, 56), "float32"), ((8, 64, 112, 112), "bfloat16"), ((8, 64, 112, 112), "float32"),
          ((32, 64, 112, 112), "bfloat16"), ((32, 64, 112, 112), "float32")]  # 6, 13, 26, 51 and 103 MB  # fmt: skip
 LAYOUTS = ("contiguous", "channels-last")
@@ -43,7 +43,7 @@ def synchronize() -> None:
 
 
 def launch_rows(device: str) -> list[Row]:
-    """Launches of a training step of one layer, its count of batches included."""
+    """Launches in a training step of one layer, including the one that counts batches."""
     calls = layer_calls(Inputs(TINY, "contiguous bfloat16", device))
     return [
         {"layer": name, **{f"launches, {way}": device_events(calls[way][name]) for way in ("forward", "backward")}}
@@ -102,7 +102,7 @@ def pair_rows(device: str, repeats: int, pairs: Iterable[tuple[tuple[int, ...], 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--repeats", type=int, default=5, help="of each figure, which is their median")
+    parser.add_argument("--repeats", type=int, default=5, help="samples of each figure, which is their median")
     args = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)

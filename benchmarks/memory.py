@@ -1,8 +1,8 @@
 """What a training step keeps for its backward pass, its peak, and its time, side by side:  python -m benchmarks.memory
 
-Four variants of each network take turns: torch's batch norms; the same with every block in `torch.utils.checkpoint`; synchronized layers
-with fused activations in a group of one; and those in `syncbn.recompute_outputs()`. Memory is counted by storages that the step's
-operators make, so the figures are the same on every machine and device. Writes benchmarks/results/memory-MACHINE.json.
+Four variants of each network take turns: torch's batch norms; the same with every block but the last in `torch.utils.checkpoint`;
+synchronized layers with fused activations, in a single process; and those in `syncbn.recompute_outputs()`. Memory is counted by storages
+that the step's operators make, so the figures are the same on every machine and device. Writes benchmarks/results/memory-MACHINE.json.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small images and one step, to see that it runs")
-    parser.add_argument("--processor-time", action="store_true", help="instead of the clock's, for a busy machine and one thread")
+    parser.add_argument("--processor-time", action="store_true", help="measured instead of elapsed time: for a busy machine, one thread")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The batch norm layers of four networks: (shape, what follows) -> how often. `after` is "", "relu" or "add relu"."""
+"""The batch norm layers of four networks: (shape, what follows: "", "relu" or "add relu") -> how often."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def resnet(n: int, size: tuple[int, int], blocks: tuple[int, ...], strides: tupl
         c = 64 << stage
         layers[(n, c, *size), "relu"] += 1
         size = half(size) if stride == 2 else size
-        layers[(n, 4 * c, *size), ""] += 1  # of the shortcut
+        layers[(n, 4 * c, *size), ""] += 1  # in the shortcut
         layers[(n, c, *size), "relu"] += 2 * count - 1
         layers[(n, 4 * c, *size), "add relu"] += count
     return layers
@@ -30,7 +30,7 @@ def resnet(n: int, size: tuple[int, int], blocks: tuple[int, ...], strides: tupl
 
 def mask_rcnn(n: int) -> Layers:
     layers = resnet(n, (800, 1344), (3, 4, 6, 3))
-    for level in range(4):  # the feature pyramid: a lateral and an output layer each
+    for level in range(4):  # of the feature pyramid: each has a lateral and an output layer
         layers[(n, 256, 200 >> level, 336 >> level), ""] += 2
     return layers
 

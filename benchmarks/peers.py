@@ -1,9 +1,9 @@
-"""An exchange over the GPUs of a node, in each other's memory and over NCCL, in one run:
+"""Measures an exchange between the GPUs of a node, in each other's memory and over NCCL, in one run:
 
     torchrun --nproc-per-node 8 -m benchmarks.peers
 
-Each rank needs a GPU of its own. Times of the device are those of a captured graph of 100 exchanges, without the host; times of the host
-are those in which it issues one. The predictions were written down before any run: NOTES.md.
+Each rank needs a GPU of its own. The device's time of an exchange is measured in a captured graph of 100 exchanges, without the host; the
+host's time is how long it takes to issue one. The predictions were written down before any run: NOTES.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .timing import clocks, machine
 CHANNELS = (64, 256, 512, 2048)
 PREDICTED = {64: 3.5, 256: 3.5, 512: 3.5, 2048: 5.0}  # µs of the device in peer memory, 8 GPUs of a node
 PREDICTED_OF_NCCL = "15 to 20"
-KEY = ("the benchmark", "exchange", 0, torch.float64, "none", 0.0, None)  # for errors
+KEY = ("the benchmark", "exchange", 0, torch.float64, "none", 0.0, None)  # names the exchange in errors
 EXCHANGES = 100  # in a graph, and in a sample of the host's time
 
 
@@ -49,7 +49,8 @@ def host_microseconds(call: Callable[[], object], repeats: int) -> float:
 def rows(peers: PeerExchange, repeats: int, device: torch.device) -> list[Row]:
     comm, measured = resolve(), []
     for channels in CHANNELS:
-        values = torch.zeros(2 * channels + 4, dtype=torch.float64, device=device)  # forward; sums of zeros stay zeros
+        # As many values as a forward exchange has. They are zeros because repeated sums of other values would overflow.
+        values = torch.zeros(2 * channels + 4, dtype=torch.float64, device=device)
         calls: dict[str, Callable[[], Tensor]] = {
             "peer memory": lambda values=values: peers.all_reduce_(comm, values, 0, KEY),
             "NCCL": lambda values=values: comm.all_reduce_(values),
@@ -66,7 +67,7 @@ def rows(peers: PeerExchange, repeats: int, device: torch.device) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
-    parser.add_argument("--repeats", type=int, default=20, help="of each figure, which is their median")
+    parser.add_argument("--repeats", type=int, default=20, help="samples of each figure, which is their median")
     args = parser.parse_args()
     here = environment.rank_info()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0

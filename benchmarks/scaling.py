@@ -3,8 +3,8 @@
     python -m benchmarks.scaling          the tables of docs/scaling.md
 
 The times are those by which NCCL itself chooses an algorithm: NVIDIA/nccl 2.30.7, `src/graph/tuning.cc`, `ncclTunerConstantsDefaults`,
-`ncclTopoTuneModel` and `ncclTopoGetAlgoTime`. NCCL's constants say nothing of a network's round trip, so an Ethernet hop has an assumed
-number of microseconds more. Waiting for the slowest rank, which is often the larger part, is not in the model.
+`ncclTopoTuneModel` and `ncclTopoGetAlgoTime`. NCCL's constants say nothing about a network's round trip, so the model adds an assumed
+number of microseconds to each Ethernet hop. Waiting for the slowest rank, which is often the larger part, is not in the model.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ RANKS = (8, 64, 512, 4096)
 CHANNELS = (64, 512, 2048)
 NETWORK_OF_A_STEP = "ResNet-50 224², batch 2"
 
-# Microseconds of a collective whatever its size, and of each hop, in NCCL's low-latency protocol (LL).
+# Microseconds that a collective of any size takes, and that each hop adds, in NCCL's low-latency protocol (LL).
 TREE_BASE, RING_BASE = 6.8, 6.6
 TREE_HOP_OF_NETWORK, RING_HOP_OF_NETWORK = 5.0, 2.7
 # The tree's share of its bandwidth at 64 B, 128 B, 256 B, and so on (LL).
 TREE_EFFICIENCY = (1.0, 1.0, 1.0, 1.0, 0.9, 0.8, 0.7, 0.7, 0.7, 0.7, 0.6, 0.5, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# An exchange inside a host by a kernel that stores into the other GPUs' memory, and handing out a result in the same way: estimates.
+# Estimates for a kernel that stores into the memory of the host's other GPUs: an all-reduce, and a broadcast of a result.
 PEER_ALL_REDUCE, PEER_BROADCAST = 4.0, 2.0
 
 
@@ -37,7 +37,7 @@ class Network(NamedTuple):
     name: str
     gpus: int  # of a host
     gpu_hop: float  # µs between two GPUs of a host, LL
-    gpu_bandwidth: float  # GB/s of all channels together, inside a host
+    gpu_bandwidth: float  # GB/s inside a host, over all of NCCL's channels together
     bandwidth: float  # GB/s of a host's network cards together
     overhead: float  # µs to post a message to the network
     round_trip: float = 0.0  # µs that a hop of this network costs beyond NCCL's constants: an assumption

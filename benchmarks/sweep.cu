@@ -1,5 +1,5 @@
-// Times one op over plans, layouts, types and shapes, without torch. Prints CSV, then a table of shares of the rate of a copy, which
-// the program measures first.
+// Times one op over plans, layouts, types and shapes, without torch. For each layout it prints CSV, then a table of shares of the rate of a
+// copy. It measures that rate first.
 //
 //   nvcc -std=c++17 -O3 -arch=sm_90 -I csrc/cuda -DSWEPT_OP=stats benchmarks/sweep.cu -o sweep_stats
 //   ./sweep_stats [--pool MB] [--calls N] [--repeats N] [--shape 32x64x112x112]...
@@ -27,7 +27,7 @@ A args_of(cudaError_t (*)(const A&, const Target&));
 using Args = decltype(args_of(SWEPT_OP));
 constexpr bool SUMS = std::is_same_v<Args, StatsArgs> || std::is_same_v<Args, BackwardReduceArgs>;
 
-// A Plan (plans.cuh) of the same blocks per SM and vectors per step in both layouts; and of tiles of `width` vectors of channels.
+// A Plan (plans.cuh) with the same blocks per SM and vectors per step in both layouts, and tiles of `width` vectors of channels.
 template <int blocks, int unroll, int width = 8>
 struct SweptPlan {
   static constexpr int planes_blocks = blocks, planes_unroll = unroll;
@@ -92,7 +92,7 @@ const std::vector<Entry> CHANNELS_LAST = {
 
 // ---- Memory and arguments ---------------------------------------------------------------------------------------------------
 
-// bfloat16 or float32 values of magnitude 1 to 2, of either sign.
+// Values of magnitude 1 to 2, of either sign, whether the memory is read as bfloat16 or as float32.
 __global__ void fill(uint4* p, size_t n, unsigned seed) {
   for (size_t i = blockIdx.x * size_t{blockDim.x} + threadIdx.x; i < n; i += size_t{gridDim.x} * blockDim.x) {
     unsigned v = static_cast<unsigned>(i) * 2654435761u + seed;
@@ -114,7 +114,7 @@ T* device_memory(size_t count) {
   return static_cast<T*>(memory);
 }
 
-// Tensors of x's size lie in three pools: two that are read, one that is written. Statistics are those of mean 0 and variance 1.
+// Tensors of x's size are in three pools: two are read, one is written. The statistics are those of mean 0 and variance 1.
 struct Memory {
   size_t bytes;
   int64_t channels;
@@ -188,7 +188,7 @@ void set_common(A& args, const Memory& memory, size_t offset) {
   args.sums = memory.sums;
   args.dx = memory.at(memory.out, offset);
 }
-// Tensors of x's size that each of them reads or writes.
+// How many tensors of x's size the op reads or writes.
 constexpr double MOVED = std::is_same_v<Args, StatsArgs> ? 1 : std::is_same_v<Args, BackwardInputArgs> ? 3 : 2;
 
 // ---- The sweep --------------------------------------------------------------------------------------------------------------

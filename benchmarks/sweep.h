@@ -1,4 +1,4 @@
-// The parts of benchmarks/sweep.cu that depend on no kernel and no plan: options, memory, a stopwatch, and a table.
+// The parts of benchmarks/sweep.cu that depend on no kernel and no plan: options, a stopwatch, and a table.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -33,9 +33,9 @@ struct Shape {
 };
 
 struct Options {
-  size_t pool_bytes = size_t{3} << 30;  // of each of three tensors
+  size_t pool_bytes = size_t{3} << 30;  // of each of three pools
   int calls = 100;                      // at most, in a graph
-  int repeats = 5;                      // of a graph
+  int repeats = 5;                      // samples, each one replay of a graph
   std::vector<Shape> shapes;
 };
 
@@ -139,8 +139,8 @@ class Stopwatch {
 
 // ---- The table --------------------------------------------------------------------------------------------------------------
 
-// Of each type and shape a row with the share that each plan reaches; then the geometric means over the shapes, and the
-// plan of the greatest next to the first one.
+// A row for each type and shape has the share of the copy rate that each plan reaches. Below are the geometric means over the shapes, and
+// for each type the plan with the greatest mean, next to the first plan.
 struct Table {
   std::vector<std::string> plans;
   std::vector<std::pair<std::string, std::vector<double>>> rows;

@@ -20,7 +20,7 @@ now = time.perf_counter
 
 
 def use_processor_time() -> None:
-    """From now on, of this thread: on a busy machine, what others take is not in it. Nor is what a collective waits."""
+    """Makes `now` the processor time of this thread, without the time that other programs take, and without the waits of collectives."""
     global now
     now = time.thread_time
 
@@ -37,8 +37,8 @@ def keep_memory() -> None:
 
 
 def clock(call: Callable[[], object], device: str, times: int, kernels_alone: bool = False) -> float:
-    """Milliseconds for each of `times` calls. On a GPU, those of the device; `kernels_alone`: it first sleeps until the host has launched
-    all of them, for small kernels take less than their launch."""
+    """Milliseconds of one of `times` calls, on a GPU those of the device. With `kernels_alone` the device first sleeps until the host has
+    launched all calls, because small kernels take less time than their launches."""
     if device == "cuda":
         for cycles in (1 << 22, 1 << 24, 1 << 26) if kernels_alone else (0,):  # 2, 9, 40 ms
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -73,8 +73,8 @@ def medians(calls: Calls, device: str, repeats: int, sample_ms: float = 3.0, ker
 
 
 def rotated(calls: list[Calls]) -> Calls:
-    """Each call takes the next of several inputs, and writes to other memory than those before: a cache that does not hold them all
-    is of no use."""
+    """Each call takes the next of several inputs, and writes to other memory than the calls before it: only a cache that holds all of
+    them makes it faster."""
 
     def turn(name: str) -> Callable[[], object]:
         several = itertools.cycle([each[name] for each in calls])
@@ -99,7 +99,7 @@ def host_microseconds(calls: Calls, device: str) -> dict[str, float]:
 
 
 def copy_rate(device: str, repeats: int) -> float:
-    """GB/s of a copy that no cache holds, counting bytes read and written: the limit to which bandwidths are compared."""
+    """GB/s of a copy that no cache holds, counting bytes read and written. The ops' rates are given as shares of it."""
     source = torch.ones(64 << 20 if device == "cpu" else 256 << 20, device=device)
     target = torch.empty_like(source)
     ms = medians({"copy": lambda: target.copy_(source)}, device, repeats)["copy"]

@@ -1,7 +1,7 @@
-"""The class of a converted layer: conversion changes a module's class and nothing else, so that it stays the same object.
+"""The class of a converted layer. Conversion changes the class of a module, so that the module stays the same object.
 
-Python allows this for classes of the same layout, which all of torch's modules are. A class that is made here at run time is pickled as the
-class that it was made from.
+Python allows this between classes whose instances have the same layout, as those of all modules have. An instance of a class that is made
+here at run time is pickled as one of the class that it was made from.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BatchNorm(_BatchNorm):
     def _check_input_dim(self, input: Any) -> None: ...
 
 
-# The classes that torch's become. An nn.SyncBatchNorm does not keep its class as a base: DistributedDataParallel refuses it on the CPU.
+# The class that instances of a plain class get. nn.SyncBatchNorm is no base of it, because DistributedDataParallel refuses that on the CPU.
 SYNCHRONIZED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
@@ -35,7 +35,7 @@ SYNCHRONIZED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
 
 @functools.cache
 def synchronized_class(original: Any) -> type[SyncBatchNorm]:
-    """The class for converted instances of `original`: this package's for torch's own classes, else a subclass of both.
+    """The class for converted instances of `original`: that of `SYNCHRONIZED`, else a new subclass of `SyncBatchNorm` and `original`.
 
     With `original` as a base, an instance keeps its other methods and its check of the input's dimensions.
     """

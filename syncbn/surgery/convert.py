@@ -91,7 +91,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
             with thawed(child):
-                if isinstance(child, nn.SyncBatchNorm):  # a SyncBatchNorm only by replace_torch: it was torch's layer before
+                if isinstance(child, nn.SyncBatchNorm):  # torch's own layer, which replace_torch makes a SyncBatchNorm
                     continue
                 if options_of_ours(child) or _is_of_a_users_class(child):
                     left_alone.append(name or type(child).__name__)
@@ -123,7 +123,7 @@ def _conflicting_names(child: _BatchNorm) -> set[str]:
 
 
 def _convert(child: _BatchNorm, process_group: Any) -> bool:
-    """Makes `child` a synchronized layer if it is not one, with this group unless it is None. False if its class would lose something."""
+    """Makes `child` synchronized, and sets its group unless that is None. Returns False, changing nothing, if it would lose behaviour."""
     if not isinstance(child, SyncBatchNorm):
         if _conflicting_names(child) or not (type(child).forward in _TORCH_FORWARDS or tail_of_class(type(child))):
             return False
@@ -141,14 +141,15 @@ def _synchronize(child: _BatchNorm) -> None:
 
 
 def name_layers(module: nn.Module) -> None:
-    """Gives each synchronized layer its dotted name in `module`, for messages and so that ranks recognize it."""
+    """Gives each synchronized layer its dotted name in `module`, for messages and for the signature that ranks compare."""
     for name, child in _batch_norms(module):
         if isinstance(child, SyncBatchNorm):
             _set_name(child, name)
 
 
 def _set_name(child: Any, name: str) -> None:
-    """Sets the layer's dotted name in the model. It replaces the name that the conversion of a submodule set, not one set by hand."""
+    """Sets the layer's dotted name in the model. A name that is the end of this one comes from the conversion of a submodule and is
+    replaced; any other was set by hand and stays."""
     if name and (not child.layer_name or name.endswith(f".{child.layer_name}")):
         child.layer_name = name
 

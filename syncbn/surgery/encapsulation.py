@@ -1,8 +1,8 @@
 """Finds the submodules that a module only calls, by reading the source of its class.
 
-It is for modules that torch.fx cannot trace. A submodule that the code only calls, or whose elements it only calls in a loop, is a unit.
-Only the forward of a unit uses the layers inside, so two layers that are adjacent there may be fused. Any use that this file does not
-recognize counts as access to the layers inside.
+It is for modules that torch.fx cannot trace. A submodule that the code only calls is a unit. So is each element of a container, if the code
+only calls the container's elements, in a loop or by index. Only the forward of a unit uses the layers inside, so two layers that are
+adjacent there may be fused. Any use that this file does not recognize counts as access to the layers inside.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from typing import Any
 
 from torch import nn
 
-# Methods of nn.Module, and functions, through which code reaches submodules without naming them.
+# Methods and attributes of nn.Module, and functions, through which code can reach submodules other than as `self.name`.
 _OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "getattr", "vars", "__dict__"}
-_HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # functions of `self` that reach no submodule, or one by name
+_HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # given `self`, these reach no submodule; `_opens` checks getattr
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may use the layers inside its submodules
 
 
 def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, submodule) of the units directly in `module`, or in a list of modules that it loops over."""
+    """(name, submodule) of the units directly in `module`, or in a container whose elements it calls."""
     if type(module) in _CONTAINERS:
         return list(module.named_children())
     if "forward" in vars(module):
@@ -48,6 +48,7 @@ class _Code:
         self.parents: dict[ast.AST, ast.AST] = {}
         self.nodes: list[ast.AST] = []
         bases = [base for base in cls.__mro__ if base not in _KNOWN_BASES]
+        # Whether the code may reach any submodule: then none is a unit.
         self.opened = any(base.__module__.startswith("torch.") for base in bases)
         pending = ["forward"]
         for name in pending:  # grows during the loop

@@ -123,7 +123,7 @@ def _is_scale_and_shift(batch_norm: nn.Module, inputs: int) -> bool:
 
 
 def _channels(layer: Any, batch_norm: _BatchNorm) -> tuple[bool, int | None]:
-    """(whether the batch norm's channels are the layer's, for how many dimensions or None for any)."""
+    """(whether the batch norm's channels are the layer's output channels, `Foldable.dim`)."""
     axis = getattr(batch_norm, "axis", 1)
     if type(layer) is nn.Linear:
         out, dim = layer.out_features, 2

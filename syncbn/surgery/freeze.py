@@ -33,11 +33,11 @@ class Frozen:
         _freeze: Freeze
 
     def train(self: Any, mode: bool = True) -> Any:
-        vars(self)["_freeze"] = replace(self._freeze, training=mode)  # a shallow copy of the layer has the same record
+        vars(self)["_freeze"] = replace(self._freeze, training=mode)  # not changed: a shallow copy of the layer has the same object
         return super().train(False)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """As the class that was frozen, because pickle could not import a class that was made at run time."""
+        """Pickles the layer as one of the class that was frozen: pickle could not import a class that was made at run time."""
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *state = reduced
         return _rebuild, (function, tuple(_original(a) if a is type(self) else a for a in arguments)), *state
@@ -56,8 +56,8 @@ def freeze_bn(model: nn.Module, *, parameters: bool = False) -> nn.Module:
         parameters: also freeze the layers' parameters: they require no gradient until `unfreeze_bn`. Do so before the model is wrapped in
             DistributedDataParallel, which waits for the gradients of all parameters that required one when it was made.
 
-    Call it on every rank alike: a layer that is frozen on one rank only would leave the others waiting in its exchange. It does not
-    communicate itself. A layer without running statistics normalizes by this rank's batch, as always in eval mode.
+    Call it on every rank alike: a layer that is frozen on one rank only would leave the other ranks waiting in its exchange.
+    `freeze_bn` itself does not communicate. A layer without running statistics normalizes by this rank's batch, as always in eval mode.
 
     >>> model = freeze_bn(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
     >>> model.train()[1]
@@ -99,7 +99,7 @@ def unfreeze_bn(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def thawed(layer: _BatchNorm) -> Iterator[None]:
-    """Inside, the layer has the class that it had before it was frozen, or a class that is given to it; it leaves frozen as before."""
+    """In this context a frozen layer has its class from before the freeze, and may be given another. Afterwards it is frozen again."""
     frozen = isinstance(layer, Frozen)
     if frozen:
         change_class(layer, _original(class_below_parametrization(layer)))

@@ -22,7 +22,7 @@ class Region(NamedTuple):
     """A part of a model that torch.fx can trace."""
 
     module: nn.Module
-    graphs: list[fx.Graph]  # one for each mode, and for each way to call it
+    graphs: list[fx.Graph]  # one for each training flag and each way to call the module
     exclusive: set[nn.Module]  # the modules in it that the model holds nowhere else
 
 
@@ -33,7 +33,7 @@ def record_in_fx_graph(module: nn.Module, *inputs: Any) -> Any:
 
 
 def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
-    """The parts of `root` with a batch norm that torch.fx can trace, and a message for each module that it cannot trace.
+    """The parts of `root` that contain a batch norm and that torch.fx can trace, and a message for each line where tracing failed.
 
     `modes` are the training flags to trace with. Afterwards each module has its own training flag again.
     """
@@ -100,7 +100,8 @@ class Tracer(fx.Tracer):
 
 
 def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
-    """The module call whose output is the first input of `node`, skipping identities; None if anything else uses a value in between."""
+    """The module call whose output is the first input of `node`, skipping identities. None if that input comes from anything else, or if
+    another node uses a value in between."""
     source = node.args[0] if node.args else None
     while isinstance(source, fx.Node) and source.op == "call_module" and len(source.users) == 1:
         module = modules[str(source.target)]
