@@ -53,7 +53,7 @@ def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
     Returns:
         what `status` returns from now on.
 
-    A failure is a `reason`, never an exception or a warning: after one, ops.py could not be imported a second time.
+    A failure is a `reason`, never an exception or a warning: after an exception, ops.py could not be imported a second time.
     """
     global _libraries
     digest = build_info.digest(schemas)
@@ -148,15 +148,16 @@ def _why_no_gpu_runs_it(name: str, info: Mapping[str, str], capabilities: tuple[
 
 
 def _runs(built: str, capability: int) -> bool:
-    """Whether code for the architectures `built` runs on a GPU of this compute capability: code for x.y runs on x.z if z >= y, code for
-    x.ya or x.yf on x.y alone, and PTX on anything newer. (CUDA C++ Programming Guide, "Application Compatibility")"""
+    """Whether code for the architectures `built` runs on a GPU of this compute capability: code for x.y runs on x.z if z >= y, its
+    PTX on anything newer, and code and PTX for x.ya on x.y alone. Those for x.yf are taken for x.y alone, although some newer GPUs run
+    them, too. (CUDA C++ Programming Guide, "Application Compatibility")"""
     for name in built.split():
-        if name[-1] in "af":
-            if int(name[:-1]) == capability:
-                return True
-            continue
         number = int(re.sub(r"\D", "", name))
-        if number <= capability and (number // 10 == capability // 10 or name.endswith("+PTX")):
+        if name.removesuffix("+PTX")[-1] in "af":
+            runs = number == capability
+        else:
+            runs = number <= capability and (number // 10 == capability // 10 or name.endswith("+PTX"))
+        if runs:
             return True
     return False
 

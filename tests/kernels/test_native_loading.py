@@ -159,6 +159,8 @@ def test_the_environment_turns_the_libraries_off_without_a_warning(monkeypatch, 
     ("80 100 120+PTX", (130,), ""),
     ("90a", (90,), ""),
     ("90a", (91,), "this GPU is sm_91"),
+    ("80 90a+PTX", (90,), ""),
+    ("80 90a+PTX", (100,), "this GPU is sm_100"),  # the PTX of 90a is for 9.0 alone
     ("75 90", (90, 75), ""),
     ("90", (90, 75), "a visible GPU is sm_75: set .*, or hide that GPU with CUDA_VISIBLE_DEVICES"),  # one that fits is not enough
     ("90", (61, 75), "a visible GPU is sm_61/sm_75: set TORCH_CUDA_ARCH_LIST"),
