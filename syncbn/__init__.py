@@ -40,7 +40,7 @@ __all__ = [
     "update_bn_stats",
 ]
 __version__ = "0.1.0"
-native.warn()  # last, so that a warning filter that turns it into an error leaves nothing half imported
+native.warn()  # after the imports: if a warning filter makes an error of it, no submodule is left half imported
 if environment.settings.replace_torch:
     replace_torch()
     environment.announce("syncbn: SYNCBN_REPLACE_TORCH=1 makes torch.nn.SyncBatchNorm the layer of this package")

@@ -1,7 +1,8 @@
 """Every use that the package makes of torch's private names: one function, or one name, for each use.
 
-Each says why no public name would do, and what happens with a torch that lacks the name. The names are in the sources of torch
-2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what they do in the torch at hand, and each fallback.
+A private name is used if no public one does the same, or if that one is slower. Each use says what happens with a torch that lacks the
+name. The names are in the sources of torch 2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what they
+do in the torch at hand, and each fallback.
 
 Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `Module._load_from_state_dict`.
 """
@@ -111,7 +112,7 @@ is_profiling: Callable[[], bool] = _profiler_enabled or (lambda: True)
 def is_compiler_loaded() -> bool:
     """Whether anything can have been compiled: to ask torch.compiler would load the compiler, which takes seconds.
 
-    Fallback: none is needed, if the module has another name the answer is False, and compiled code runs compiled."""
+    Fallback: none is needed. If the module has another name, the answer is False, and compiled code runs compiled."""
     return "torch._dynamo" in sys.modules
 
 
@@ -141,7 +142,7 @@ def tensors_of(module: nn.Module, names: Iterable[str]) -> list[Tensor | None]:
     """The module's parameters and buffers of these names. As attributes they cost as much as a small kernel: Python first raises an
     AttributeError for each.
 
-    Fallback: the attributes. So are tensors that are parametrized or replicated, which are in neither registry."""
+    Fallback: the attributes. They also serve tensors that are parametrized or replicated, which are in neither registry."""
     if not _HAS_REGISTRIES:
         return [getattr(module, name) for name in names]
     parameters, buffers = module._parameters, module._buffers
@@ -171,7 +172,7 @@ def has_hooks(module: nn.Module) -> bool:
 def remove_lazy_hooks(module: nn.Module) -> None:
     """Removes the hooks with which torch's `LazyModuleMixin` builds a module at its first call: it has been built otherwise.
 
-    Fallback: none is needed, hooks under other names stay and find the module built."""
+    Fallback: none is needed. Hooks under other names stay, and find the module built."""
     for hook in ("_load_hook", "_initialize_hook"):
         if hook in vars(module):
             getattr(module, hook).remove()
@@ -200,16 +201,18 @@ def is_torchs_layer_replaced() -> bool:
 
 
 def set_base_of_torchs_layer(base: Any) -> None:
-    """Gives torch.nn.SyncBatchNorm another base; None for its own. To change a class's bases is CPython's, and in no contract.
+    """Gives torch.nn.SyncBatchNorm another base; None for its own. CPython lets a class's bases be changed, but no documentation
+    promises it.
 
     No fallback: a TypeError where the classes' layouts differ, after which nothing has changed."""
     nn.SyncBatchNorm.__bases__ = (_BatchNorm if base is None else base,)
 
 
 def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
-    """Whether DistributedDataParallel refuses a model on the CPU that has instances of torch.nn.SyncBatchNorm: its method does only this.
+    """Whether DistributedDataParallel refuses a model on the CPU that has instances of torch.nn.SyncBatchNorm. The method that is
+    replaced does nothing but refuse.
 
-    Fallback, without the method: nothing, there is no refusal to turn off."""
+    Fallback, without the method: nothing, because there is no refusal to turn off."""
     if _refuses_cpu is not None:
         accept = lambda self, module: None  # noqa: E731
         nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = _refuses_cpu if refuse else accept  # type: ignore[method-assign]

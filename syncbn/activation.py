@@ -60,8 +60,8 @@ def keeps_residual(activation: int, has_residual: bool) -> bool:
 
 
 def writes_dz(activation: int, residual: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether the residual's gradient differs from dy, because a residual was added before an activation. The residual or the mask of the
-    backward pass shows it: `keeps_residual` and `keeps_mask` say which of the two it is given."""
+    """Whether a residual was added before an activation, so that the residual's gradient differs from dy. The backward pass then has
+    either the mask or the residual, as `keeps_mask` and `keeps_residual` say."""
     return activation != Activation.none and (mask if needs_only_sign(activation) else residual) is not None
 
 

@@ -1,4 +1,4 @@
-"""What a caller may give the functions. Checked before any exchange, so that no rank waits for one that has refused its arguments.
+"""Checks of what a caller gives the functions, made before any exchange: no rank waits for one that has refused its arguments.
 
 Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`.
 """
@@ -23,7 +23,7 @@ Tensors = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | No
 
 
 def check(layer: str, tensors: Tensors) -> None:
-    """Raises unless the tensors fit each other: input and residual [N, C, *], the others [C], num_batches_tracked int64.
+    """Raises unless the tensors fit each other: input and residual [N, C, *], num_batches_tracked one int64, the others [C].
 
     Raises:
         TypeError: the input is not of a floating-point dtype.
@@ -36,8 +36,8 @@ def check(layer: str, tensors: Tensors) -> None:
 def check_eager(layer: str, tensors: Tensors) -> None:
     """`check` and `check_memory`, for code that is not compiled.
 
-    Nothing is remembered from call to call, since a tensor's dtype, device and memory may change under its name (`layer.half()`, FSDP).
-    Instead the usual case, in which everything fits, is recognized by a few cheap tests; only if it is not, the others look for the error.
+    Nothing is remembered from call to call, since the same tensor object may get another dtype, device or memory (`layer.half()`, FSDP).
+    Instead a few cheap tests recognize the usual case, in which everything fits. Only if they do not, `_refuse` looks for the error.
     """
     if not _are_usual(tensors):
         _refuse(layer, *tensors)
@@ -47,7 +47,7 @@ def check_eager(layer: str, tensors: Tensors) -> None:
 
 
 def _are_usual(tensors: Tensors) -> bool:
-    """Whether a few cheap tests show that the tensors are right. Those of which they do not may still be."""
+    """Whether a few cheap tests show that the tensors fit. If they do not show it, the tensors may still fit."""
     input, residual, weight, bias, running_mean, running_var, num_batches_tracked = tensors
     shape, dtype, device = input.shape, input.dtype, input.device
     vector = shape[1:2]
@@ -134,7 +134,7 @@ def check_transforms(layer: str, input: Tensor) -> None:
 def check_memory(layer: str, *tensors: Tensor | None) -> None:
     """Raises ValueError for a tensor whose storage has been freed, as FSDP frees parameters: torch's own functions may crash.
 
-    `tensors` are those of TENSORS."""
+    `tensors` are the first of TENSORS, or all."""
     for t in tensors:
         if t is not None and t.untyped_storage().nbytes() == 0 and t.numel() > 0:
             what = TENSORS[next(i for i, other in enumerate(tensors) if other is t)]
@@ -142,7 +142,7 @@ def check_memory(layer: str, *tensors: Tensor | None) -> None:
 
 
 def explain(layer: str, tensors: Tensors) -> None:
-    """Raises the error of `check_eager`, which names the layer, if an op has refused these tensors."""
+    """Raises the error of `check_eager`, which names the layer, if that is why an op has failed; otherwise returns."""
     try:
         check_eager(layer, tensors)
     except (TypeError, ValueError) as refused:
@@ -161,7 +161,8 @@ def plain(t: Tensor | None) -> Tensor | None:
 def check_count(layer: str, stats: Tensor | None, x: Tensor, comm: Communicator) -> None:
     """Raises ValueError, on every rank, if each channel has one value over all ranks: its variance is undefined.
 
-    For ranks on which a channel has at most one value, since it waits for the device. All ranks that could raise call it, and agree.
+    Only ranks on which a channel has at most one value call this, since it waits for the device. If one value is all there is, every rank
+    is such a rank.
     """
     if (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return

@@ -37,10 +37,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         forward      y  = activation(weight * xhat + bias + residual),  xhat = (x - mean) * invstd
         backward     dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n),  dz = dy through the activation
-        local        dweight and dbias are the same sums over this rank's batch only: left to DDP to average
+        local        dweight = sum_dy_xhat and dbias = sum_dy, but summed over this rank's batch only: DDP averages them
 
-    n is the number of values that a channel has over all ranks. Every rank exchanges once each way, whatever its batch and whatever
-    requires a gradient. If a checkpoint has `checkpoint_contexts`, its recomputation exchanges nothing in the forward direction.
+    n is the number of values that a channel has over all ranks; `moments.effective_count` says what it is if the ranks have equal weight.
+    Every rank of a group exchanges once each way, whatever its batch and whatever requires a gradient. The recomputation of a checkpoint
+    that has `checkpoint_contexts` exchanges nothing.
     """
 
     @staticmethod
@@ -65,7 +66,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             stats, running, ticket = _traced_stats(x, running, exchange, options)
         else:
             stats, running, ticket = _group_stats(x, running, exchange, options, in_one_call)
-        if x.numel() <= x.shape[1]:  # each channel has a single value on this rank, or none; realistic steps never check
+        if x.numel() <= x.shape[1]:  # at most one value per channel on this rank: only such a rank waits for the device
             check_count(options.layer, stats, x, exchange.comm)
         momentum, epilogue, _, rank_weighted, unbiased, *_ = options
         mask: Tensor | None = None
@@ -130,11 +131,11 @@ _NO_GRADIENTS = (None,) * 7  # of the arguments of `forward` after the bias
 def _group_stats(
     x: Tensor, running: Running, exchange: LayerExchanges, options: Options, in_one_call: bool
 ) -> tuple[Tensor | None, Running, Ticket]:
-    """The statistics of all ranks' samples, the moving statistics that `normalize` has to update by them, and what it has to verify.
+    """The statistics of all ranks' samples, the moving statistics that the next op has to update, and the ticket that it has to verify.
 
-    The statistics are None if `batch_norm` computes them, unless a checkpoint gives them back."""
+    The statistics are None if the next op, `batch_norm`, has to compute them, too."""
     replayed = checkpoint.replayed()
-    if replayed is not None or in_backward():  # here a forward pass can only be a recomputation; the first one has updated them
+    if replayed is not None or in_backward():  # this is a recomputation: the first forward pass has updated them
         running = NOTHING_TRACKED
     if replayed is not None:
         return replayed.replay(options.layer, x.shape[1]), running, NO_TICKET
@@ -145,10 +146,10 @@ def _group_stats(
 
 
 def _traced_stats(x: Tensor, running: Running, exchange: LayerExchanges, options: Options) -> tuple[Tensor, Running, Ticket]:
-    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in two ways: it is not differentiated twice,
-    and it recomputes no outputs."""
+    """`_group_stats` in a compiled graph. Elsewhere in this file a graph differs in three ways: it is not differentiated twice,
+    checkpoints do not log its statistics, and `recompute_outputs` has no effect on it."""
     stats, ticket = _exchanged_stats(x, exchange, options)
-    # Updated outside `normalize`, which the partitioner may then recompute in the backward pass.
+    # The graph updates them outside `normalize`, so that the partitioner may recompute `normalize` in the backward pass.
     update_running_stats(stats, *running, options.momentum, options.unbiased)
     return stats, NOTHING_TRACKED, ticket
 

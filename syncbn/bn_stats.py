@@ -36,13 +36,13 @@ def update_bn_stats(
 ) -> None:
     """Sets every batch norm's running statistics to the mean and variance of its input over all given batches of all ranks.
 
-    The result equals one training step on the concatenated inputs with momentum 1: every value counts once, in float64, in whatever
-    batch and on whatever rank it is. The variance is biased if the layer's is. All ranks get bitwise identical statistics.
+    The result equals one training step on the concatenated inputs with momentum 1: every value counts once, in float64, whatever its
+    batch and its rank. The variance is biased if the layer's is. All ranks get bitwise identical statistics.
 
     Args:
         model: every batch norm in it that has running statistics is updated, plain or synchronized, unless `freeze_bn` has frozen it.
             DistributedDataParallel is unwrapped.
-        data_loader: this rank's batches. Their number may differ by rank; ranks and batches may be empty.
+        data_loader: this rank's batches. Their number may differ by rank, and be 0; a batch may be empty.
         num_iters: the maximum number of batches per rank; None for all.
         process_group: the ranks, as in `SyncBatchNorm`. Each of them has to call this function.
         forward: (model, batch) -> anything, which runs the model. None calls the model with the batch, or with the first element of a
@@ -57,15 +57,15 @@ def update_bn_stats(
     Warns if the model has no running statistics, or if no rank has a batch; then nothing changes.
 
     During this pass each batch norm normalizes by the statistics of the current batch on this rank, and the rest of the model is in eval
-    mode (no dropout). Two other ways are worse, because deeper layers see the outputs of this one: with the statistics of the group, the
-    ranks would have to step through their batches together, and a rank with fewer batches would make the others wait forever; with the
-    moving statistics, which are about to be replaced, every deeper layer would inherit their error. So the result depends only on the set
-    of batches, not on how they are divided among the ranks, and the only exchanges are two sums at the end. Use batches of at least the
-    size that a group trains with: without gradients they fit in memory. A batch with a single value per channel has no variance and is
+    mode (no dropout). Two other ways are worse. If a layer normalized by the statistics of the group, the ranks would have to step through
+    their batches together, and a rank with fewer batches would make the others wait in vain. If it normalized by the moving statistics,
+    which are about to be replaced, every deeper layer would inherit their error. As it is, the result depends only on the set of batches,
+    not on how they are divided among the ranks, and the only exchanges are two sums at the end. Use batches at least as large as those of
+    all ranks together in training: without gradients they fit in memory. A batch with a single value per channel has no variance and is
     normalized by the moving statistics.
 
     Nothing else changes: training flags, momentum, num_batches_tracked, hooks, and layers that no batch reached stay as they are. After
-    an error or Ctrl-C the statistics are unchanged, too: either all layers get new ones or none does.
+    an error or Ctrl-C either all layers have new statistics or none has.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
     >>> batches = torch.randn(10, 32, 4)
@@ -142,7 +142,7 @@ class _Observation:
         self.active = True
         for module, total in zip(self.buffers, self.totals, strict=True):
             self._observe(module, total)
-        # Avoid recompiling for this pass and its hooks. If Dynamo was never imported there is nothing to do.
+        # Compiled layers run eagerly here: with these hooks they would be recompiled. If Dynamo was never imported, there are none.
         if is_compiler_loaded():
             self.stance = torch.compiler.set_stance("force_eager")
         torch.set_grad_enabled(False)
@@ -177,7 +177,7 @@ class _Observation:
                         setattr(module, name, None)
             return args, kwargs
 
-        # The restoring hook first: Ctrl-C between the two lines must not leave only the other one.
+        # The restoring hook comes first, because Ctrl-C between the two lines must not leave only the other one.
         self.handles.append(module.register_forward_hook(lambda *_: self._restore_buffers(module), always_call=True))
         self.handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 

@@ -38,7 +38,7 @@ AUTOLOAD = "syncbn_autoload:autoload"  # the entry point that torch calls
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m syncbn.check", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--backend", help="of torch.distributed (default: nccl if each rank has a GPU, else gloo)")
+    parser.add_argument("--backend", help="of torch.distributed (default: nccl if each rank has a GPU of its own, else gloo)")
     args = parser.parse_args(arguments)
 
     launcher = rank_info().launcher  # read first: init_process_group sets torchrun's variables
@@ -90,7 +90,7 @@ def describe_implementations() -> dict[str, str]:
 
 
 def relative_error(dtype: torch.dtype, device: torch.device) -> float:
-    """The greatest relative error on any rank of one training step, against float64 batch normalization of the whole batch in one
+    """The greatest relative error that one training step has on any rank, against float64 batch normalization of the whole batch in one
     process. Rank r has r + 1 samples."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     counts = [r + 1 for r in range(world_size)]

@@ -1,7 +1,7 @@
 """Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
 
     forward     every layer inside logs its summed statistics, in order: 3C + 4 values each
-    recompute   replays them in the same order, without a collective or a second update of the moving statistics
+    recompute   replays them in the same order, without an exchange or a second update of the moving statistics
 
 A checkpoint inside another one logs what the outer one replays. Each call of `checkpoint` has a log of its own, so any number of them can
 be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
@@ -54,7 +54,7 @@ class Log:
 
 
 _ADVICE = "the function must call the same layers in the same order"
-# Each thread has its own: CUDA recomputes on autograd's threads.
+# Context variables, because each thread needs its own values: for CUDA tensors autograd's threads recompute.
 _logging: ContextVar[tuple[Log, ...]] = ContextVar("logging", default=())
 _replaying: ContextVar[Log | None] = ContextVar("replaying", default=None)
 
@@ -68,7 +68,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     """The `context_fn` of `torch.utils.checkpoint.checkpoint`, for functions with synchronized layers inside.
 
     Args:
-        context_fn: another one to combine with, such as selective checkpointing's, by `functools.partial`.
+        context_fn: another such function to combine with, such as selective checkpointing's. `functools.partial` passes it.
 
     Returns:
         the contexts of the forward pass and of the recomputation.
@@ -121,7 +121,7 @@ def _forward(log: Log) -> Iterator[None]:
 
 @contextmanager
 def _recompute(log: Log) -> Iterator[None]:
-    """In this context only checkpoints inside this one log statistics, those that are entered after it."""
+    """In this context only the checkpoints that are entered inside it log statistics."""
     log.position = 0
     token, outer = _replaying.set(log), _logging.set(())
     try:

@@ -24,7 +24,7 @@ from .layout import dense, dense_like
 from .moments import acc_type
 from .options import Epilogue, Options, options_of
 
-# A leaf that requires a gradient. With it, a layer that has no trainable parameters still joins the backward collective, even on a rank
+# A leaf that requires a gradient. With it, a layer that has no trainable parameters still joins the backward exchange, even on a rank
 # whose input requires none.
 _ANCHOR = torch.empty(0, requires_grad=True)
 
@@ -43,8 +43,8 @@ def batch_norm_train(
 ) -> Tensor:
     """Normalizes by the statistics of the batch of all ranks in `comm`, and updates the running statistics in place.
 
-    Before an exchange all tensors are checked here. `record` is what this rank remembers of the layer's earlier exchanges; None for a
-    function call.
+    Before an exchange all tensors are checked here. `record` is what this rank remembers of the layer's earlier exchanges; it is None for
+    a function call, for a single process and in a compiled graph.
 
     Raises:
         TypeError, ValueError, NotImplementedError: see arguments.py; or eps is not positive. Before any exchange.
@@ -58,8 +58,8 @@ def batch_norm_train(
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     check_transforms(options.layer, input)
-    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. It checks
-    # what `_step` copies before: a residual, which `dense_like` would broadcast, and the memory of an input.
+    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. Only
+    # what `_step` copies before an op sees it is checked here: a residual, which `dense_like` would broadcast, and the memory of an input.
     if comm is not LOCAL or residual is not None or not ops.check_their_tensors(input):
         check_eager(options.layer, tensors)
         return _step(_eager_apply, tensors, comm, options, record, False)
@@ -75,7 +75,7 @@ def batch_norm_train(
 def _step(
     apply: Callable[..., Tensor], tensors: Tensors, comm: Communicator, options: Options, record: LayerRecord | None, in_one_call: bool
 ) -> Tensor:
-    """The step of an autograd function. `in_one_call`: by one op each way."""
+    """One training step. `apply` calls the autograd function. `in_one_call` says that the step is one op each way."""
     input, residual, weight, bias, *running = tensors
     eps = options.epilogue.eps
     if not eps > 0:
@@ -116,7 +116,7 @@ def batch_norm_eval(
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
     if saves and not torch.compiler.is_exporting():
-        # Copies, because a training step may update them before the backward pass.
+        # Copies, because a training step may update the statistics before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
         # torch requires all four to have the same dtype: the input's, or float32 for 16 bits.
@@ -179,7 +179,7 @@ def sync_batch_norm(
     Args:
         input: this rank's x [N, C, *], at least 2 dimensions, floating point; N may differ by rank and be 0.
         running_mean, running_var: [C], updated in place while training: running += momentum * (new - running). Both None or both given.
-        weight, bias: [C], of the input's type, float32 or float64; None means 1 and 0.
+        weight, bias: [C], float32, float64 or of the input's type; None means 1 and 0.
         training: normalize by the batch and update the running statistics; else by the running statistics, without communication.
         momentum: a number; the cumulative average, None, needs a layer, which counts its batches.
         process_group: None (a duplicate of the default group if there is one, else a single process), a ProcessGroup, a
@@ -197,9 +197,10 @@ def sync_batch_norm(
     unlike a layer, a function call has no identity whose first exchange could be remembered.
 
     Raises:
-        TypeError: the input is not of a floating-point dtype, or is a DTensor. Like the next two before any exchange.
-        NotImplementedError: a transform of torch.func runs.
-        ValueError: an argument has the wrong shape, dtype or device; while training, eps is not positive.
+        TypeError: the input is not of a floating-point dtype, or, while training, is a DTensor.
+        NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
+        ValueError: a tensor has the wrong shape, dtype or device, or another argument a value that is not allowed.
+            This error and the two above are raised before any exchange.
         ValueError: while training, each channel has a single value over all ranks. On every rank.
         RankMismatchError: the other ranks are about to exchange something else. On every rank.
         RuntimeError: another rank has not come within the group's timeout.

@@ -1,5 +1,5 @@
-"""The GPUs that this process can use. The driver's management library (NVML) tells, because a question to CUDA would initialize it, after
-which forked processes could not use it."""
+"""The GPUs that this process can use, from the driver's management library (NVML): to ask CUDA would initialize CUDA in this process, and
+processes forked from it could then not use CUDA."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Nvml:
 
 @functools.cache
 def nvml() -> Nvml | None:
-    """None on a machine that has no usable NVML, and so no driver for NVIDIA's GPUs."""
+    """The management library; None on a machine that has no usable one."""
     try:
         return Nvml()
     except (OSError, AttributeError):

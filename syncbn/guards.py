@@ -65,7 +65,7 @@ def check_no_other_converter(layer: nn.Module) -> None:
     children. So the caller's caller, if it is such a converter, has a variable with the new layer.
 
     Raises:
-        RuntimeError: it has.
+        RuntimeError: the caller's caller has a variable with such a layer.
     """
     if torch.compiler.is_compiling() or not (lost := options_of_ours(layer)):
         return

@@ -37,7 +37,7 @@ def join(
     """Wraps a training loop whose ranks have different numbers of batches: ranks that finish early keep answering the others.
 
     Every rank enters and leaves it. With a DistributedDataParallel model it replaces `model.join()`. A finished rank counts as a rank
-    without samples; finally every rank receives the moving statistics of the last active rank.
+    without samples; finally every rank receives the moving statistics of its group's last active rank.
 
     Args:
         model: a model with synchronized layers, wrapped in DistributedDataParallel or not. The loop calls it once for each backward

@@ -32,8 +32,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
         moving_mean      = momentum * moving_mean + (1 - momentum) * mean
         moving_variance  = momentum * moving_variance + (1 - momentum) * variance          biased
 
-    `mean` and `variance` [C] are the averages over the ranks' means and mean squares, so every rank has equal weight, however large its
-    batch. The formulas are those of `keras.layers.BatchNormalization`, and the weights those of Horovod's `SyncBatchNormalization`.
+    `mean` [C] is the average of the ranks' means, and `variance` [C] the average of their mean squares, less the square of `mean`. So every
+    rank has equal weight, however large its batch, as in Horovod. The formulas are those of `keras.layers.BatchNormalization`.
 
     Args:
         axis: the dimension of the features, negative from the end.
@@ -73,9 +73,9 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     beta: Tensor | None
     moving_mean: Tensor
     moving_variance: Tensor
-    cls_to_become = None  # built, it is the same class
+    cls_to_become = None  # a layer that has been built stays in this class
     _trainable = True
-    _frozen = False  # by freeze_bn, whose class replaces this
+    _frozen = False  # True in the class that freeze_bn gives the layer
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     def trainable(self, value: bool) -> None:
         self._trainable = bool(value)
         for parameter in self.parameters(recurse=False):
-            if not is_lazy(parameter):  # `_build` sets it on those that are
+            if not is_lazy(parameter):  # of lazy parameters `_build` sets it
                 parameter.requires_grad_(self._trainable)
 
     def forward(self, inputs: Tensor, training: bool | None = None) -> Tensor:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """Layouts in memory: every one is read as [outer, C, inner].
 
 A contiguous [N, C, *] tensor is (N, C, prod(*)); a channels-last one is (N * prod(*), C, 1). The element of channel c at
-(o, i) has the flat index (o * C + c) * inner + i in both, so kernels need no second family for channels-last.
+(o, i) has the flat index (o * C + c) * inner + i in both, so kernels need not know the memory format, only whether inner is 1.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def samples_per_channel(x: Tensor) -> int:
 def mask_bytes(x: Tensor) -> int:
     """Bytes of the bit mask that `normalize` keeps for the dense tensor x.
 
-    A row is a run of memory that one thread group owns: a plane (length inner), or a pixel's channels (length C) if
-    inner is 1. Element f of memory, in row p, has bit f + 8 p (bit b is bit b % 8 of byte b // 8). The 8 padding bits after
-    each row keep two rows out of one byte, so that rows are written independently and bytes stay aligned with memory.
-    Their values mean nothing; the CPU's kernels and the reference write zeros.
+    A row is a plane (length inner), or a pixel's channels (length C) if inner is 1. Element f of memory, in row p, has bit
+    f + 8 p (bit b is bit b % 8 of byte b // 8). Because of the 8 padding bits after each row no byte has bits of two rows, so
+    that rows are written independently, and element f is bit f % 8 of its byte. The padding bits mean nothing; the CPU's
+    kernels and the reference write zeros.
     """
     rows, length = mask_rows(x)
     return (rows * (length + 8) + 7) // 8

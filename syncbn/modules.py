@@ -33,9 +33,9 @@ class SyncBatchNorm(_BatchNorm):
 
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
-    With x split over the ranks in any way, this is `torch.nn.BatchNorm*d` on the concatenated batch: outputs, gradients and moving
-    statistics. If torch.distributed does not run, or the group has one rank, it is plain batch normalization. Eval mode never
-    communicates.
+    However x is split over the ranks, outputs, moving statistics and gradients of x are those of `torch.nn.BatchNorm*d` on the
+    concatenated batch, and the ranks' gradients of weight and bias add up to its own. In a single process, or in a group of one rank,
+    this is plain batch normalization. Eval mode never communicates.
 
     Args:
         num_features: C, the size of dimension 1.
@@ -47,7 +47,7 @@ class SyncBatchNorm(_BatchNorm):
             a one-dimensional DeviceMesh, or an mpi4py communicator.
         device, dtype: of parameters and buffers.
         bias: learn the bias, if affine.
-        activation: None, "relu", "leaky_relu" or "silu", applied to the output at no extra cost.
+        activation: None, "relu", "leaky_relu" or "silu", applied to the output; in training by the layer's own kernels.
         negative_slope: of leaky_relu.
         weighting: "samples" for the statistic of the whole batch; "ranks" to weigh every rank the same, as Horovod's TensorFlow
             layer does.
@@ -117,7 +117,9 @@ class SyncBatchNorm(_BatchNorm):
             a tensor of the input's shape, dtype and memory format.
 
         Raises:
+            TypeError: the input is not of a floating-point dtype, or, while training, is a DTensor.
             ValueError: a tensor does not fit; while training, a single value per channel over all ranks (on every rank).
+            NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
             RankMismatchError: the other ranks are about to exchange something else; on every rank.
             RuntimeError: another rank has not come within the group's timeout.
         """
@@ -125,12 +127,12 @@ class SyncBatchNorm(_BatchNorm):
             return record_in_fx_graph(self, input, residual)
         try:
             self._check_input_dim(input)
-        except ValueError as error:  # torch's words, which do not say where
+        except ValueError as error:  # torch's message does not name the layer
             raise ValueError(f"{description_of(self)}: {error}") from None
         return self._batch_norm(input, residual, self.training)
 
     def _batch_norm(self, input: Tensor, residual: Tensor | None, training: bool) -> Tensor:
-        """`forward` of an input [N, C, *], by the batch or by the running statistics."""
+        """The output for an input [N, C, *], normalized by the batch if `training` is true, else as in eval mode."""
         options = self._options(self.momentum)
         if input.dim() >= 2 and input.shape[1] != self.num_features:
             raise ValueError(
@@ -195,7 +197,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def to_keras(self) -> dict[str, Any]:
         """gamma, beta, moving_mean, moving_variance as numpy arrays, those that the layer has, in the order of Keras'
-        `layer.set_weights(list(weights.values()))`. The Keras layer has momentum = 1 - self.momentum and epsilon = self.eps.
+        `layer.set_weights(list(weights.values()))`. The Keras layer has epsilon = self.eps and momentum = 1 - self.momentum; a
+        `SyncBatchNormalization` has Keras' momentum itself.
 
         >>> [(name, array.shape) for name, array in SyncBatchNorm(3).to_keras().items()]
         [('gamma', (3,)), ('beta', (3,)), ('moving_mean', (3,)), ('moving_variance', (3,))]
@@ -214,7 +217,7 @@ class SyncBatchNorm(_BatchNorm):
         )
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accepts any number of dimensions from 2 up; `arguments.check` tests this."""
+        """Accepts everything. `arguments.py` or the ops refuse an input of fewer than 2 dimensions."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation":

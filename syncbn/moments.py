@@ -18,7 +18,7 @@ from torch import Tensor
 from .layout import samples_per_channel
 
 CHUNK = 1024  # values that are summed about one K; long enough for speed, short enough for float32 sums
-K_VALUES = 128  # K is the mean of this many values: a single one could be an outlier, and cost three digits
+K_VALUES = 128  # K is the mean of about this many values: a single one could be an outlier, and cost three digits
 
 
 def acc_type(dtype: torch.dtype) -> torch.dtype:
@@ -29,9 +29,9 @@ def acc_type(dtype: torch.dtype) -> torch.dtype:
 class Statistics(NamedTuple):
     """The parts of `stats` [3C + 4], in this order, as views.
 
-    sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted they are divided by the rank's count. weight is their divisor:
-    the number of samples per channel, or with rank_weighted of ranks that have samples. If the sums of `tag` and `tag_squared` over R
-    ranks are R t and R t², every rank has sent the tag t.
+    sum and sumsq are Σ(x - shift) and Σ(x - shift)²; with rank_weighted they are divided by the rank's count. sum / weight is the mean of
+    x - shift: weight is the number of samples per channel, or with rank_weighted the number of ranks that have samples. If the sums of
+    `tag` and `tag_squared` over R ranks are R t and R t², every rank has sent the tag t.
     """
 
     shift: Tensor  # [C]
@@ -127,7 +127,7 @@ def merge(a: Tensor, b: Tensor) -> Tensor:
 
 
 def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """mean, biased variance and 1 / sqrt(var + eps), each [C] float64, from the group's `stats`. Zeros where there are no samples."""
+    """mean, biased variance and 1 / sqrt(var + eps), each [C] float64, from the group's `stats`. Without samples mean and var are 0."""
     s = parts(stats)
     weight = s.weight.clamp(min=1)
     offset = s.sum / weight
@@ -169,7 +169,8 @@ def update_running_stats(
     for running, new in ((running_mean, mean), (running_var, var)):
         if running is not None:
             old = running.double()
-            # From the nearer end, so that a factor of 1 is exact: that of momentum 1, and of a cumulative average's first step.
+            # Computed from the nearer of old and new, so that a factor of 1 gives exactly new: with momentum 1, and in a cumulative
+            # average's first step.
             moved = torch.where(factor < 0.5, old + factor * (new - old), new - (1 - factor) * (new - old))
             running.copy_(torch.where(factor == 0, old, moved))
 

@@ -54,7 +54,7 @@ for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
-# After the definitions, which the compiled kernels fill in.
+# The libraries are loaded after the definitions, for which they bring kernels.
 _compiled_for_cpu, _compiled_for_cuda = (library.loaded for library in native.load(SCHEMAS))
 
 

@@ -14,8 +14,8 @@ WEIGHTINGS = ("samples", "ranks")
 
 
 class Epilogue(NamedTuple):
-    """The last arguments of the ops, in this order: what `normalize` applies after the statistics, and what the backward ops need to
-    undo it."""
+    """Three adjacent arguments of every op but `stats`, in this order: what `normalize` applies after the statistics, and what the
+    backward ops differentiate."""
 
     eps: float
     activation: int  # an `Activation`; torch takes three times as long to pass an enumeration's member to an op as to pass an int
@@ -43,7 +43,8 @@ def options_of(
     unbiased: bool,
     layer: tuple[str | None, str, int] | None = None,
 ) -> Options:
-    """The options that these values make. `layer` is the name, class and number of channels of the layer, if one has them.
+    """The options that these values make. `layer` is the name, class and number of channels of the layer that has them; None for a
+    function call.
 
     Raises:
         ValueError: an unknown activation or weighting, or a negative eps.
@@ -57,7 +58,8 @@ def options_of(
         return _options.__wrapped__(*values)
 
 
-# By value, so that it needs no invalidation: a layer has the same values at nearly every call, and its texts alone cost as much as an op.
+# A layer has the same values at nearly every call, and its texts alone cost as much as an op. The cache is by value, so that no entry
+# becomes invalid.
 @functools.lru_cache(4096)
 def _options(
     momentum: float | None,

@@ -38,17 +38,18 @@ def recompute_outputs() -> Iterator[None]:
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
     input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise identical to those without the context.
-    Nothing is exchanged, and the running statistics stay as they are. In training mode each output costs one elementwise kernel in the
-    backward pass, in eval mode a few.
+    The recomputation exchanges nothing, and leaves the running statistics as they are. In training mode each output costs one elementwise
+    kernel in the backward pass, in eval mode a few.
 
     A separate activation after the layer keeps its own output, so fuse the two first: `convert_sync_batchnorm(model,
     fuse_activation=True)`. Fused, residual, eval-mode and frozen layers all take part, and so does the Keras layer; torch's own layers do
-    not, until they are converted. An output that is changed in place before another layer keeps it is kept as usual.
+    not, until they are converted. If an output is changed in place before another layer keeps it, that layer keeps the
+    output as usual.
 
     DistributedDataParallel, FSDP, autocast, `retain_graph` and double backward work in the context as they do without it. torch applies
-    only the innermost of nested saved-tensor hooks: a `torch.utils.checkpoint` in the context works as usual, and a `save_on_cpu` in the
-    context replaces it.
-    Compiled models ignore it: torch's partitioner decides by itself what to recompute.
+    only the innermost of nested saved-tensor hooks: a `torch.utils.checkpoint` in the context works as usual, and what layers keep
+    inside a `save_on_cpu` in the context goes to the CPU. Compiled models ignore the context: torch's partitioner decides by itself what to
+    recompute.
 
     Raises, in the backward pass:
         RuntimeError: a layer's input or residual was changed in place after the forward pass. torch raises the same for what a layer keeps.
@@ -90,7 +91,7 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
 
 @contextmanager
 def saving() -> Iterator[list[_Kept]]:
-    """What operators save in this context for their backward passes, for `remember`."""
+    """Gives the list of what operators save in this context for their backward passes, for `remember`."""
     saved: list[_Kept] = []
     token = _saved.set(saved)
     try:
@@ -143,7 +144,8 @@ class _View(NamedTuple):
 
 
 class _Kept:
-    """A tensor as it is, until `remember` finds how to compute it. torch does not look at the version of what hooks keep."""
+    """A tensor as it is, until `remember` finds how to compute it. torch does not check the version of what hooks keep, so `_unpack`
+    does."""
 
     __slots__ = "now", "version"
 
@@ -157,8 +159,8 @@ class _Kept:
             self.now = _view(self.now, recipe)
 
 
-# The recipe of the output in this memory. Keyed by memory, which ends with the last tensor that views it; an address may be used again. The
-# layer's autograd node keeps the recipe: an output that is kept without its graph must not keep the layer's input.
+# The recipe of the output in each storage. The key is the storage itself, since its address may be used again after its end. The layer's
+# autograd node keeps the recipe: an output that is kept without its graph must not keep the layer's input.
 _recipes: WeakKeyDictionary[torch.UntypedStorage, weakref.ref[_Recipe]] = WeakKeyDictionary()
 
 

@@ -48,14 +48,14 @@ def normalize(
     Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is the number of an
     `Activation`; any other is a ValueError.
 
-    alarm [1] int32 on the CPU is set to 1 unless each of the `ranks` has passed this tag to `stats`; if so, it stays as it is. Kernels of
-    other devices need it in pinned memory, and set it when they run. The results do not depend on it.
+    alarm [1] int32 on the CPU is set to 1 unless each of the `ranks` has passed this tag to `stats`; if each has, alarm stays as it is.
+    Kernels of other devices need it in pinned memory, and set it when they run. The results do not depend on it.
     """
     s = parts(stats)
     _verify(s.tag, s.tag_squared, tag, ranks, alarm)
     z = _affine(x, stats, weight, bias, residual, eps)
     y = activate(z, activation, negative_slope).to(x.dtype)
-    update_running_stats(stats, running_mean, running_var, num_batches_tracked, momentum, unbiased)  # not before all else has worked
+    update_running_stats(stats, running_mean, running_var, num_batches_tracked, momentum, unbiased)  # after what can fail
     keep_mask = keeps_mask(activation, residual is not None)
     mask = _pack_bits(~(z <= 0), x) if keep_mask else x.new_empty(0, dtype=torch.uint8)
     return torch.empty_like(x).copy_(y), mask
