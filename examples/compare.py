@@ -88,7 +88,7 @@ def main() -> int:
         differs = "" if run is whole or run["norm"] == "group" else f"{gap(run, whole):.1e}"
         table.add_row(label(run), images(run), f"{run['train_loss']:.3f}", f"{run['test_loss']:.3f}", f"{run['iou']:.2f}", differs)
     draw(runs, args.plot)
-    console = Console(width=110)  # of the table
+    console = Console(width=110)  # so that the table has the same lines on any terminal
     console.print(table)
     console.print(
         "* greatest difference of the test loss from the single process with the whole batch, at every tenth step; float64", soft_wrap=True

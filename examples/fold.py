@@ -56,7 +56,7 @@ def main() -> None:
     syncbn.update_bn_stats(model, [x])  # statistics as training would leave them
     models = {"before": model.eval(), "after": syncbn.fold_batchnorm(model)}
     times = milliseconds(models, x, args.repeats)
-    table = Table("", "batch norms", "numbers in the state dict", "latency, ms (median)", title=f"input {list(x.shape)} on {args.device}")
+    table = Table("", "batch norms", "values in the state dict", "latency, ms (median)", title=f"input {list(x.shape)} on {args.device}")
     for name, m in models.items():
         norms = sum(isinstance(child, syncbn.SyncBatchNorm) for child in m.modules())
         table.add_row(name, str(norms), f"{sum(t.numel() for t in m.state_dict().values()):,}", f"{times[name]:.2f}")

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 examples/moving_statistics.py --out docs/moving_statistics.png
 
 Two small networks learn to read digits with 2 images per rank: one with local batch norm, one with synchronized. For one channel of a
-layer in the middle, the plot shows at each step the statistics of the ranks' batches and of the group's batch, and the moving statistics
-that inference would use; every few steps also the exact statistics over all training images, which `syncbn.update_bn_stats` computes on a
-copy of the model.
+layer in the middle, the plot shows at each step the statistics of the ranks' batches, with synchronized layers also those of the group's
+batch, and the moving statistics that inference would use. Every few steps it also shows the exact statistics over all images, which
+`syncbn.update_bn_stats` computes on a copy of the model.
 """
 
 from __future__ import annotations

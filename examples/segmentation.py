@@ -5,8 +5,9 @@
     python examples/segmentation.py --norm local --batch-size 8           # one process with all eight
     python examples/segmentation.py --norm group --batch-size 8           # the same with GroupNorm, which needs no batch
 
-The digits are scikit-learn's, each placed somewhere on an empty image with noise. Runs under torchrun, mpirun or srun, and in a single
-process; in float64, so that runs differ by their method, not by rounding. `compare.py` makes a table and a picture of the runs.
+The digits are scikit-learn's, each placed somewhere on an empty image with noise. The script runs under torchrun, mpirun or srun, and in a
+single process. It computes in float64, so that runs differ by their method, not by rounding. `compare.py` makes a table and a picture of
+the runs.
 """
 
 from __future__ import annotations
