@@ -68,7 +68,7 @@ def reductions(owner: type) -> list[str]:
 
 @contextmanager
 def split(clock: Clock) -> Iterator[None]:
-    """Within this context, the ops, the tickets, the exchanges and the collectives inside these are timed."""
+    """Within this context the ops, the calls of `ticket`, the exchanges, and the collectives inside the exchanges are timed."""
     with ExitStack() as timed:
         timed.enter_context(clock.on(LayerExchanges, ["ticket"], "ticket"))
         timed.enter_context(clock.on(LayerExchanges, reductions(LayerExchanges), "exchange"))

@@ -149,7 +149,7 @@ def name_layers(module: nn.Module) -> None:
 
 def _set_name(child: Any, name: str) -> None:
     """Sets the layer's dotted name in the model. A name that is the end of this one comes from the conversion of a submodule and is
-    replaced; any other was set by hand and stays."""
+    replaced. Any other stays: it was set by hand, or by the conversion of a larger module."""
     if name and (not child.layer_name or name.endswith(f".{child.layer_name}")):
         child.layer_name = name
 

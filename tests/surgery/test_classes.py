@@ -1,4 +1,4 @@
-"""A converted layer keeps its class as a base: code that selects layers by class finds it, and the class checks its input's dimensions."""
+"""A converted layer keeps its class as a base: code that selects layers by class finds it, and that class checks the input's dimensions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class OnlySquares(nn.BatchNorm2d):
 
 
 class LazySquares(nn.LazyBatchNorm2d):
-    """A user's lazy class, which becomes one of the user's, too."""
+    """A user's lazy class, which becomes another class of the user's."""
 
     cls_to_become = OnlySquares
 
 
-CLASSES = {  # plain class: class after conversion, None if it is made for this one
+CLASSES = {  # plain class: class after conversion, None if conversion makes one
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
@@ -120,7 +120,7 @@ def test_layer_without_a_dimension_takes_any_number_from_two_on(make):
 
 
 # ---- Lists of classes in public code --------------------------------------------------------------------------------------------------
-# Each function asks as the project named in its docstring does.
+# Each function selects layers as the project named in its docstring does.
 
 BN_TYPES = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -170,7 +170,7 @@ def count(answer):
 
 
 @pytest.mark.parametrize("ask", LISTS, ids=lambda ask: ask.__name__)
-def test_lists_of_classes_find_what_they_found_before_conversion(ask):
+def test_lists_of_classes_find_as_many_layers_as_before_conversion(ask):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), Described(4))
     before = count(ask(model))
     assert before and count(ask(convert_sync_batchnorm(model))) == before
@@ -184,7 +184,7 @@ def by_exact_class(model):
 
 
 def test_tables_of_exact_classes_find_a_reverted_copy():
-    """No subclass is in such a table. The README names the remedy: ask a reverted copy."""
+    """No subclass is in such a table. docs/sharp_bits.md names the remedy: give the tool a reverted copy."""
     model = convert_sync_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     assert by_exact_class(model) == []
     assert by_exact_class(revert_sync_batchnorm(copy.deepcopy(model))) == [nn.BatchNorm2d]

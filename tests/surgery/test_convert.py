@@ -1,4 +1,4 @@
-"""Conversion is lossless: the same objects, and exactly what was there, when it is undone."""
+"""Conversion is lossless: all objects stay the same, and its reversal restores each exactly."""
 
 from __future__ import annotations
 
@@ -106,11 +106,11 @@ def test_a_module_shared_in_two_places_stays_shared():
 
 
 def test_a_batch_norm_kept_outside_the_module_tree_is_converted_too():
-    """Some models hold their layers in a plain list besides: the object is the same one."""
+    """Some models also keep their layers in a plain list, which must hold the converted ones."""
     model = nn.Sequential(nn.BatchNorm1d(4))
-    beside = [model[0]]
+    listed = [model[0]]
     convert_sync_batchnorm(model)
-    assert isinstance(beside[0], SyncBatchNorm)
+    assert isinstance(listed[0], SyncBatchNorm)
 
 
 def test_lazy_batch_norm_before_and_after_its_first_input():
@@ -147,13 +147,13 @@ def test_a_scripted_batch_norm_is_left_alone_with_a_warning():
 def test_a_plain_subclass_keeps_its_methods():
     module = convert_sync_batchnorm(PlainSubclass(4))
     assert isinstance(module, SyncBatchNorm) and isinstance(module, PlainSubclass) and module.describe() == "mine"
-    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
-        assert type(twin) is type(module) and twin.describe() == "mine" and twin.weight is not module.weight
-        assert type(revert_sync_batchnorm(twin)) is PlainSubclass
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(copied) is type(module) and copied.describe() == "mine" and copied.weight is not module.weight
+        assert type(revert_sync_batchnorm(copied)) is PlainSubclass
 
 
 class WithAnAttribute(nn.BatchNorm2d):
-    """No forward of its own, but a word that means something else to SyncBatchNorm."""
+    """No forward of its own, but an attribute whose name means something else to SyncBatchNorm."""
 
     def __init__(self, channels):
         super().__init__(channels)
@@ -175,7 +175,7 @@ def test_a_model_without_batch_norms_is_left_alone_with_a_warning_that_names_its
         convert_sync_batchnorm(nn.Linear(2, 2))
 
 
-def test_a_model_that_converts_or_is_converted_already_does_so_without_a_warning():
+def test_converting_a_model_once_or_twice_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.LayerNorm(4)))
@@ -210,10 +210,10 @@ def test_the_classmethod_is_the_function():
 def test_pickle_and_deepcopy_of_a_converted_model():
     model = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()), fuse_activation=True)
     x = torch.randn(5, 3)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin.eval()(x), model.eval()(x))
-        revert_sync_batchnorm(twin)
-        assert [type(m) for m in twin] == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied.eval()(x), model.eval()(x))
+        revert_sync_batchnorm(copied)
+        assert [type(m) for m in copied] == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
 
 
 def test_a_bad_group_is_refused_before_anything_changes():

@@ -90,7 +90,7 @@ class Nested(Untraceable):
 
 
 class Chain(nn.Sequential):
-    """A subclass of a container: torch's forward calls its children."""
+    """A subclass of a container, whose children torch's forward calls."""
 
     def __init__(self):
         super().__init__(block(), block())
@@ -225,7 +225,7 @@ class PatchedForward(Calls):
         self.forward = lambda x: self.branch(self.a(x) + self.a[0](x))
 
 
-MODELS = {  # model: how many of its pairs of layers become one
+MODELS = {  # model: how many activations are fused, and batch norms folded
     Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, CallsByName: 2, Nested: 2, Chain: 2,
     SharesABlock: 2,
     **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, GetsByName), 0),
@@ -238,7 +238,7 @@ REASON = r"(test_encapsulation.py:\d+ |but this instance replaces it)"
 
 
 def used(model):
-    """The model without the submodules that its forward never calls: whether those are joined does not matter."""
+    """The modules that the model's forward calls: whether layers in others are fused or folded does not matter."""
     called = set()
     handles = [m.register_forward_hook(lambda m, *_: called.add(m)) for m in model.modules()]
     model(torch.randn(2, 4, 6, 6))
@@ -262,7 +262,7 @@ def test_submodules_are_fused_and_folded_unless_code_outside_sees_their_layers(c
     assert caught[0].filename == __file__
     assert sum(isinstance(m, SyncBatchNorm) and m.activation == "relu" for m in used(fused)) == MODELS[cls]
     assert sum(isinstance(m, FoldedBatchNorm) for m in used(folded)) == MODELS[cls]
-    for _ in range(3):  # of both signs
+    for _ in range(3):  # the branch depends on the input's sign
         x = torch.randn(2, 4, 6, 6)
         want = plain(x)
         for model in (fused, folded):

@@ -1,4 +1,4 @@
-"""A folded model is the same function with fewer layers, and only what is known to be the same is folded."""
+"""A folded model computes the same function with fewer layers. A batch norm is folded only if that is certain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from syncbn.activation import NAMES
 from syncbn.surgery.fold import FoldedBatchNorm
 
 pytestmark = pytest.mark.world_size(1)
-# Of the greatest output: one rounding of each weight, and sums of up to 256 products in another order.
+# Relative to the greatest output: one rounding of each weight, and sums of up to 256 products in another order.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 LAYERS = {  # (layer with 12 output channels, shape of its input)
@@ -131,7 +131,7 @@ def test_module_registered_under_two_names_folds():
     check(randomized(Model()), torch.randn(2, 2, 4))
 
 
-def test_tied_weights_stay_those_of_the_other():
+def test_folding_leaves_a_layer_that_shares_its_weight_as_it_is():
     model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1))
     model[2].weight = model[0].weight
     check(randomized(model), torch.randn(2, 3, 4))
@@ -152,21 +152,21 @@ class OwnForward(nn.BatchNorm1d):
 
 
 class Tapped(nn.Module):
-    """Something else sees the convolution's output."""
+    """A convolution and a batch norm that must not fold, for the reason that `use` names."""
 
-    def __init__(self, how):
+    def __init__(self, use):
         super().__init__()
-        self.conv, self.bn, self.how = nn.Conv1d(3, 3, 1), SyncBatchNorm(3), how
+        self.conv, self.bn, self.use = nn.Conv1d(3, 3, 1), SyncBatchNorm(3), use
 
     def forward(self, x):
         y = self.conv(x)
-        if self.how == "used again":
+        if self.use == "used again":
             return self.bn(y) + y
-        if self.how == "twice the same input":
+        if self.use == "twice the same input":
             return self.bn(y, y)
-        if self.how == "layer called twice":
+        if self.use == "layer called twice":
             return self.bn(y) + self.conv(x * 2)
-        if self.how == "batch norm called twice":
+        if self.use == "batch norm called twice":
             return self.bn(self.bn(y))
         return self.bn(torch.relu(y))
 
@@ -202,7 +202,7 @@ STAYS = {  # (model, names of the batch norms that stay)
     ),
     "training=True": (TrainingArgument, ["bn"]),
     "alone": (lambda: nn.BatchNorm1d(3), [""]),
-    **{how: (lambda how=how: Tapped(how), ["bn"]) for how in ("used again", "twice the same input", "layer called twice")},
+    **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("used again", "twice the same input", "layer called twice")},
     "batch norm called twice": (lambda: Tapped("batch norm called twice"), ["bn"]),
 }
 
@@ -224,7 +224,7 @@ def test_a_model_that_cannot_be_traced_stays_with_a_warning():
 
 
 def test_folded_model_rejects_unsupported_input_rank():
-    """A linear layer's features are last in [N, L, C], a batch norm's are not: where L == C, no shape would tell."""
+    """In [N, L, C] a linear layer's features are last, and a batch norm's are not. If L == C, the shape does not show the difference."""
     model = randomized(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
     folded = check(model, torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"2 dimensions for a batch norm that has been folded, got \[2, 3, 3\]"):
@@ -240,12 +240,12 @@ def test_a_folded_model_traces_with_its_layers_as_nodes():
     assert torch.equal(traced(x), folded(x))
 
 
-def test_identities_between_a_layer_and_its_batch_norm_are_passed_over():
+def test_a_batch_norm_after_identities_folds_into_the_layer_before_them():
     check(randomized(nn.Sequential(nn.Conv1d(3, 4, 1), nn.Identity(), nn.Identity(), nn.BatchNorm1d(4))), torch.randn(2, 3, 5))
 
 
 class OptionalTap(nn.Module):
-    """What it returns depends on an optional argument."""
+    """It returns the convolution's output if it gets an optional argument."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The law: a frozen batch norm is the layer in eval mode, whatever happens to the model around it, until it is unfrozen."""
+"""Until it is unfrozen, a frozen batch norm computes what it computes in eval mode, whatever happens to the model around it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def statistics(layer):
 
 
 def build(name):
-    """A model with one layer, which has seen two batches, in training mode."""
+    """A model in training mode with one layer, which has seen two batches."""
     model = nn.Sequential(LAYERS[name]())
     if not isinstance(model[0], nn.SyncBatchNorm):  # torch's refuses to train on the CPU
         for x in torch.randn(2, 5, 4, 3, 3) + 1:

@@ -1,4 +1,4 @@
-"""A fused activation changes nothing but the number of layers, and comes back when the conversion is undone."""
+"""Fusing an activation changes nothing but the number of layers, and reverting the conversion brings it back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Untraceable(Tap):
 
 
 class TappedIdentity(Tap):
-    """As timm's ResNets have it, an identity in between, whose output is used twice here."""
+    """An identity between the two, as in timm's ResNets. Here its output is used twice."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def test_fusing_changes_nothing_but_the_number_of_layers(name):
         y.backward(dy)
         want.backward(dy)
         assert_close(y, want.double().detach(), 2e-6, "y")
-        assert_close(x.grad, other.grad.double(), 1e-5, "dx")  # through two layers where there are two
+        assert_close(x.grad, other.grad.double(), 1e-5, "dx")  # more roundings, because there may be two layers
     classes = [type(m) for m in plain.modules()]
     assert [type(m) for m in revert_sync_batchnorm(fused).modules()] == classes
     x = torch.randn(3, 4, 5, 5)

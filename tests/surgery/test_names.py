@@ -1,4 +1,4 @@
-"""A layer is called by its path in the model that was converted, unless the user has named it."""
+"""A layer's name is its path in the model that was converted, unless the user has named it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BUILT = {  # layers that have no name until they are converted
     "SyncBatchNorm": lambda: SyncBatchNorm(4),
     "SyncBatchNorm2d": lambda: syncbn.SyncBatchNorm2d(4),
     "Keras": lambda: syncbn.SyncBatchNormalization(num_features=4),
-    "converted alone": lambda: convert_sync_batchnorm(nn.BatchNorm2d(4)),
+    "converted outside a model": lambda: convert_sync_batchnorm(nn.BatchNorm2d(4)),
 }
 
 
@@ -35,7 +35,7 @@ def test_names_survive_copies_pickles_and_lazy_building():
 
 
 def test_the_whole_model_renames_what_a_part_has_named_and_not_what_the_user_has():
-    """Two parts that are converted one by one both have a layer "0"; on the wire they must not be the same."""
+    """Two parts that are converted one by one both have a layer "0", and ranks must not mistake one for the other."""
     parts = nn.ModuleDict({"left": nn.Sequential(nn.BatchNorm1d(4)), "right": nn.Sequential(nn.BatchNorm1d(4), SyncBatchNorm(4))})
     for part in parts.values():
         convert_sync_batchnorm(part)

@@ -11,7 +11,7 @@ from support.processes import outputs, run, torchrun, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 LAUNCHERS = {
-    "alone": [sys.executable],
+    "no launcher": [sys.executable],
     "torchrun": torchrun(),
     "mpirun": ["mpirun", "-n", "2", sys.executable],
 }
@@ -23,16 +23,16 @@ def test_correct_layer_passes(launcher, subprocess_env):
     done = run(command, env=subprocess_env, timeout=100)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "alone" else 2)
-    assert report["ranks"]["launcher"] == {"alone": None, "torchrun": "torchrun", "mpirun": "MPICH"}[launcher]
+    assert report["ok"] and report["ranks"]["world_size"] == (1 if launcher == "no launcher" else 2)
+    assert report["ranks"]["launcher"] == {"no launcher": None, "torchrun": "torchrun", "mpirun": "MPICH"}[launcher]
     assert set(report["errors"]) == {"float64", "float32", "float16", "bfloat16"} and set(report["implementations"]) == {"cpu", "cuda"}
     assert report["errors"]["float64"] < 1e-10
-    assert (report["ms_per_collective"] > 0) == (launcher != "alone")
-    assert report["exchange_path"] == ("none: a single rank" if launcher == "alone" else "in shared memory")
+    assert (report["ms_per_collective"] > 0) == (launcher != "no launcher")
+    assert report["exchange_path"] == ("none: a single rank" if launcher == "no launcher" else "in shared memory")
 
 
 def test_a_wrong_layer_fails(tmp_path, forks, subprocess_env):
-    """A layer that forgets to synchronize is found by two ranks."""
+    """Two ranks find a layer that does not synchronize."""
     script = tmp_path / "job.py"
     script.write_text(
         "import sys, syncbn.modules as m; from syncbn.comm import LOCAL; m.resolve = lambda group: LOCAL\n"

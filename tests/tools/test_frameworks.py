@@ -1,6 +1,7 @@
 """With SYNCBN_REPLACE_TORCH=1 frameworks use this package's layers on the CPU, with nothing of theirs changed.
 
-Each script trains on two ranks, and never mentions this package. The check can fail: without the variable torch's layers refuse the CPU.
+With the variable, each script trains on two ranks. No script mentions this package. The check can fail: without the variable, torch's
+layers refuse the CPU.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def test_a_framework_trains_with_synchronized_layers_if_torch_is_replaced(name, 
     modules, starter, script = SCRIPTS[name]
     monkeypatch.chdir(tmp_path)
     env = installed | {"SYNCBN_REPLACE_TORCH": str(int(replaced))}
-    ranks = 2 if replaced or name == "ignite" else 1  # ignite converts no model of a single rank
+    ranks = 2 if replaced or name == "ignite" else 1  # ignite converts no model in a single process
     ended = train(modules, script, env, servers[replaced], ranks=ranks, starter=starter)
     if replaced:
         assert_synchronized(ended)

@@ -25,7 +25,7 @@ NOT_NAMES = {  # value: the remedy that the error names
     "module with a slope": (nn.LeakyReLU(0.3), 'write activation="leaky_relu", negative_slope=0.3'),
     "function": (F.relu, 'write activation="relu"'),
     "torch's function": (torch.relu, 'write activation="relu"'),
-    "module that no kernel has": (nn.GELU(), "put it after the layer"),
+    "activation that no kernel has": (nn.GELU(), "put it after the layer"),
 }
 
 
@@ -46,7 +46,7 @@ def test_an_activation_that_is_not_a_name_is_refused_with_the_name_to_write(name
     assert layer.activation is None and not list(layer.children())
 
 
-# ---- Converters of others -------------------------------------------------------------------------------------------------------------
+# ---- Other converters -----------------------------------------------------------------------------------------------------------------
 # Each makes a new layer of the old one's tensors and then asks for the old one's children, as the project named in its docstring does.
 
 
@@ -121,11 +121,11 @@ def test_after_the_remedy_another_converter_keeps_the_function(converter):
 
 
 @pytest.mark.world_size(1)
-def test_a_layer_without_such_options_is_converted_by_others_and_lists_its_children():
+def test_other_converters_convert_a_layer_without_such_options_and_every_layer_lists_its_children():
     for converter in CONVERTERS:
         assert not isinstance(converter(nn.Sequential(convert_sync_batchnorm(nn.BatchNorm2d(4))))[0], SyncBatchNorm)
     layer = SyncBatchNorm(4, activation="relu")
-    other = nn.BatchNorm2d(4)  # a batch norm that has nothing to do with the layer, where its children are asked for
+    other = nn.BatchNorm2d(4)  # a batch norm without the layer's tensors, in the function that asks for the layer's children
     assert dict(layer.named_children()) == {} and list(layer.children()) == [] and other.num_features == 4
 
 

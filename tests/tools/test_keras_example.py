@@ -1,4 +1,4 @@
-"""Horovod's published worked example, and its weighting of unequal batches: numbers, outputs and gradients."""
+"""Horovod's published worked example, and its weighting of unequal batches: statistics, outputs and gradients."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from support.oracle import assert_close, rank_weighted_moments, relative_error
 from syncbn import SyncBatchNorm, SyncBatchNormalization, ops, reference
 
 EXAMPLE = json.loads(Path(__file__).with_name("keras_horovod_worked_example.json").read_text())
-STATISTIC = 1.2e-7  # half of the last printed digit, and one float32 rounding in TensorFlow
+STATISTIC = 1.2e-7  # half a unit of the last printed digit, and one float32 rounding in TensorFlow
 OUTPUT = 2e-6  # TensorFlow computes x * scale + shift in float32: at scale 28 that rounds at 18, not at 1
 
 
@@ -51,7 +51,7 @@ def test_worked_example_on_one_process(world, dtype):
 
 @pytest.mark.world_size(1)
 def test_worked_example_of_the_fused_operation(world):
-    """torch's convention, through SyncBatchNorm: the moving variance takes the Bessel-corrected one."""
+    """By torch's convention, which SyncBatchNorm has, the moving variance takes the Bessel-corrected one."""
     x, printed = tensor(EXAMPLE["single_process"]["x_step0"]).movedim(-1, 1), EXAMPLE["single_process"]["fused_printed"]
     layer = SyncBatchNorm(3, eps=1e-3, momentum=0.5)
     nn.init.ones_(layer.running_mean)
@@ -92,7 +92,7 @@ def test_gradients_of_the_worked_example_are_tensorflows(world):
     x = tensor(data[f"x_rank{world.rank}"], torch.float64).requires_grad_()
     y = layer(x)
     y.backward(want[f"dy_rank{world.rank}"])
-    # 16 digits are given: float64 sums of eight values, a variance of 0.005 beneath a square of 0.4
+    # 16 digits are given. The formula in float64 loses two of them: a variance of 0.005 is the difference of squares of 0.4
     assert_close(y, want[f"y_rank{world.rank}"], 1e-12, "y")
     assert_close(x.grad, want[f"dx_rank{world.rank}"], 1e-12, "dx")
     assert_close(sum(world.all_gather(layer.gamma.grad)), want["dgamma_sum_over_ranks"], 1e-12, "dgamma")
@@ -129,6 +129,6 @@ def test_unequal_batches_against_autograd_of_the_formula(world, weighting):
     assert_close(sum(world.all_gather(layer.beta.grad)), beta.grad, 1e-10, "dbeta")
     assert_close(layer.moving_mean, 0.25 * mean.detach(), 1e-10, "moving mean")
     assert_close(layer.moving_variance, 0.75 + 0.25 * var.detach(), 1e-10, "moving variance")
-    if world.size > 1:  # the two weightings are told apart by this data
+    if world.size > 1:  # this data tells the two weightings apart
         other = rank_weighted_moments(whole.detach().movedim(-1, 1), (sum(counts),) if weighting == "ranks" else counts)
         assert relative_error(layer.moving_mean, 0.25 * other[0]) > 0.01

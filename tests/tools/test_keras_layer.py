@@ -20,7 +20,6 @@ from syncbn import SyncBatchNormalization, ops
     "shape, axis", [((4, 3), -1), ((4, 3), 1), ((2, 3, 4, 5), 1), ((2, 3, 4, 5), -2), ((2, 3, 4, 5, 6), 3), ((3, 4), 0)]
 )
 def test_features_may_be_on_any_axis(world, shape, axis):
-    """Features on any dimension: the others are reduced."""
     x = torch.randn(shape, dtype=torch.float64)
     layer = SyncBatchNormalization(axis, dtype=torch.float64, process_group=world.group)
     others = [d for d in range(len(shape)) if d != axis % len(shape)]
@@ -31,7 +30,7 @@ def test_features_may_be_on_any_axis(world, shape, axis):
 
 @pytest.mark.world_size(1)
 def test_no_copy_for_features_on_the_last_dimension(monkeypatch):
-    """What the ops get and give is the caller's memory, seen as channels-last."""
+    """The op reads the caller's memory as channels-last, and its output needs no copy either."""
     seen = []
     original = ops.batch_norm
     monkeypatch.setattr(ops, "batch_norm", lambda x, *rest: seen.append(x.data_ptr()) or original(x, *rest))
@@ -63,7 +62,7 @@ def frozen_later(**options):
 @pytest.mark.parametrize("num_features", [None, 3], ids=["lazy", "built"])
 @pytest.mark.parametrize("make", [frozen_at_once, frozen_later])
 def test_a_frozen_layer_runs_in_inference_mode_and_does_not_train(world, make, num_features, training):
-    """As in Keras: trainable=False prevails over training=True. Ranks that exchanged something would wait here: rank 0 is alone."""
+    """As in Keras: trainable=False prevails over training=True. Only rank 0 calls the layer: an exchange would wait for the others."""
     layer = make(num_features=num_features, moving_mean_initializer="ones", process_group=world.group)
     x = torch.randn(8, 3, requires_grad=True)
     if world.rank == 0:
@@ -174,7 +173,7 @@ def test_state_dict_builds_a_layer():
 
 
 @pytest.mark.world_size(1)
-def test_partial_state_dict_keeps_what_it_brought():
+def test_building_keeps_the_values_of_a_partial_state_dict():
     layer = SyncBatchNormalization()
     layer.load_state_dict({"gamma": torch.tensor([2.0, 3.0])}, strict=False)
     layer(torch.randn(4, 2))
@@ -185,7 +184,7 @@ def test_partial_state_dict_keeps_what_it_brought():
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_compute_the_same_and_share_no_tensor(world, build, duplicate):
     if world.group is not None and duplicate is not copy.deepcopy:
-        pytest.skip("communicators do not travel")
+        pytest.skip("a communicator cannot be pickled")
     layer = SyncBatchNormalization(process_group=world.group)
     x = torch.randn(4, 3)
     if build:
@@ -203,17 +202,18 @@ def test_gradients_under_ddp_are_those_of_the_whole_batch(world):
     model = nn.Sequential(nn.Linear(4, 3), SyncBatchNormalization(num_features=3, momentum=0.9)).double()
     plain = copy.deepcopy(model)
     whole = torch.randn(2 * world.size, 4, dtype=torch.float64)
-    parallel = DistributedDataParallel(model)  # held on to: without it, its hooks are gone before the backward pass
+    parallel = DistributedDataParallel(model)  # a variable keeps its hooks until the backward pass
     parallel(whole[2 * world.rank :][:2]).square().mean().backward()
     plain[1].process_group = syncbn.new_group(1)
     plain(whole).square().mean().backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert_close(ours.grad, theirs.grad, 1e-10, name, plain[0].weight.grad)  # the bias before a batch norm has none
+        # Relative to the weight's gradient, because the gradient of a bias before a batch norm is 0.
+        assert_close(ours.grad, theirs.grad, 1e-10, name, plain[0].weight.grad)
 
 
 @pytest.mark.world_size(1)
 def test_torchs_tools_treat_it_as_a_batch_norm():
-    """It is a batch norm to torch's tools, synchronized already to this package's, and nothing that torch has to revert to."""
+    """torch's tools take it for a batch norm. This package's find it synchronized already, and leave it: torch has no class like it."""
     model = nn.Sequential(SyncBatchNormalization(num_features=3, name="bn"))
     assert isinstance(model[0], nn.modules.batchnorm._BatchNorm) and model[0].layer_name == "bn"
     state = vars(model[0]).copy()

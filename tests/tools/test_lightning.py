@@ -1,4 +1,4 @@
-"""The law: Trainer with the plugin trains as the plain model on the whole batch, and gives the plain model back."""
+"""A Trainer with the plugin trains a model as a single process trains the plain model, and gives the plain model back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, STEPS = 4, 3
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
 def pl(request):
-    """The project under either of its names."""
+    """Lightning, under either name of its package."""
     return pytest.importorskip(request.param, reason=f"needs {request.param}: pip install lightning pytorch-lightning")
 
 
@@ -93,8 +93,8 @@ def test_process_group_may_be_a_factory(world):
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("package", PACKAGES)
-def test_the_plugin_is_one_of_either_package_whenever_it_was_imported(package, monkeypatch):
-    """Both packages have a class of this name, unrelated to the other's."""
+def test_the_plugin_is_an_instance_of_the_packages_class_imported_before_it_or_after(package, monkeypatch):
+    """Each package has a class of this name, unrelated to the other's."""
 
     class Theirs(abc.ABC):
         @abc.abstractmethod
@@ -113,7 +113,7 @@ def test_the_plugin_is_one_of_either_package_whenever_it_was_imported(package, m
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("package", PACKAGES)
-def test_both_packages_have_that_class(package):
+def test_the_plugin_is_an_instance_of_the_real_class_of_each_package(package):
     plugins = pytest.importorskip(package, reason=f"needs {package}")
     assert isinstance(LayerSync(), plugins.LayerSync)
     assert importlib.import_module("syncbn").lightning.LayerSync is LayerSync

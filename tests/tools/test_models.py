@@ -1,4 +1,4 @@
-"""The law: three training steps of a converted real-world model match the plain model on the whole batch.
+"""Three training steps of a converted real-world model match the plain model on the whole batch.
 
 Models come from their libraries' configurations, small and with random weights. docs/models.md lists them.
 """
@@ -123,7 +123,7 @@ def segresnet(monai: Any) -> nn.Module:
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """Everything that depends on a sample, [N, *]."""
+    """What the model returns for each sample, [N, *]."""
     y = model(x)
     if isinstance(y, Tensor):
         return y
@@ -146,7 +146,7 @@ CASES: list[tuple[str, Callable[[Any], nn.Module], tuple[int, ...]]] = [
 
 
 def step(model: nn.Module, x: Tensor, samples: int, all_gather: Callable[[Tensor], list[Tensor]]) -> Tensor:
-    """One step of SGD on a mean of squares over the samples of all ranks, whose gradients add up. The outputs."""
+    """One step of SGD on a mean of squares over the samples of all ranks; the ranks' gradients are added up. Returns the outputs."""
     y = outputs(model, x)
     (y.square().sum() / (samples * y[0].numel())).backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -169,7 +169,7 @@ def test_three_steps_on_the_ranks_equal_three_on_the_whole_batch(world, library,
     norms = sum(isinstance(m, _BatchNorm) for m in plain.modules())
     assert norms > 0
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is left alone
+        warnings.simplefilter("error")  # a layer that is left alone is an error
         model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain), world.group)
     assert sum(isinstance(m, syncbn.SyncBatchNorm) for m in model.modules()) == norms
     counts = COUNTS[world.size]
@@ -189,7 +189,7 @@ def test_three_steps_on_the_ranks_equal_three_on_the_whole_batch(world, library,
     assert torch.equal(outputs(plain.eval(), x), outputs(model.eval(), x))
 
 
-JOINED = {  # (activations fused, batch norms folded) at least, seen with transformers 5.23 and monai 1.6
+AT_LEAST = {  # (activations fused, batch norms folded) with transformers 5.23 and monai 1.6
     resnet: (7, 11),
     regnet: (5, 9),
     efficientnet: (14, 14),
@@ -220,7 +220,7 @@ def test_fused_and_folded_models_equal_the_plain_one(library, build, shape):
         assert_close(outputs(model, x), outputs(plain, x), TOLERANCE, "outputs")
     activations = sum(getattr(m, "activation", None) is not None for m in fused.modules() if isinstance(m, syncbn.SyncBatchNorm))
     left = sum(isinstance(m, _BatchNorm) for m in folded.modules())
-    least = JOINED.get(build, (0, 0))
+    least = AT_LEAST.get(build, (0, 0))
     assert activations >= least[0] and len(norms) - left >= least[1]
 
 
@@ -228,7 +228,7 @@ def test_fused_and_folded_models_equal_the_plain_one(library, build, shape):
 
 
 def norm_act() -> type[nn.Module]:
-    """timm's class, or one of its name and its meaning where timm cannot be imported (it needs torchvision)."""
+    """timm's class, or one with its name and its forward if timm cannot be imported (it needs torchvision)."""
     try:
         from timm.layers.norm_act import BatchNormAct2d
 
@@ -250,7 +250,7 @@ def norm_act() -> type[nn.Module]:
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.SiLU])
 def test_norm_and_activation_of_timm_are_converted_together(world, act):
-    """In training and in eval; the activation is not lost, as it is with torch's converter. Reverted, the class is timm's."""
+    """The activation is kept, which torch's converter loses, in training and in eval mode. A reverted layer has timm's class again."""
     plain = nn.Sequential(nn.Conv2d(3, 4, 1), norm_act()(4, act_layer=act), nn.ReLU()).double()
     model = syncbn.convert_sync_batchnorm(copy.deepcopy(plain), world.group, fuse_activation=True)
     counts = (2,) * world.size
@@ -276,7 +276,7 @@ def test_norm_and_activation_of_timm_are_folded_together(convert):
 
 
 def test_frozen_norms_are_kept(world):
-    """Detection models' frozen norms are no batch norms to torch, and have nothing to synchronize."""
+    """The frozen norms of detection models are no subclasses of torch's batch norms, and have nothing to synchronize."""
 
     class FrozenBatchNorm2d(nn.Module):
         def __init__(self, n):

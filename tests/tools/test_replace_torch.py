@@ -24,7 +24,7 @@ EARLY = nn.SyncBatchNorm  # bound before any replacement
 
 
 class Subclass(nn.SyncBatchNorm):
-    """As timm and mmengine have one."""
+    """A subclass with an activation, as timm and mmengine have."""
 
     def __init__(self, channels):
         super().__init__(channels, eps=1e-3)
@@ -204,7 +204,7 @@ def test_one_line_of_a_job_says_that_torch_is_replaced(installed, tmp_path):
 
 @pytest.mark.world_size(2)
 @pytest.mark.process_group
-def test_ranks_that_differ_in_it_are_told_apart_at_the_first_exchange(world):
+def test_ranks_of_which_only_some_have_replaced_torch_learn_it_at_the_first_exchange(world):
     group = syncbn.new_group(world.size)
     if world.rank == 1:
         replace_torch()
@@ -216,7 +216,7 @@ def test_ranks_that_differ_in_it_are_told_apart_at_the_first_exchange(world):
 
 
 @pytest.mark.world_size(1)
-def test_check_reports_it_and_what_turns_it_off(installed):
+def test_check_reports_the_replacement_and_what_turns_it_off(installed):
     env = installed | {"SYNCBN_REPLACE_TORCH": "1", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     done = run([sys.executable, "-m", "syncbn.check"], env=env, timeout=100)
     assert done.returncode == 0 and "torch.nn SyncBatchNorm is this package's layer" in done.stdout, done.stdout + done.stderr

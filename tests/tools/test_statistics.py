@@ -20,7 +20,7 @@ from support.models import ResNet
 from support.oracle import assert_close
 from syncbn import SyncBatchNorm, SyncBatchNormalization, update_bn_stats
 
-ROWS = {  # of each batch of each rank: other sizes, other numbers of batches, empty ones, none at all
+ROWS = {  # in each batch of each rank: some batches are empty, and some ranks have fewer batches or none
     1: [(4, 0, 1, 7)],
     2: [(4, 1), (3, 0, 5)],
     3: [(2, 2), (), (5, 0, 1, 4)],
@@ -38,7 +38,7 @@ KINDS = {
 
 
 def batches(rows, *shape):
-    """A list of batches for each rank, of other distributions, and all of them in one."""
+    """(a list of batches for each rank, all batches as one). Each batch has its own distribution."""
     each = [[torch.randn(n, *shape, dtype=torch.float64) * (rank + 1) + i for i, n in enumerate(mine)] for rank, mine in enumerate(rows)]
     return each, torch.cat([batch for mine in each for batch in mine])
 
@@ -82,7 +82,8 @@ def test_does_not_depend_on_which_rank_has_which_batch(world):
 
 @pytest.mark.world_size(1)
 def test_each_batch_norm_normalizes_by_its_batch():
-    """What the next layer sees; a batch with one value per channel has no variance and takes the moving statistics."""
+    """The second layer shows how the first one normalized. A batch with one value per channel has no variance: the moving statistics
+    normalize it."""
     first, second = nn.BatchNorm1d(3), SyncBatchNorm(2)
     model = nn.Sequential(first, nn.Dropout(), nn.Linear(3, 2), second).double()
     first(torch.randn(8, 3, dtype=torch.float64) + 3)
@@ -100,15 +101,15 @@ def test_each_batch_norm_normalizes_by_its_batch():
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
 def test_two_collectives_suffice_for_a_model(world):
-    """DistributedDataParallel's broadcasts, and the layers' own, would hang: the ranks have different numbers of batches."""
+    """DistributedDataParallel's broadcasts and the layers' exchanges would hang: the ranks have different numbers of batches."""
     model = ResNet(SyncBatchNorm)
     ddp = DistributedDataParallel(model)
     each, _ = batches(ROWS[world.size], 3, 8, 8)
     tagged = 2  # the exchange adds its tag and the square of it
-    numbers = tagged + sum(2 * m.num_features + 4 for m in model.modules() if isinstance(m, _BatchNorm))
+    values = tagged + sum(2 * m.num_features + 4 for m in model.modules() if isinstance(m, _BatchNorm))
     with collectives() as seen:
         update_bn_stats(ddp, [batch.float() for batch in each[world.rank]], progress=False)
-    assert seen == [("allreduce", numbers, torch.float64)] * 2  # the means, then the sums about them
+    assert seen == [("allreduce", values, torch.float64)] * 2  # the means, then the sums about them
 
 
 @pytest.mark.world_size(1)
@@ -125,7 +126,7 @@ def test_keras_layer_called_with_training():
     model.bn.register_forward_hook(lambda module, args, kwargs, y: trained.append(kwargs.get("training")), with_kwargs=True)
     trained: list[bool] = []
     update_bn_stats(model, [x[:4], x[4:]], progress=False)
-    assert not any(trained)  # else it would wait for the other ranks
+    assert not any(trained)  # a layer that trains would wait for the other ranks
     assert_close(model.bn.moving_variance, x.double().flatten(0, 1).var(0, unbiased=False), 2e-6, "moving_variance")
 
 
@@ -216,7 +217,7 @@ def test_a_compiled_model_gets_its_statistics(compile):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     compiled = compile(model, backend="eager")
     x = torch.randn(8, 3)
-    for mode in (True, False):  # a graph without hooks is there for either
+    for mode in (True, False):  # so that there is a compiled graph without hooks for each mode
         compiled.train(mode)(x)
     update_bn_stats(compiled, [x], progress=False)
     assert_close(model[1].running_mean, model[0](x).double().mean(0).detach(), 2e-6, "running_mean")

@@ -18,7 +18,7 @@ from syncbn import SyncBatchNorm, SyncBatchNormalization, update_bn_stats
 
 
 def snapshot(model):
-    """Everything but the two statistics: attributes, tensors by identity, other tensors by value, hooks."""
+    """Everything but the values of the two statistics: attributes, hooks, tensors by identity, and the values of all other tensors."""
     statistics = {id(t) for m in model.modules() if isinstance(m, _BatchNorm) for t in (m.running_mean, m.running_var)}
     tensors = {key: (id(t), None if id(t) in statistics else t.tolist()) for key, t in model.state_dict(keep_vars=True).items()}
     plain = {n: {k: v for k, v in vars(m).items() if isinstance(v, (bool, int, float, str, type(None)))} for n, m in model.named_modules()}
@@ -40,7 +40,7 @@ def test_changes_nothing_else(world, fails):
     else:
         update_bn_stats(model, data[:1], process_group=world.group, progress=False)
     assert snapshot(model) == before
-    assert torch.equal(model.stem[1].running_mean, statistics) == fails  # and half a pass changes no statistics
+    assert torch.equal(model.stem[1].running_mean, statistics) == fails  # a pass that fails changes no statistics
 
 
 @pytest.mark.world_size(1)
@@ -56,7 +56,7 @@ def test_an_error_inside_a_batch_norm_leaves_its_statistics():
 
 
 def interrupted_at(line, function):
-    """Whether Ctrl-C came: into the given one of the lines of bn_stats.py that `function` runs."""
+    """Runs `function`, with a KeyboardInterrupt at the line of this number among those of bn_stats.py that it runs. Whether one came."""
     lines = itertools.count()
 
     def local(frame, event, _):
@@ -100,5 +100,5 @@ def test_an_interrupt_at_any_line_leaves_everything_as_it_was(compiled, monkeypa
 
 
 def stance():
-    """The compiler's, if it is loaded."""
+    """The stance of torch.compile, if the compiler is loaded."""
     return sys.modules["torch._dynamo"].eval_frame._stance if "torch._dynamo" in sys.modules else None

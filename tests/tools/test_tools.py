@@ -1,4 +1,4 @@
-"""The law: what torch's tools do with a batch norm, they do with this one."""
+"""torch's tools do with this package's layers what they do with torch's batch norms."""
 
 from __future__ import annotations
 
@@ -68,7 +68,6 @@ def test_state_dicts_are_weights_only(model, x):
 
 @pytest.mark.process_group
 def test_a_distributed_checkpoint_loads_into_the_plain_model(world, model, x, tmp_path_factory):
-    """Saved with synchronized layers, loaded by the plain model."""
     name = [str(tmp_path_factory.mktemp("checkpoint")) if world.rank == 0 else None]
     torch.distributed.broadcast_object_list(name)
     model(x)
@@ -82,7 +81,7 @@ def test_a_distributed_checkpoint_loads_into_the_plain_model(world, model, x, tm
 
 
 def test_averaged_model_and_update_bn(world, x):
-    """Averaged weights, then the statistics of the averaged model over the loader: those of the whole batches."""
+    """First the weights are averaged, then the loader gives the averaged model its statistics: those of the whole batches."""
     plain, model = net(), syncbn.convert_sync_batchnorm(net(), world.group)
     averages = [AveragedModel(m) for m in (plain, model)]
     for average, m in zip(averages, (plain, model), strict=True):
@@ -105,7 +104,7 @@ def test_an_averaged_model_averages_buffers(model, x):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 def test_an_exported_eval_model_needs_no_syncbn(world, x, residual):
-    """Into torch's own operators only: the program needs no syncbn where it runs."""
+    """The program has only torch's own operators."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, activation="silu").eval()
     inputs = (x, x.sin()) if residual else (x,)
     program = torch.export.export(layer, inputs, dynamic_shapes=({0: torch.export.Dim("batch")},) * len(inputs) if not residual else None)
@@ -117,7 +116,7 @@ def test_an_exported_eval_model_needs_no_syncbn(world, x, residual):
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("layer", [syncbn.SyncBatchNorm(4), syncbn.SyncBatchNormalization(axis=1, num_features=4)], ids=["torch", "keras"])
 def test_a_layer_is_one_call_in_a_traced_graph(layer):
-    """As torch's own: feature extractors and other tools of torch.fx."""
+    """Feature extractors and other tools of torch.fx expect this, as of torch's own layers."""
     plain = nn.Sequential(nn.Linear(3, 4), layer, nn.ReLU())
     traced = torch.fx.symbolic_trace(plain)
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1", "2"]
@@ -144,7 +143,7 @@ def test_onnx_export_of_a_reverted_model(model, x):
 
 
 def test_a_model_without_memory_converts_and_trains(world, x):
-    """A model without memory is converted, gets its memory, and trains."""
+    """On the meta device a model has no memory: `to_empty` allocates it."""
     with torch.device("meta"):
         model = net()
     model = syncbn.convert_sync_batchnorm(model, world.group)
@@ -157,7 +156,6 @@ def test_a_model_without_memory_converts_and_trains(world, x):
 
 
 def test_lazy_layers_convert_before_their_features_are_known(world, x):
-    """Conversion before the number of features is known."""
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
     model = syncbn.convert_sync_batchnorm(model, world.group)
     model(x)
@@ -175,7 +173,7 @@ class Positive(nn.Module):
 
 @pytest.mark.parametrize("when", ["before conversion", "after conversion"])
 def test_a_parametrized_weight_gets_its_gradient(world, x, when):
-    """The weight is a function of another parameter, which gets the gradient. Conversion and parametrization undo in any order."""
+    """The weight is a function of another parameter, which gets the gradient. Conversion and parametrization can be undone in any order."""
     layer = nn.BatchNorm2d(3)
     if when.startswith("before"):
         parametrize.register_parametrization(layer, "weight", Positive())
@@ -201,7 +199,7 @@ def test_weight_norm_of_the_layer_before(world, x):
 
 
 def test_functional_call_takes_parameters_from_outside(world, model, x):
-    """Parameters from outside, as in meta-learning."""
+    """As meta-learning does."""
     state = {name: t.detach().clone().requires_grad_(t.is_floating_point()) for name, t in model.state_dict().items()}
     state = {name: t.detach() if "running" in name else t for name, t in state.items()}
     y = torch.func.functional_call(model, state, (x,))
