@@ -41,18 +41,18 @@ class Communicator(Protocol):
         """Seconds that a rank waits for the others."""
 
     def among(self, ranks: list[int]) -> Communicator | None:
-        """A communicator of these ranks of this one, which lives as long. Every rank calls it; those that are not among them get None."""
+        """A communicator of some of this one's ranks, which lives as long as this one. Every rank calls it; the other ranks get None."""
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The elementwise sum of `tensor` over the ranks, bitwise identical on all of them. Overwrites `tensor` and returns it; in a
         compiled graph it may return another tensor."""
 
     def merges(self, device: torch.device) -> bool:
-        """Whether `all_reduce_stats_` takes statistics about any shifts, where x is on this device; else all shifts must be 0."""
+        """Whether `all_reduce_stats_` takes statistics about any shifts, if x is on this device. If not, all shifts must be 0."""
 
     def all_reduce_stats_(self, stats: Tensor, channels: int) -> Tensor:
-        """The statistics of all ranks' samples from those of each rank (`reference.stats` [3 * channels + 4]), bitwise
-        identical on all of them. May be `stats` itself, overwritten. One collective."""
+        """The statistics of all ranks' samples, computed from the `stats` of each rank (`reference.stats` [3 * channels + 4]) by one
+        collective, bitwise identical on all ranks. It may overwrite and return `stats`."""
 
 
 class LocalCommunicator:
@@ -86,8 +86,9 @@ _HAS_DISTRIBUTED = dist.is_available()
 def resolve(process_group: Any = None) -> Communicator:
     """The communicator of what a user passes as `process_group`.
 
-    None is a duplicate of the default group if torch.distributed is initialized, else this single process. Raises ValueError for anything
-    that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py communicator, and where this rank is no member.
+    None means a duplicate of the default group if torch.distributed is initialized, else this single process. A group of one rank is a
+    single process, too. Raises ValueError for anything that is not a `ProcessGroup`, a one-dimensional `DeviceMesh` or an mpi4py
+    communicator, and for a group that this rank is not a member of.
     """
     if process_group is None:
         default = dist.group.WORLD if _HAS_DISTRIBUTED else None
@@ -96,10 +97,10 @@ def resolve(process_group: Any = None) -> Communicator:
                 _warn_if_started_with_others()
             return LOCAL
         return DefaultGroupCommunicator(default) if default.size() > 1 else LOCAL
-    if isinstance(process_group, ProcessGroupCommunicator):  # as syncbn.join gives its layers
+    if isinstance(process_group, ProcessGroupCommunicator):  # syncbn.join gives its layers one
         return process_group
     if _is_mpi(process_group):
-        from .mpi import MPICommunicator  # only here: mpi4py starts MPI when it is imported
+        from .mpi import MPICommunicator  # only here, because that file imports mpi4py, which is optional and starts MPI
 
         mpi = MPICommunicator(process_group)
         return mpi if mpi.world_size > 1 else LOCAL
@@ -119,7 +120,7 @@ def resolve(process_group: Any = None) -> Communicator:
     )
 
 
-@functools.cache  # once a process
+@functools.cache  # one warning per process
 def _warn_if_started_with_others() -> None:
     here = environment.rank_info()
     if here.world_size > 1:

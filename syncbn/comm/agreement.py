@@ -1,16 +1,16 @@
 """Checks, before tensors are summed, that all ranks are about to run the same exchange.
 
-SYNCBN_CHECK says when the ranks compare whole signatures:
+SYNCBN_CHECK says when ranks that do not exchange in one memory compare whole signatures:
 
     first     (default) at a layer's first exchange in a group, in each direction
     always    at every exchange, to find where a run diverges later on
     off       never
 
-With first and always every eager exchange outside syncbn.join is also verified by a digest (sharing.py). No signatures are compared while a
-graph is traced or captured.
+With first and always every eager exchange outside syncbn.join is also verified, by a digest (sharing.py) or by a tag (alarms.py). No
+signatures are compared while a graph is traced or captured.
 
-A comparison takes one all-reduce, of 24 bytes per rank and one more byte, which gathers the digests of the signatures. If these differ, a
-second all-reduce gathers the signatures themselves, for the error.
+A comparison takes one all-reduce, of 24 bytes per rank and one more byte, which gathers the digests and lengths of the signatures. If the
+digests differ, a second all-reduce gathers the signatures themselves, for the error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ LONGEST = 4096  # bytes of a signature and its details that an error shows
 
 
 class RankMismatchError(RuntimeError):
-    """The ranks of a group are about to exchange different things. Raised on every rank; the message lists what each was about to do."""
+    """The ranks of a group are about to exchange different things; the message lists what each was about to do. Or, on GPUs, they have
+    exchanged different things; the message lists the exchanges. Raised on every rank."""
 
 
 def verify(comm: Communicator, signature: str, details: str, device: torch.device) -> None:
@@ -76,7 +77,7 @@ def gather(comm: Communicator, row: bytes, device: torch.device) -> list[bytes]:
 
 
 def _both_ends(text: str) -> bytes:
-    """At most LONGEST bytes: layer names differ mostly in their last parts."""
+    """The text, without its middle if it is longer than LONGEST bytes: layer names differ mostly in their last parts."""
     data = text.encode()
     if len(data) <= LONGEST:
         return data

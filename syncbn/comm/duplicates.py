@@ -32,7 +32,7 @@ def duplicate_of_default(default: dist.ProcessGroup) -> dist.ProcessGroup:
             if duplicate is None:
                 try:
                     duplicate = _duplicates[default] = dist.new_group(timeout=timeout_of(default))
-                except Exception as error:  # of the store, or of a backend that connects at once
+                except Exception as error:  # from the store, or from a backend that connects at once
                     raise Incomplete(f"the layers' duplicate of the default group could not be made: {error}") from error
     return duplicate
 
@@ -74,7 +74,7 @@ def all_gather(number: int) -> list[int]:
 
 
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
-    """The group's timeout: a new group would get torch's default. None for a backend that has none."""
+    """The group's timeout, for a new group, which would otherwise get torch's default. None for a backend that has none."""
     assert group is not None
     return timeout_of_backend(group, torch.device(_device()))
 

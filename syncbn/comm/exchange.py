@@ -1,11 +1,11 @@
 """Runs a layer's exchanges over a communicator: verifies them, and names the layer in logs, profiles and errors.
 
-    group        ──► the first call makes it, if it is a duplicate, and finds how the ranks exchange: way.py
-    verify       ──► agreement.py compares signatures, at first exchanges or always; not in shared memory, which verifies each
-    collective   ──► in the ranks' memory or over the group, under a profiler's range, logged with SYNCBN_DEBUG=1
+    group        ──► the first exchange makes it, if it is a duplicate, and finds how the ranks exchange: way.py
+    verify       ──► agreement.py compares signatures, at first exchanges or always; not in one host's memory, which verifies each exchange
+    exchange     ──► in the ranks' memory or over the group
     count        ──► identity.py: only if all of this has completed
 
-SYNCBN_DEBUG=1 logs each collective through `logging`, at the price of waiting for it; profilers show a range for each.
+SYNCBN_DEBUG=1 logs each exchange through `logging`, at the price of waiting for it; profilers show a range for each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .way import OVER_THE_GROUP, Key, MemoryOrGroup
 class LayerExchanges:
     """Runs a layer's exchanges over a communicator, in one call of the layer and in that call's backward passes.
 
-    It looks up the state of the layer and of its group only once, because the look-ups take longer than an exchange in shared memory.
+    It looks up the state of the layer and of its group only once, because the look-ups take half as long as an exchange in shared memory.
     """
 
     __slots__ = ("_state", "channels", "comm", "dtype", "eps", "layer", "membership", "record", "shape", "way", "weighting")
@@ -38,7 +38,7 @@ class LayerExchanges:
     def __init__(
         self,
         comm: Communicator,
-        layer: str,  # in logs and profiles
+        layer: str,  # its name in logs and profiles, and without a record also in signatures
         dtype: torch.dtype,  # of the layer's input; like weighting and eps the same on all ranks
         weighting: str,
         eps: float,
@@ -53,9 +53,9 @@ class LayerExchanges:
         self.way = OVER_THE_GROUP  # how the ranks exchange, once `_enter` has found out
 
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
-        """How an exchange of this many values on x's device is verified. Raises as `all_reduce_`.
+        """How an exchange of this many values on x's device is verified. Raises the errors of `all_reduce_`.
 
-        Call it before any value is computed: if this is the group's first exchange, it makes the group."""
+        Call it before any value is computed: the tag and `merges` depend on it. The first call of all makes the group."""
         if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
             return NO_TICKET
         try:
@@ -67,7 +67,7 @@ class LayerExchanges:
         return NO_TICKET if self.way.in_one_memory else self.way.ticket(self.comm, self._key(kind, values))
 
     def sum(self, values: Tensor, kind: str) -> Tensor:
-        """The sum of `values` over the ranks, for values whose tag no kernel writes or verifies. Raises as `all_reduce_`."""
+        """The sum of `values` over the ranks, for values whose tag no kernel writes or verifies. Raises the errors of `all_reduce_`."""
         ticket = self.ticket(values, kind, values.numel())
         payload = torch.cat([values.flatten(), *(values.new_full((1,), t) for t in (ticket.tag, ticket.tag * ticket.tag))])
         total = self.all_reduce_(payload, kind)
@@ -79,7 +79,7 @@ class LayerExchanges:
         self.way.verify(self._key(kind, total.numel() - TAGS), total[-TAGS:], ticket)
 
     def all_reduce_(self, tensor: Tensor, kind: str) -> Tensor:
-        """`Communicator.all_reduce_` of values that end with a tag and its square, those of the `ticket` for them.
+        """`Communicator.all_reduce_` of values that end with the tag of their `ticket` and its square.
 
         Args:
             kind: the exchange's name, such as "forward".
@@ -87,21 +87,21 @@ class LayerExchanges:
         Raises:
             RankMismatchError: the ranks disagree about the exchange; raised on every rank.
             RuntimeError: another rank did not arrive within the group's timeout, or its process exited; or the exchange failed on this
-                rank. Names the layer.
-            ValueError, TypeError, MemoryError: this rank's own, as they were raised.
+                rank. The message names the layer.
+            ValueError, TypeError, MemoryError, torch.OutOfMemoryError: this rank's own errors, unchanged.
         """
         if self.comm is LOCAL:
             return tensor
         return self.comm.all_reduce_(tensor) if torch.compiler.is_compiling() else self._exchanged(tensor, 0, kind)
 
     def merges(self, x: Tensor) -> bool:
-        """Whether `all_reduce_stats_` merges statistics about different shifts. Call `ticket` before it."""
+        """Whether `all_reduce_stats_` merges statistics about different shifts. Call `ticket` first."""
         return self.way.in_one_memory or self.comm.merges(x.device)
 
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
-        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises as `all_reduce_`.
+        """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises the errors of `all_reduce_`.
 
-        `shifted` is what `merges` returned: if the graph breaks in between, this call may be traced although that one was not."""
+        `shifted` is what `merges` returned: if the graph breaks in between, this call may be traced although `merges` was not."""
         if torch.compiler.is_compiling():
             return self.comm.all_reduce_stats_(rebase(stats, torch.zeros_like(stats[:channels])) if shifted else stats, channels)
         return self._exchanged(stats, channels, "forward")
@@ -113,8 +113,8 @@ class LayerExchanges:
         return ", ".join(filter(None, (description, shape, self._position())))
 
     def _enter(self, tensor: Tensor) -> GroupState:
-        """Looks up the group, which the first call of all makes, and how it exchanges tensors on `tensor`'s device. Collective if it is
-        the group's first exchange."""
+        """Looks up the group, which its first exchange makes, and how its ranks exchange tensors on `tensor`'s device. Collective if the
+        group has not exchanged tensors on that kind of device yet."""
         if self._state is None:
             failures.check_possible(tensor)
             group = self.comm.group
@@ -132,7 +132,7 @@ class LayerExchanges:
         """The sum of `tensor`, which holds statistics if `channels` is not 0."""
         values = tensor.numel() - channels - TAGS  # the shifts are not counted
         try:
-            state = self._state or self._enter(tensor)  # not entered yet, if `ticket` was traced
+            state = self._state or self._enter(tensor)  # `ticket` does not enter while it is traced
             key = self._key(kind, values)
             if not self.way.in_one_memory:
                 self.way.check()
@@ -144,7 +144,7 @@ class LayerExchanges:
                         total = reduce(self.comm, tensor, channels, key)
                 else:
                     total = reduce(self.comm, tensor, channels, key)
-            except Mismatch:  # on every rank, so that all of them can compare signatures over the group
+            except Mismatch:  # every rank gets it, so all of them can compare signatures over the group
                 agreement.verify(self.comm, signature(*key), self.details(), tensor.device)
                 raise agreement.RankMismatchError(
                     f"the ranks differ in the number of values or in SYNCBN_CHECK (set it on every rank), in {signature(*key)}"
@@ -173,8 +173,8 @@ class LayerExchanges:
             self.membership.verified.add(kind)
 
     def _cause(self, error: Exception) -> Exception:
-        """`error`, or the failure of an earlier exchange that devices have noticed meanwhile. Raises RankMismatchError if they have
-        found a mismatch: another rank may have read its alarm, and not come."""
+        """`error`, or the failure of an earlier exchange if a device has noticed one meanwhile. Raises RankMismatchError if a device has
+        found a mismatch: another rank may have raised it already, and so be missing here."""
         if not isinstance(error, Missing):
             try:
                 self.way.check()

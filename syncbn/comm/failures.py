@@ -1,4 +1,4 @@
-"""An exchange that cannot be, or fails: whose failure it is, and what the error says."""
+"""Errors of an exchange that is impossible or has failed: whose failure it is, and what the message says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .._torch_private import is_batched, is_fake
 
 
 class Incomplete(RuntimeError):
-    """A collective has started on this rank and did not complete: another rank is missing, or a connection is lost."""
+    """A collective, or the making of a group, did not complete: another rank is missing, or a connection is lost."""
 
 
 CAUSES = (
@@ -40,7 +40,7 @@ def ordinal(number: int) -> str:
 
 
 def check_possible(tensor: Tensor) -> None:
-    """Raises before the group is made, since the other ranks would have to take part in that."""
+    """Raises RuntimeError if this tensor cannot be exchanged. Call it before the group is made, in which the other ranks take part."""
     if torch.jit.is_tracing():
         raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
     if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):

@@ -40,7 +40,7 @@ class Unusable(Exception):
 class Hosts(NamedTuple):
     """The hosts of a group's ranks, and the memory on this rank's host: None if no other rank is there."""
 
-    ranks: list[list[int]]  # for each host its ranks, in the order of first ranks
+    ranks: list[list[int]]  # those of each host; the hosts in the order of their first ranks
     memory: SharedMemory | None
 
 
@@ -48,7 +48,7 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
     """Every rank calls it. Raises Unusable on every rank if one of them cannot share memory.
 
     Args:
-        gather: returns the bytes, PAYLOAD + REASON, of every rank.
+        gather: takes this rank's bytes, PAYLOAD + REASON of them, and returns those of every rank.
     """
     why = _why_not()
     identity, why = (None, why) if why else _try(host_identity)
@@ -75,9 +75,9 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
             why = f"{FOLDER} of the ranks {here} is not the same memory"
         agree(gather, b"", why)
-    finally:  # by now every rank of the host has mapped it, or none will; each removes it, because its maker may have been killed
+    finally:  # by now every rank of the host has mapped the file, or none will; each removes its name, since its maker may have been killed
         if path is not None and len(here) > 1:
-            with suppress(OSError):  # it has been removed, or another user made it, whose files stay
+            with suppress(OSError):  # another rank has removed it, or another user made it, whose files stay
                 path.unlink()
     if memory is not None:
         memory.start()
@@ -107,7 +107,7 @@ def _why_not() -> str:
 
 
 def host_identity() -> bytes:
-    """Equal for the ranks that may share memory: the same kernel, running since the same moment, host name, and file system.
+    """Equal for ranks that may share memory: the same protocol, boot of the machine, host name, and file system in FOLDER.
 
     Containers of one machine have their own host names or their own /dev/shm.
     """
@@ -120,7 +120,7 @@ def host_identity() -> bytes:
 
 
 def _try(make: Callable[..., Made], *arguments: object) -> tuple[Made | None, str]:
-    """What it makes, or the reason why it cannot."""
+    """What `make` returns, or the reason why it has failed."""
     try:
         return make(*arguments), ""
     except (OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def _names(ranks: list[int]) -> list[str]:
 
 
 def _remove_stale() -> None:
-    """Files of this user's jobs that were killed, with all their ranks, in the milliseconds between making and removing the name."""
+    """Removes files of this user's jobs whose ranks were all killed in the milliseconds between making the name and removing it."""
     for path in FOLDER.glob("syncbn-*"):
         with suppress(OSError):
             status = path.lstat()

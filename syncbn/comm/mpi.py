@@ -21,7 +21,7 @@ from .sums import SumsAboutZero
 
 
 class Duplicate:
-    """A duplicate of a communicator, whose messages cannot meet those of the original."""
+    """A duplicate of a communicator, whose messages cannot be confused with those of the original."""
 
     def __init__(self, comm: MPI.Comm) -> None:
         self.comm = comm
@@ -46,7 +46,7 @@ class MPICommunicator(SumsAboutZero):
 
     @property
     def group(self) -> Duplicate:
-        """One for each communicator, kept as its attribute and freed with it. The first call is collective."""
+        """The duplicate of `comm`, kept as its attribute and freed with it. The first call is collective."""
         self._check()  # the communicator may have been freed since the forward pass
         duplicate: Any = self.comm.Get_attr(_DUPLICATE)
         if duplicate is None:
@@ -115,7 +115,7 @@ class InFlight:
         self.request: MPI.Request | None = None
 
     def run(self, start: Callable[[], MPI.Request]) -> None:
-        """Raises Incomplete after SYNCBN_MPI_TIMEOUT seconds; MPI itself has no timeout."""
+        """Starts the request and waits for it. Raises Incomplete after SYNCBN_MPI_TIMEOUT seconds; MPI itself has no timeout."""
         _in_flight.add(self)
         try:
             self.request = start()

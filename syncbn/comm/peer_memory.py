@@ -24,7 +24,7 @@ from .._torch_private import symmetric_memory
 from .failures import Incomplete
 
 MAX_PEERS = 16
-MOST_SECONDS = 1e9  # of waiting; as nanoseconds they fit 64 bits
+MOST_SECONDS = 1e9  # that a rank waits; in nanoseconds they fit in 64 bits
 
 
 class Peers(ctypes.Structure):
@@ -47,13 +47,13 @@ class Missing(Incomplete):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled side, or None where there is none."""
+    """The compiled side; None if it was not built or not loaded."""
     cuda = native.status()[1]
     return declared(ctypes.CDLL(str(cuda.path))) if cuda.loaded else None
 
 
 def declared(functions: ctypes.CDLL) -> ctypes.CDLL | None:
-    """`functions` with their types; None if the library has them not, or in another version."""
+    """`functions` with their types; None if the library lacks them, or has those of another version."""
     if not hasattr(functions, "syncbn_peer_all_reduce") or functions.syncbn_peers_bytes() != ctypes.sizeof(Peers):
         return None
     address = ctypes.c_void_p
@@ -64,10 +64,10 @@ def declared(functions: ctypes.CDLL) -> ctypes.CDLL | None:
 
 
 class PeerMemory:
-    """This rank's part of the memory of a group. Every rank makes one at the same time.
+    """This rank's part of the memory of a group. All ranks make theirs together.
 
     Args:
-        signature: of an exchange's key, for errors.
+        signature: gives the signature of an exchange's key, for errors.
         timeout: seconds that a rank waits for the others.
     """
 
@@ -99,17 +99,17 @@ class PeerMemory:
         self._keys: dict[tuple[Any, ...], int] = {}  # of exchanges, with the numbers by which the kernel names them
         self._last: Any = None  # the stream of the last exchange
         self._turn = threading.Lock()
-        synchronize(device)  # what is zero must be so before another stream uses it
+        synchronize(device)  # the zeros must be written before another stream uses them
         weakref.finalize(self, synchronize, device).atexit = False  # else memory would be freed while a kernel still uses it
 
     @property
     def capacity(self) -> int:
-        """Values of an exchange, at most."""
+        """The most values that an exchange can have."""
         return self._peers.capacity
 
     @contextmanager
     def waiting(self, seconds: float) -> Iterator[None]:
-        """Exchanges in it wait no longer than this for the other ranks."""
+        """Inside, an exchange waits no longer than this for the other ranks."""
         patience = self._peers.patience
         self._peers.patience = min(patience, int(seconds * 1e9))
         try:
@@ -118,7 +118,7 @@ class PeerMemory:
             self._peers.patience = patience
 
     def takes(self, values: Tensor) -> bool:
-        """Alike on every rank, if they exchange the same."""
+        """Whether the memory can add these values; the same on every rank, if all are about to exchange the same."""
         return values.dtype is torch.float64 and 0 < values.numel() <= self._peers.capacity and values.is_contiguous()
 
     def all_reduce_(self, values: Tensor, key: tuple[Any, ...]) -> Tensor:
@@ -149,7 +149,7 @@ class PeerMemory:
             )
 
     def _stream(self) -> Any:
-        """The current stream, which waits for the exchanges of another one: their kernels count on following each other."""
+        """The current stream. It waits for the last exchange if that is on another stream, because the kernels must follow each other."""
         stream, last = current_stream(self.device), self._last
         # A capture cannot wait for work outside it, nor the reverse: the caller who replays the graph has to order the two.
         if last is not None and last != stream and is_capturing(last) == is_capturing(stream):
@@ -181,5 +181,5 @@ def on_device(device: torch.device) -> Any:
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
-        with suppress(RuntimeError):  # after a kernel's fatal error
+        with suppress(RuntimeError):  # a kernel's fatal error, which torch has reported
             torch.cuda.synchronize(device)

@@ -2,8 +2,9 @@
 
     gather who is where ──► same node? access? ──► gather answers ──► map memory ──► gather random numbers ──► add them ──► compare
 
-Each gathering is one exchange over the group itself, which carries this rank's reason to stay with it: all ranks go on, or none, and all
-have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has not tried.
+Each gathering is one exchange over the group itself. It also carries this rank's reason to stay with the group: all ranks go on, or none,
+and all have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has
+not tried.
 
 Either way the values of a layer end with a tag and its square, which are added like any value. This process does not verify the sums, since
 it would have to wait for them: the kernels that use them do so, `normalize` and `backward_input`, and the group's next exchange of CUDA
@@ -111,7 +112,7 @@ def _why_not(comm: Communicator) -> str:
 
 
 def _try(memory: PeerMemory, number: float, wanted: float) -> str:
-    """Adds a number of each rank in both turns of the memory. Returns what is wrong, or nothing."""
+    """Adds a number of each rank in both turns of the memory. Returns what is wrong; empty if nothing is."""
     try:
         for _ in range(2):
             values = torch.full((memory.capacity,), number, dtype=torch.float64, device=memory.device)
@@ -120,19 +121,19 @@ def _try(memory: PeerMemory, number: float, wanted: float) -> str:
                 sums = values.cpu()  # waits for the kernel
                 memory.check()
             if not bool((sums == wanted).all()):
-                return "a first exchange in it has given a wrong sum"
+                return "a first exchange in GPU memory has given a wrong sum"
     except Exception as error:
-        return f"a first exchange in it has failed: {error}"
+        return f"a first exchange in GPU memory has failed: {error}"
     return ""
 
 
 def gpu_digest(device: torch.device) -> bytes:
-    """Identifies the GPU by its UUID: its number may be another in another process."""
+    """Identifies the GPU by its UUID: its number may differ by process."""
     return hashlib.sha256(str(torch.cuda.get_device_properties(device).uuid).encode()).digest()[:GPU]
 
 
 def why_no_access(device: torch.device, gpus: list[bytes]) -> str:
-    """Why this GPU cannot write to another rank's; empty if it can. GPUs that this process cannot see pass, and fail in torch."""
+    """Why this GPU cannot write to another rank's; empty if it can. A GPU that this process cannot see passes, and fails in torch."""
     seen = {gpu_digest(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
     for rank, gpu in enumerate(gpus):
         index = seen.get(gpu, device.index)

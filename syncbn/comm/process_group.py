@@ -20,7 +20,7 @@ class NotAMember(ValueError):
     """A process group that does not contain this rank."""
 
 
-class OfTorch(SumsAboutZero):
+class TorchCommunicator(SumsAboutZero):
     """The common part of the communicators over a process group."""
 
     if TYPE_CHECKING:  # at run time a dataclass would use the property as the default of its field
@@ -40,8 +40,8 @@ class OfTorch(SumsAboutZero):
         all_reduce_(number, self.group)
         if rank not in ranks:
             return None
-        # dist.new_group would not do: it names a group by the number of groups that this rank belongs to, which may differ by rank, and a
-        # group that is made again would read the addresses of the destroyed one.
+        # Not dist.new_group: it names a group by the number of groups that this rank belongs to, which may differ by rank, and a group that
+        # is made again would read the addresses of the destroyed one.
         store = dist.PrefixStore(f"syncbn {number.item()}", default_store())
         timeout = timeout_of(self.group) or dist.default_pg_timeout
         group: Any = dist.ProcessGroupGloo(store, ranks.index(rank), len(ranks), timeout)  # a backend, which adds as a group does
@@ -49,7 +49,7 @@ class OfTorch(SumsAboutZero):
 
 
 @dataclass(frozen=True)
-class ProcessGroupCommunicator(OfTorch):
+class ProcessGroupCommunicator(TorchCommunicator):
     """Exchanges in `group` itself."""
 
     group: dist.ProcessGroup
@@ -70,7 +70,7 @@ class ProcessGroupCommunicator(OfTorch):
 
 
 @dataclass(frozen=True)
-class DefaultGroupCommunicator(OfTorch):
+class DefaultGroupCommunicator(TorchCommunicator):
     """Exchanges in a duplicate of the default group, which the first exchange makes: see duplicates.py."""
 
     default: dist.ProcessGroup
@@ -97,8 +97,8 @@ class DefaultGroupCommunicator(OfTorch):
 
 @constant_in_graphs
 def _name_of_duplicate() -> str:
-    """Runs while torch traces. Making the duplicate is collective, and every rank either traces its first exchange or runs it. The layer
-    reads the default group's rank and size, so torch guards on that group, and traces again if it is made again."""
+    """Runs while torch traces. If it makes the duplicate, every rank takes part, because every rank traces its first exchange or runs it.
+    The layer reads the default group's rank and size, so torch guards on that group, and traces again after another has replaced it."""
     default = dist.group.WORLD
     assert default is not None
     return duplicate_of_default(default).group_name

@@ -1,4 +1,4 @@
-"""A process group whose exchanges are recorded, so that a rank without data can answer them; see `syncbn.join`."""
+"""A communicator whose exchanges are recorded, so that a rank without data can answer them; see `syncbn.join`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Note(NamedTuple):
 class RecordedCommunicator(ProcessGroupCommunicator):
     exchanges: list[Note]
     outside: Any  # the layer's process_group outside of join, which a copy of the layer gets
-    compares = False  # ranks compare at first calls only, but a rank that has left answers the same exchanges at every call
+    compares = False  # ranks compare at first exchanges only, but a finished rank answers the same exchanges at every call
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

@@ -30,15 +30,16 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         timeout: how long a collective waits for a missing rank before it fails, in seconds or as a timedelta. None is torch's default.
 
     Returns:
-        cuda:<local rank>, set as the current device, if there are GPUs; else cpu.
+        if this process sees n GPUs, cuda:<local rank modulo n>, which it makes the current device; without GPUs, cpu.
 
     Raises:
         ValueError: an environment variable is missing or has a value that is not allowed, mpi4py belongs to another MPI than mpirun,
             or torch.distributed has been initialized with another backend.
         RuntimeError: the ranks did not meet within the timeout.
 
-    If torch.distributed is initialized already, this only returns the device. Under a launcher that does not set them itself, RANK,
-    WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT are set for other tools.
+    If torch.distributed is initialized already, this only checks the backend and the package's variables, and returns the current device.
+    Under a launcher that does not set them itself, it sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
+    for other tools.
 
     >>> device = init_process_group()
     >>> torch.distributed.get_world_size()
@@ -52,7 +53,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         _check_backend(backend)
         return torch.device("cuda", torch.cuda.current_device()) if _gpus() else torch.device("cpu")
     here = export()
-    if here.world_size == 1 and environment.get("MASTER_ADDR") is None:  # without an address, and without a port that might be in use
+    if here.world_size == 1 and environment.get("MASTER_ADDR") is None:  # this store needs no address, and no port, which might be in use
         store: dist.Store = dist.HashStore()
     else:
         store = _store_of_this_group(here, timeout or dist.default_pg_timeout)
@@ -66,7 +67,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
 
 
 def export() -> RankInfo:
-    """Sets the variables that torchrun would have set, those that the launcher gives values for. Returns this process's ranks."""
+    """Sets the variables that torchrun would have set, as far as the launcher gives their values. Returns this process's ranks."""
     here = rank_info()
     if here.launcher in (None, "torchrun"):
         return here
@@ -109,7 +110,7 @@ def _device(here: RankInfo) -> torch.device:
 def has_a_gpu_of_its_own(here: RankInfo) -> bool:
     """Whether this rank has a GPU that no other rank of its host uses, as far as a rank can tell.
 
-    If it sees fewer GPUs than there are ranks on its host, they are taken to be shared, unless the launcher says otherwise."""
+    If it sees fewer GPUs than there are ranks on its host, it takes them to be shared, unless the launcher says otherwise."""
     gpus = _gpus()
     return gpus >= (here.local_world_size or 1) or (gpus > 0 and _sees_gpus_of_its_own())
 
@@ -127,7 +128,7 @@ def _default_backend(here: RankInfo) -> str:
 
 
 def _sees_gpus_of_its_own() -> bool:
-    """Whether srun was told to give each task its GPUs."""
+    """Whether srun was told to give each task GPUs of its own."""
     # SLURM_TRES_PER_TASK is also set for CPU requests: "cpu=8,gres/gpu=1".
     return environment.get("SLURM_GPUS_PER_TASK") is not None or "gres/gpu" in (environment.get("SLURM_TRES_PER_TASK") or "")
 
@@ -139,8 +140,8 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
     """A store in which no earlier process group has left its addresses.
 
     A store outlives its process group, and torchrun's store outlives restarted ranks, so ranks would read the addresses of their
-    predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the first generation in
-    which no process has its rank yet. So a process that replaces a dead one meets the survivors in their generation.
+    predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the latest generation,
+    or in the next one if a process already has its rank there. So a process that replaces a dead one meets the survivors in theirs.
     """
     _check_address()
     deadline = time.monotonic() + timeout.total_seconds()
@@ -150,7 +151,7 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
             try:
                 store, *_ = next(dist.rendezvous("env://", rank=here.rank, world_size=here.world_size, timeout=left))
                 return _generation(dist.PrefixStore(f"restart {_restarts()}", store), here.rank, left)
-            except dist.DistNetworkError:  # the store of an earlier group, perhaps, which rank 0 has closed meanwhile: it opens another
+            except dist.DistNetworkError:  # perhaps this was an earlier group's store, which rank 0 has closed: it opens another
                 if here.rank == 0 or deadline - time.monotonic() < 1:
                     raise
                 time.sleep(0.1)
@@ -204,7 +205,7 @@ def _restarts() -> str:
     return counts or "0"
 
 
-@functools.cache  # once a process
+@functools.cache  # one pause per process
 def _pause_at_exit() -> None:
     # A thread of gloo may still hold the last collective's tensor. If it releases the tensor during interpreter shutdown, torch aborts
     # the process ("terminate called without an active exception"): seen once in 8 runs of a script, and in none of 30 with this pause.

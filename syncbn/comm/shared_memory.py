@@ -1,4 +1,4 @@
-"""Memory that all ranks of a host have mapped, and the sums that travel through it: in microseconds, where a collective takes hundreds.
+"""Memory that all ranks of a host have mapped, and sums over the ranks in it: these take microseconds, a collective takes hundreds.
 
 The protocol is in csrc/cpu/shared_memory.h: every rank publishes its values and waits for the others in compiled code, without the
 GIL, in slices of 50 ms. Between slices this file handles signals and the timeout, and checks whether the other ranks are alive. Before any
@@ -36,7 +36,8 @@ class Forked(RuntimeError):
 
 
 class SharedExchangeError(Incomplete):
-    """An exchange in shared memory cannot be completed. The message says which rank is missing, and whether its process is alive."""
+    """An exchange in shared memory cannot be completed. The message says which rank is missing and whether its process is alive, or which
+    rank has given up."""
 
 
 class Mismatch(Exception):
@@ -85,7 +86,7 @@ class SharedMemory:
         self._all_reduce = functions.syncbn_shared_all_reduce
         self.memory = torch.frombuffer(mmap.mmap(file, bytes_for(len(names))), dtype=torch.uint8)
         self._address = ctypes.c_void_p(self.memory.data_ptr())  # converted once, not at each call
-        # A lock that belongs to this process, on byte `rank`. One of flock belongs to the open file, and would live on in forked children,
+        # A lock on byte `rank` that belongs to this process. A lock by flock would belong to the open file, and live on in forked children,
         # such as a data loader's workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
         self._turn = threading.Lock()
@@ -114,8 +115,8 @@ class SharedMemory:
 
         Raises:
             Mismatch: on every rank, if their digests or lengths differ. The next exchange may follow.
-            SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or another rank has given up, for
-                any reason. No exchange can follow. Or another thread of this process has been exchanging for `timeout` seconds; then
+            SharedExchangeError: a rank is missing after `timeout` seconds, or its process has ended; or a rank, perhaps this one, has given
+                up an exchange. No exchange can follow. Or another thread of this process has been exchanging for `timeout` seconds; then
                 later exchanges can follow.
             Forked: `memory` belongs to the parent of this process.
         """

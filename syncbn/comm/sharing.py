@@ -44,7 +44,7 @@ class Sharing(MemoryOrGroup):
         return f"in shared memory on each of {self.hosts} hosts, whose first ranks use a group of their own"
 
     def _meet(self, comm: Communicator, device: torch.device) -> None:
-        """Raises RankMismatchError, on every rank, if the ranks differ in SYNCBN_CHECK: they would not verify alike."""
+        """Raises RankMismatchError, on every rank, if the ranks differ in SYNCBN_CHECK: their exchanges would not match."""
         check = f"first exchange of the group, SYNCBN_CHECK={environment.settings.check}"
         agreement.verify(comm, check, "", device)
         ranks, self.memory = meet(lambda row: agreement.gather(comm, row, device), comm.rank, comm.world_size)
@@ -96,7 +96,7 @@ class Sharing(MemoryOrGroup):
             if self.memory is not None:
                 self.memory.abandon()
             raise
-        payload += 0.0  # makes -0.0 into 0.0, as the zeros that the other ranks of the host add do
+        payload += 0.0  # makes -0.0 into 0.0, as on a host whose other ranks add zeros
 
 
 _RESULTS = digest_of("the sums of all hosts")

@@ -1,10 +1,10 @@
-"""How the ranks of a group exchange the tensors of a kind of device: in memory of theirs if they can, else over the group.
+"""How the ranks of a group exchange the tensors on one kind of device: in memory that they share if they can, else over the group.
 
-    OVER_THE_GROUP    where the ranks compare nothing
-    Sharing           of CPU tensors, in shared memory: sharing.py
-    PeerExchange      of CUDA tensors, in each other's memory: peers.py
+    OVER_THE_GROUP    inside syncbn.join, which verifies nothing
+    Sharing           CPU tensors, in shared memory: sharing.py
+    PeerExchange      CUDA tensors, in each other's memory: peers.py
 
-A group's first exchange finds out, on all ranks together: all use the memory, or none, and then all have the same reason.
+A group's first exchange of such tensors decides, on all ranks together: all use the memory, or none, and then all have the same reason.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = tuple[Any, ...]  # the arguments of `signatures.signature`: what an exchan
 
 
 class Way:
-    """Over the group, as its communicator adds. The ranks verify nothing."""
+    """The group's communicator adds. The ranks verify nothing."""
 
     ready = True
     in_one_memory = False  # whether all ranks share one memory, in which they compare digests and merge statistics about different shifts
@@ -43,11 +43,11 @@ class Way:
         in common."""
 
     def ticket(self, comm: Communicator, key: Key) -> Ticket:
-        """How an exchange is verified that is not `in_one_memory`."""
+        """How an exchange that is not `in_one_memory` is verified."""
         return NO_TICKET
 
     def check(self) -> None:
-        """Raises what devices have found in earlier exchanges. Does not wait for them."""
+        """Raises the error that a device has found in an earlier exchange. Does not wait for the device."""
 
     def all_reduce_(self, comm: Communicator, tensor: Tensor, channels: int, key: Key) -> Tensor:
         """`Communicator.all_reduce_stats_` if `channels` is not 0, else `all_reduce_`. Raises Mismatch, on every rank, if the ranks do
@@ -62,7 +62,7 @@ OVER_THE_GROUP = Way()
 
 
 class MemoryOrGroup(Way, ABC):
-    """In memory of the ranks of one group, if they can share it. `GroupState.way` keeps it."""
+    """The ranks of one group exchange in memory that they share, or over the group. `GroupState.way` keeps the object."""
 
     def __init__(self) -> None:
         self.reason = ""  # why the ranks exchange over the group
@@ -76,7 +76,7 @@ class MemoryOrGroup(Way, ABC):
         return f"over the group: {self.reason}" if self.reason else self._memory_in_words()
 
     def set_up(self, comm: Communicator, device: torch.device) -> None:
-        """While a graph is captured it does nothing: that exchange, and its replays, are the group's."""
+        """While a graph is captured it does nothing: the captured exchange, and its replays, go over the group."""
         with self._lock:
             if self.ready or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
                 return
