@@ -1,7 +1,7 @@
-"""The environment: this module is the only one that reads or sets `os.environ`.
+"""The environment: this module is the only one of the package that reads or sets `os.environ`.
 
 The package's own variables are read and checked when the package is imported and again by `init_process_group`, before any collective;
-the launchers' variables, when a process group is made.
+the launchers' variables, when a rank needs them, as `init_process_group` does.
 
     settings             the values of SYNCBN_*; always as `environment.settings`, because `reload` replaces it
     rank_info()          this process's rank and world size, from its launcher's variables
@@ -73,15 +73,15 @@ def get(name: str) -> str | None:
 
 
 def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES. Empty, it leaves no GPU; None, if it is not set, leaves all of them."""
+    """CUDA_VISIBLE_DEVICES: empty if it hides all GPUs; None if it is not set, which hides none."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 
 def announce(line: str) -> None:
-    """Prints a line to stderr on rank 0, and not again in a process that this one starts: once in a job, as far as a process can tell."""
+    """Prints a line to stderr on rank 0, and not again in a process that this one starts: once per job, as far as a process can tell."""
     try:
         rank = rank_info().rank
-    except ValueError:  # a launcher may set its other variables later; if it does not, the first exchange names them
+    except ValueError:  # a launcher may set its other variables later; if it does not, `rank_info` raises this again for its next caller
         rank = 0
     if rank == 0 and os.environ.get(_ANNOUNCED) != line:
         os.environ[_ANNOUNCED] = line

@@ -4,7 +4,7 @@
     mpirun -n 4 python -m mpi4py -m syncbn.environment train.py        the same; a rank that raises ends the others
     srun python -m syncbn.environment -m package.train --lr 0.1
 
-For scripts that use only torch's own init. A script that calls `syncbn.init_process_group` needs none of this.
+It is for scripts that use only torch's own init. A script that calls `syncbn.init_process_group` needs none of this.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Launcher(NamedTuple):
         return self[1:]
 
 
-# torchrun first, with the variables that torch's init reads: it, or a script that starts processes, may itself be started by any other.
+# torchrun's row, the variables that torch's own init reads, is first: another launcher may start torchrun, or a script that sets these.
 LAUNCHERS = (
     Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     Launcher(
@@ -66,7 +66,7 @@ def read_rank_info(env: Mapping[str, str]) -> RankInfo:
     """The rank and world size by a launcher's variables in `env`; a single process if no launcher has set its variables.
 
     Raises:
-        ValueError: a variable is not a number, or a rank is set without a world size, or the reverse.
+        ValueError: a variable is not a number, a rank is set without a world size or the reverse, or a rank is not below its world size.
     """
     rows = [(launcher, [_first_set(env, names) for names in launcher.columns]) for launcher in LAUNCHERS]
     usable = [(launcher, names) for launcher, names in rows if names[0] and names[1]]

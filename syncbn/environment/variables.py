@@ -1,4 +1,4 @@
-"""Every variable that the package, its build and its tests read, except SYNCBN_ANNOUNCED, with its meaning, as tables."""
+"""The variables that the package, its build and its tests read, each with its meaning, as tables. SYNCBN_ANNOUNCED is left out."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ VARIABLES = (
     ),
     Variable(
         "check", "first", "first, always or off", _one_of("first", "always", "off"),
-        "when the ranks compare whole signatures before an exchange: at a layer's first exchange in each direction, or at every one; in"
-        " both cases every eager exchange outside syncbn.join is also verified by a digest; off: neither; the same on all ranks",
+        "when ranks that exchange over their group compare whole signatures: at a layer's first exchange in each direction, or at every"
+        " one; in both cases every eager exchange outside syncbn.join is also verified by a digest; off: neither; the same on all ranks",
     ),
     Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
@@ -108,12 +108,12 @@ MEETING = {
 }
 DEVICES = {
     "CUDA_VISIBLE_DEVICES": "whether the compiled kernels run on each GPU that this process can use",
-    "CUDA_DEVICE_ORDER": "whether a number in CUDA_VISIBLE_DEVICES is known to mean one GPU, if they differ: only with PCI_BUS_ID",
+    "CUDA_DEVICE_ORDER": "with PCI_BUS_ID a number in CUDA_VISIBLE_DEVICES means a known GPU, else it may mean any if they differ",
 }
 BUILD = {
     "SYNCBN_BUILD_CPU": "0: leave the CPU kernels out; 1: fail if they cannot be built; not set: build them if there is a C++ compiler",
     "SYNCBN_BUILD_CUDA": "the same for the CUDA kernels and nvcc",
-    "TORCH_CUDA_ARCH_LIST": 'the GPUs to compile for, such as "8.0;9.0+PTX"; if not set, all from 7.5 on that nvcc supports',
+    "TORCH_CUDA_ARCH_LIST": 'the GPUs to compile for, such as "8.0;9.0+PTX"; if not set, the ARCHITECTURES in setup.py that nvcc knows',
     "SYNCBN_PLANS": "a header with other Plans than csrc/cuda/plans.cuh, to measure or test them",
     "CXX": "the C++ compiler",
     "NVCC": "the CUDA compiler",
@@ -136,7 +136,7 @@ def markdown() -> str:
         [
             *_table("## Read when syncbn is imported", ("variable", "allowed", "default", "meaning"), settings),
             *_table("## A process's rank", ("started by", "rank", "world size", "local rank", "ranks on its host"), launchers),
-            *_table("## Where the ranks meet", ("variable", "meaning"), MEETING.items()),
+            *_table("## Where the ranks meet, and what `syncbn.check` reports", ("variable", "meaning"), MEETING.items()),
             *_table("## Which GPUs a process can use", ("variable", "meaning"), DEVICES.items()),
             *_table("## Read when syncbn is built", ("variable", "meaning"), BUILD.items()),
             *_table("## Read by the tests", ("variable", "meaning"), TESTS.items()),
