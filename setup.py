@@ -4,9 +4,10 @@ They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serv
 library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept next to the Python
 files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
 
-    SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it where a C++ compiler is
-    SYNCBN_BUILD_CUDA     the same where nvcc is, whether or not the installed torch has CUDA
-    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; default: all from 7.5 on that nvcc knows, and PTX for the newest
+    SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it if there is a C++ compiler
+    SYNCBN_BUILD_CUDA     the same for nvcc, whether or not the installed torch has CUDA
+    SYNCBN_PLANS          a header with other Plans than csrc/cuda/plans.cuh
+    TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; default: the ARCHITECTURES below that nvcc knows, and PTX for the newest of them
     CXX, NVCC             the compilers
     MAX_JOBS              compilers that run at once; default: one per core
 """
@@ -42,7 +43,7 @@ CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wext
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
 # GCC's -O2 vectorizes no loop that may need a second version or a tail; clang has neither the flag nor the restriction.
 GCC_FLAGS = ["-fvect-cost-model=dynamic"]
-ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_exports")  # of csrc/cpu, compiled for one instruction set
+ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_exports")  # files of csrc/cpu that are compiled for the baseline only
 ISAS = {"avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
 
 
@@ -81,10 +82,10 @@ class NoTorch(CannotBuild):
 
 
 def torch_folder() -> Path:
-    """An installed torch >= 2.11. Any will do: the libraries use what 2.11 has, whatever newer headers declare.
+    """The folder of an installed torch. Any from 2.11 on will do: the libraries use what 2.11 has, whatever newer headers declare.
 
-    An isolated build has an environment of its own. pip's lies in the one to install into; uv's does not, but that one is on PATH if it is
-    active, and else is .venv here, as uv itself looks for it.
+    An isolated build runs in an environment of its own. In pip's, Python still reports the folders of the environment to install into. In
+    uv's it does not: that environment is on PATH if it is active, and otherwise uv takes .venv in this folder.
     """
     folders = [Path(folder) for folder in (*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages())]
     for environment in [Path(".venv"), *(Path(folder).parent for folder in os.get_exec_path())]:
@@ -103,13 +104,13 @@ def schemas_digest() -> str:
 
 
 def torch_flags() -> tuple[list[str], list[str]]:
-    """For the bindings: (compile, link)."""
+    """(compile flags, link flags) of the bindings."""
     torch = torch_folder()
     return [f"-DTORCH_TARGET_VERSION={TARGET}", "-isystem", str(torch / "include")], [f"-L{torch / 'lib'}", "-ltorch_cpu"]
 
 
 def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
-    """([compile command, ...], link command); the object is the last argument of each of the first."""
+    """([compile command, ...], link command); each compile command ends with the path of its object."""
     cxx, (include, link) = compiler(), torch_flags()
     # Not platform.machine(): a cross compiler's code is for another processor than the one that runs it.
     x86 = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
@@ -193,7 +194,7 @@ class BuildLibraries(build_ext):
 
     def run(self) -> None:
         self.built: list[str] = []
-        self.beside_sources = self.inplace or self.editable_mode  # setuptools copies libraries there afterwards
+        self.next_to_sources = self.inplace or self.editable_mode  # setuptools copies libraries there afterwards
         super().run()
         if not self.built:
             print("syncbn: nothing is compiled in this build, plain Python for any platform", file=sys.stderr)
@@ -205,7 +206,7 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         in_source = Path(self.get_ext_filename(ext.name))
-        reasons = [path.with_suffix(REASON) for path in (target, *([in_source] if self.beside_sources else []))]
+        reasons = [path.with_suffix(REASON) for path in (target, *([in_source] if self.next_to_sources else []))]
         # Remove the old libraries: if this build leaves one out, an older one must not take its place.
         for old in (target, *([in_source] if self.editable_mode else []), *reasons):
             old.unlink(missing_ok=True)
@@ -240,7 +241,7 @@ def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list
 def is_stale(command: list[str]) -> bool:
     """Whether an object is missing, or older than what it is made of. Its name holds what else matters: flags and compiler."""
     made = Path(command[-1])
-    needed = [*dependencies(made, Path(command[command.index("-c") + 1])), torch_folder() / "version.py"]  # as new as torch is
+    needed = [*dependencies(made, Path(command[command.index("-c") + 1])), torch_folder() / "version.py"]  # this file is as new as torch
     return not made.exists() or any(not path.exists() or path.stat().st_mtime > made.stat().st_mtime for path in needed)
 
 
@@ -272,12 +273,12 @@ def run(command: list[str]) -> None:
 class AnyPython(bdist_wheel):
     @property
     def root_is_pure(self) -> bool:
-        """Whether the wheel is for any platform: known when the libraries have been built, or not."""
+        """Whether the wheel is for any platform, which is known after the libraries have been built or left out."""
         return not self.distribution.has_ext_modules()
 
     @root_is_pure.setter
     def root_is_pure(self, _: bool) -> None:
-        """setuptools decides this before the build."""
+        """Ignores the value, because setuptools sets it before the build."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 KERNELS = sorted((Path(__file__).parent.parent / "csrc" / "cuda").glob("*.cu"))
-# Tensors that each op reads and writes, a residual and its gradient included: of each, a step has as many vectors as its Plan unrolls.
+# Tensors that each op reads and writes, a residual and its gradient included. A pass of its loop has `unroll` vectors of each of them.
 TENSORS = {"stats": (1, 0), "normalize": (2, 1), "backward_reduce": (3, 0), "backward_input": (3, 2)}
 VECTORS = {"float": 4, "double": 2, "__half": 8, "__nv_bfloat16": 8}  # elements in 16 bytes
 NAME = re.compile(r"(\w+_kernel)<(\w+), syncbn::cuda::(\w+)<(\d+), (\d+),")
@@ -56,7 +56,7 @@ def short(name: str) -> str:
 
 
 def spills(log: str) -> list[tuple[str, int, int]]:
-    """(kernel, registers, bytes spilled) of ptxas -v."""
+    """(kernel, registers, bytes spilled), as ptxas -v reports them."""
     found = re.findall(
         r"Compiling entry function '(.+?)' for.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log, re.DOTALL
     )
@@ -76,7 +76,7 @@ def instructions(sass: str) -> dict[str, collections.Counter[str]]:
 
 def narrow(kernels: dict[str, collections.Counter[str]], op: str) -> list[str]:
     """What is wrong with the loads and stores of one op."""
-    if op == "peer_all_reduce":  # of memory that another GPU reads or writes: not of a cache, and each value at once
+    if op == "peer_all_reduce":  # each value in one access, which no cache may answer: another GPU reads or writes it too
         (counts,) = kernels.values()
         return [f"{op} has no {code}.E.128.STRONG.SYS" for code in ("LDG", "STG") if not counts[f"{code}.E.128.STRONG.SYS"]]
     problems = []
@@ -106,7 +106,7 @@ def main(architectures: list[str]) -> None:
         """The most registers of a kernel, and what is wrong."""
         cubin = Path(folder) / f"{source.stem}.{architecture}.cubin"
         kernels = spills(demangled(run(nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-cubin", "-Xptxas", "-v", source, "-o", cubin)))
-        found = [] if kernels else [f"{source.name} has no kernel that ptxas tells of"]
+        found = [] if kernels else [f"{source.name} has no kernel that ptxas reports"]
         found += [f"{name} spills {size} bytes" for name, _, size in kernels if size]
         found += narrow(instructions(run(*tool, cubin)), source.stem)
         return max((registers for _, registers, _ in kernels), default=0), [f"{architecture}: {problem}" for problem in found]

@@ -1,6 +1,6 @@
 """Compiles the bindings with the headers of the oldest torch that pyproject.toml admits: those of a newer one declare more.
 
-The headers are taken from its smallest wheel, another system's. Without nvcc the CUDA binding is left out, with a line that says so.
+The headers are taken from its smallest wheel, which is for macOS. Without nvcc the CUDA binding is left out, with a line that says so.
 """
 
 import re

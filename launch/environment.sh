@@ -12,7 +12,7 @@ import sys
 sys.exit(0 if sys.version_info >= (3, 10) else f"syncbn needs Python 3.10 or newer, this is {sys.version.split()[0]}: set PYTHON")
 EOF
 if ! python -c 'import torch' 2>/dev/null; then
-  # Without a GPU, install the version known to work; PyPI's torch for Linux depends on CUDA, several gigabytes.
+  # Without a GPU, install the version that is known to work. From PyPI it takes several gigabytes on Linux, for it brings CUDA.
   command -v nvidia-smi >/dev/null && TORCH=${TORCH:-torch>=2.11} || TORCH=${TORCH:-torch==2.13.0}
   echo "Installing $TORCH (set TORCH for another one, or install torch yourself first)"
   python -m pip install --quiet "$TORCH"

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 ARCH=${ARCH:-9.0}  # compute capability of the GPU
-# Default: the revision before sums used tiles of one memory line; the table shows what that change gained.
+# Default: the revision before the reductions used tiles of one memory line; the tables of both show what that change gained.
 BEFORE=${BEFORE-$(git log -1 --format=%H^ -S'pixels_width = 32' -- csrc/cuda/plans.cuh 2>/dev/null || true)}
 NVCC=${NVCC:-nvcc}
 PYTHON=${PYTHON:-python}
@@ -21,7 +21,7 @@ mkdir -p .gpu
 TORCH_CUDA_ARCH_LIST=$ARCH SYNCBN_BUILD_CUDA=1 SYNCBN_BUILD_CPU=0 "$PYTHON" setup.py -q build_ext --build-lib build/gpu
 mv build/gpu/syncbn/libsyncbn_cuda.so syncbn/
 
-# sweeps FOLDER NAME: those of the sources in FOLDER. Kernels that spill registers are named: their plans must not be used.
+# sweeps FOLDER NAME: compiles the sweeps of the sources in FOLDER. It names kernels that spill registers: their Plans must not be used.
 sweeps() {
   printf '%s\n' stats normalize backward_reduce backward_input | xargs -P "$MAX_JOBS" -I{} \
     "$NVCC" -std=c++17 -O3 -diag-suppress=177 "-arch=sm_${ARCH/./}" -Xptxas --warn-on-spills -I "$1/csrc/cuda" -DSWEPT_OP={} \

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout, suppress
 
-from gpu_parts import DAYS, ENVIRONMENT, LIBRARY, OUT, ROOT, Part
+from gpu_parts import ENVIRONMENT, LIBRARY, OUT, ROOT, RUNS, Part
 
 WIDTH = 170  # of a line of the summary
 GRACE = 5  # seconds that a launcher has to end its ranks
@@ -50,8 +50,8 @@ def run(part: Part) -> tuple[bool, str]:
 
 
 def run_command(command: tuple[str, ...], env: dict[str, str], file, limit: float) -> int:
-    """Its exit status. At the limit it gets SIGTERM and some seconds to end what it has started, because torchrun's ranks have sessions of
-    their own; then its own session is killed."""
+    """The command's exit status. At the limit it gets SIGTERM and some seconds to end what it has started, because torchrun's ranks have
+    sessions of their own; then its own session is killed."""
     process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         return process.wait(max(limit, 0))
@@ -74,7 +74,7 @@ def summary(part: Part, line: str) -> list[str]:
     return [row[:WIDTH] for row in (line, *shown[-part.lines :])]
 
 
-def run_day(groups: Sequence[tuple[Part, ...]]) -> int:
+def run_groups(groups: Sequence[tuple[Part, ...]]) -> int:
     """The parts of a group run side by side."""
     OUT.mkdir(parents=True, exist_ok=True)
     lines, failed, vital = [], False, []
@@ -95,13 +95,13 @@ def run_day(groups: Sequence[tuple[Part, ...]]) -> int:
 # ---- Checking without a card --------------------------------------------------------------------------------------------------
 
 
-def dry_run(days: Mapping[str, tuple[int, Sequence[tuple[Part, ...]]]]) -> int:
+def dry_run(runs: Mapping[str, tuple[int, Sequence[tuple[Part, ...]]]]) -> int:
     """Prints each command with its limit; then what is missing, if anything is."""
     problems = [] if LIBRARY.exists() else [f"{LIBRARY.relative_to(ROOT)} is missing: run launch/gpu_build.sh"]
-    for day, (limit, groups) in days.items():
+    for number, (limit, groups) in runs.items():
         total = sum(max(part.limit for part in group) for group in groups)
-        print(f"-- gpu_day.sh {day}: at most {total} s")
-        problems += [f"the limits of {day} add up to {total} s, more than {limit}"] if total > limit else []
+        print(f"-- gpu_day.sh {number}: at most {total} s")
+        problems += [f"the limits of {number} add up to {total} s, more than {limit}"] if total > limit else []
         commands = [(part, command) for group in groups for part in group for command in part.commands]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for (part, command), (remark, wrong) in zip(commands, pool.map(lambda each: check(*each), commands), strict=True):
@@ -120,7 +120,7 @@ def check(part: Part, command: tuple[str, ...]) -> tuple[str, list[str]]:
     if command[0] == sys.executable:
         return "", check_options(command[2], command[3:])
     if "/" not in command[0]:
-        return "  (of the driver)", []
+        return "  (comes with the driver)", []
     if not os.access(program, os.X_OK):
         return "", [f"{command[0]} is missing: run launch/gpu_build.sh" if ".gpu" in command[0] else f"{command[0]} is no program"]
     if program.suffix == ".sh":
@@ -173,14 +173,14 @@ def become(module: str, arguments: Sequence[str], env: Mapping[str, str]) -> tup
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="launch/gpu_day.sh")
-    parser.add_argument("day", nargs="?", choices=list(DAYS))
+    parser.add_argument("number", nargs="?", choices=list(RUNS))
     parser.add_argument("--dry-run", action="store_true", help="print each command, and check that what it names exists")
     args = parser.parse_args()
     if args.dry_run:
-        return dry_run({day: DAYS[day] for day in ([args.day] if args.day else DAYS)})
-    if args.day is None:
+        return dry_run({args.number: RUNS[args.number]} if args.number else RUNS)
+    if args.number is None:
         parser.error("which run: 1, 2 or 3?")
-    return run_day(DAYS[args.day][1])
+    return run_groups(RUNS[args.number][1])
 
 
 if __name__ == "__main__":

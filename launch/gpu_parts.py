@@ -1,4 +1,4 @@
-"""The commands of a day with a GPU, with their limits. gpu_day.py runs and checks them."""
+"""The commands of gpu_day.sh, with their limits. gpu_day.py runs and checks them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def torchrun(ranks: int, command: tuple[str, ...], environment: str = "") -> tup
 
 
 def sanitizers() -> Part:
-    """Planes in pieces, channels in vectors and misaligned tensors, of the two kernels that share sums: a dozen tests a tool."""
+    """A dozen tests for each tool: planes in pieces and channels in vectors, of the reductions, and misaligned tensors, of all ops."""
     cases = "kernel_equals and (stats or reduce) and (97 and first or 256 and last) and bfloat16 or misaligned and last"
     env = {"TOOLS": "memcheck racecheck", "CASES": cases, "PYTHON": sys.executable}
     return Part("sanitizers", 90, (("launch/sanitize.sh",),), 8, r"passed|failed|=====|sanitize.sh:|^== ", " passed", env=env)
@@ -59,14 +59,15 @@ KERNELS = "tests/kernels/test_gpu_kernels.py"
 PAIRS = "tests/kernels/test_pairs.py"
 LAYER = ("tests/layer/test_cuda_graphs.py", "tests/layer/test_gpu_layer.py")
 TWO_RANKS = pytest_command("tests/layer/test_layer.py", "-m", "gpu")
-SOME = "whole_batch and float32 or alarms and cuda"  # all take minutes: over gloo, a test of two ranks takes half a second
+SOME = "whole_batch and float32 or alarms and cuda"  # all of them would take minutes: over gloo, a test of two ranks takes half a second
 NCCL = "NCCL_HOSTID=$RANK NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1"  # NCCL refuses two ranks on a GPU, unless their hosts differ
 PEERS = "SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1 SYNCBN_TEST_BACKEND=gloo"  # the ranks may share one GPU
 CLOCKS = "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,temperature.gpu,power.draw"
 TESTS = {"lines": 3, "shows": "^FAILED|^ERROR|passed|failed|error", "requires": " passed"}
 GRAPHS_AND_LAUNCHES = ("-k", "captured or graphed or launches or wait or plain")
-DAYS: dict[str, tuple[int, list[tuple[Part, ...]]]] = {
-    # Right: most tests leave the GPU idle, so they run side by side, but for those that fill its memory.
+# For each of the runs 1, 2 and 3, its limit in seconds and groups of parts, one after the other; the parts of a group run side by side.
+RUNS: dict[str, tuple[int, list[tuple[Part, ...]]]] = {
+    # Correctness. Most tests leave the GPU idle, so they run side by side, except those that fill its memory.
     "1": (200, [
         (Part("check", 45, (("nvidia-smi", CLOCKS, "--format=csv"), (sys.executable, "-m", "syncbn.check")), 4, "NVIDIA|^cuda|layer",
               r"cuda +compiled kernels", vital=True),),
@@ -80,14 +81,14 @@ DAYS: dict[str, tuple[int, list[tuple[Part, ...]]]] = {
         ),
         (Part("large", 30, (pytest_command(KERNELS, "-k", "more_than or memory or streams or graph"),), **TESTS),),
     ]),
-    # Fast: nothing else runs meanwhile.
+    # Speed. Only one part runs at a time.
     "2": (200, [
         (Part("sweep", 60, sweeps(), 32, "^# best", "# best"),),
         (Part("benchmark", 95, ((sys.executable, "-m", "benchmarks", "--device", "cuda", "--quick", "--networks", "--out", str(OUT)),), 14,
               "[│┃]|^written", "^written"),),
         (Part("launches", 45, ((sys.executable, "-m", "benchmarks.launches", "--device", "cuda"),), 10, "[│┃]", "°C after"),),
     ]),
-    # Peer memory. Two GPUs or more; on one, which two ranks then share, all but the benchmark.
+    # Peer memory, for two GPUs or more. On a single GPU, which two ranks then share, all but the benchmark works.
     "3": (200, [
         (
             Part("cards", 5, (("nvidia-smi", CLOCKS, "--format=csv"), ("nvidia-smi", "topo", "-m")), 12),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs syncbn and trains a small U-Net that finds handwritten digits in images of any brightness, three ways: batch normalization per
-# rank on four ranks with two images each, synchronized on the same ranks, and in a single process with all eight images. Ends with a
-# table and a picture, out/segmentation.png; exits with an error if the synchronized run diverges from the single process or is not clearly better.
+# rank on four ranks with two images each, synchronized on the same ranks, and in a single process with all eight images. It ends with a
+# table and a picture, out/segmentation.png, or with an error if the synchronized run diverges from the single process or is not clearly
+# better than the first.
 #
 #   launch/quickstart.sh            STEPS=100 launch/quickstart.sh
 set -euo pipefail

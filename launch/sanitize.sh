@@ -2,7 +2,7 @@
 # The CUDA kernels under compute-sanitizer: memory errors, races in shared memory, barriers that some threads never reach. Needs a GPU;
 # takes minutes.
 #
-#   launch/sanitize.sh                       every op in both layouts with every activation, with and without residual
+#   launch/sanitize.sh                       every op in both layouts, with every activation; some cases have a residual
 #   CASES='stats and 70' launch/sanitize.sh  the cases that pytest -k selects
 #   TOOLS=memcheck launch/sanitize.sh
 set -euo pipefail

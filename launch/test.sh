@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs all but the nightly ones: in one process, under torchrun with 1 to 4 ranks, under mpirun with 2 and 3.
-# Two ranks run everything. One rank under torchrun, and three and four ranks, run only the tests that depend on the number of ranks:
-# see tests/README.md. Two stages run at a time, and a stage's output is shown when it ends: see stages.sh.
+# Installs what the tests need and runs all but the nightly ones: without a launcher, under torchrun with 1 to 4 ranks, and under mpirun
+# with 2 and 3. Two ranks run everything. One rank under torchrun, and three and four ranks, run only the tests that depend on the number of
+# ranks: see tests/README.md. Two stages run at a time, and a stage's output is shown when it ends: see stages.sh.
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail

@@ -48,7 +48,7 @@ def test_every_command_of_the_day_could_run(time_limit, tmp_path, subprocess_env
     (copy / "syncbn" / "libsyncbn_cuda.so").touch()
     done = dry_run()
     assert done.returncode == 0 and done.stdout.endswith("everything is there\n"), done.stdout + done.stderr
-    limits = {day: int(seconds) for day, seconds in re.findall(r"^-- gpu_day.sh (\d): at most (\d+) s$", done.stdout, re.MULTILINE)}
+    limits = {number: int(seconds) for number, seconds in re.findall(r"^-- gpu_day.sh (\d): at most (\d+) s$", done.stdout, re.MULTILINE)}
     assert set(limits) == {"1", "2", "3"} and all(0 < limit <= 200 for limit in limits.values())
     counts = [int(count) for count in re.findall(r"\((\d+) tests\)$", done.stdout, re.MULTILINE)]
     assert len(counts) == 9 and max(counts) > 1000
@@ -121,7 +121,7 @@ def test_limits_that_add_up_to_more_than_the_time_there_is_are_a_problem(gpu_day
 def test_nothing_runs_after_a_failed_check(gpu_day, tmp_path, capsys):
     check = gpu_day.Part("check", 60, (python("print('wrong'); raise SystemExit(1)"),), 2, vital=True)
     after = gpu_day.Part("after", 60, (python("print('ran')"),), 2)
-    assert gpu_day.run_day([(check,), (after,)]) == 1
+    assert gpu_day.run_groups([(check,), (after,)]) == 1
     assert "== check has failed" in capsys.readouterr().out
     assert (tmp_path / "check.txt").read_text() == "wrong\n" and not (tmp_path / "after.txt").exists()
 
@@ -132,7 +132,7 @@ def test_a_part_that_is_not_vital_fails_alone(gpu_day, capsys):
         gpu_day.Part("missing", 60, (("/no/such/program",), python("print('second')")), 2),
         gpu_day.Part("good", 60, (python("print('3 passed')"),), 2, requires=" passed"),
     ]
-    assert gpu_day.run_day([(part,) for part in parts]) == 1
+    assert gpu_day.run_groups([(part,) for part in parts]) == 1
     lines = capsys.readouterr().out.partition("-- summary")[2].splitlines()
     assert re.match(r"== silent: FAILED, no line of its output has ' passed', \d+ s", lines[1]) and lines[2] == "skipped"
     assert "== missing: FAILED" in lines[3] and "/no/such/program" in lines[3] and lines[4] == "second"
@@ -143,7 +143,7 @@ def test_at_its_limit_a_part_ends_with_all_its_processes(gpu_day, tmp_path, caps
     monkeypatch.setenv(MARK, str(tmp_path))
     code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '100'])"
     slow = gpu_day.Part("slow", 2, (python(code), python("print('next')")), 3)
-    assert gpu_day.run_day([(slow,)]) == 1
+    assert gpu_day.run_groups([(slow,)]) == 1
     assert "== slow: FAILED, stopped at its limit of 2 s" in capsys.readouterr().out
     assert (tmp_path / "slow.txt").read_text() == "begun\n"
     assert left_behind({MARK: str(tmp_path)}) == []
@@ -153,7 +153,7 @@ def test_parts_of_a_group_run_side_by_side(gpu_day, tmp_path):
     meet = "import pathlib, time; pathlib.Path({!r}).touch()\nwhile not pathlib.Path({!r}).exists(): time.sleep(0.01)"
     a, b = str(tmp_path / "a.met"), str(tmp_path / "b.met")
     group = (gpu_day.Part("a", 60, (python(meet.format(a, b)),), 1), gpu_day.Part("b", 60, (python(meet.format(b, a)),), 1))
-    assert gpu_day.run_day([group]) == 0
+    assert gpu_day.run_groups([group]) == 0
 
 
 def test_at_its_limit_a_launcher_can_end_its_ranks(gpu_day, tmp_path, monkeypatch):
@@ -163,19 +163,19 @@ def test_at_its_limit_a_launcher_can_end_its_ranks(gpu_day, tmp_path, monkeypatc
         "import signal, subprocess; rank = subprocess.Popen(['sleep', '100'], start_new_session=True); "
         "signal.signal(signal.SIGTERM, lambda *_: (rank.kill(), rank.wait(), exit(1))); print('begun', flush=True); rank.wait()"
     )
-    assert gpu_day.run_day([(gpu_day.Part("launcher", 2, (python(code),), 1),)]) == 1
+    assert gpu_day.run_groups([(gpu_day.Part("launcher", 2, (python(code),), 1),)]) == 1
     assert (tmp_path / "launcher.txt").read_text() == "begun\n" and left_behind({MARK: str(tmp_path)}) == []
 
 
-@pytest.mark.parametrize("day", ["1", "2", "3"])
-def test_the_summary_has_at_most_60_lines_and_every_part_one_file(gpu_day, day, tmp_path, capsys):
+@pytest.mark.parametrize("number", ["1", "2", "3"])
+def test_the_summary_has_at_most_60_lines_and_every_part_one_file(gpu_day, number, tmp_path, capsys):
     """However much the parts print, and all of it worth showing."""
     shown = ["# best", "│ °C after, peer memory", "cuda compiled kernels", "written", "1 passed, 1 failed"]
     shown += ["exchange in each other's GPU memory"]
     talkative = python(f"for _ in range(1000):\n  for line in {shown!r}: print(line + 300 * '.')")
-    groups = [tuple(replace(part, commands=(talkative,)) for part in group) for group in gpu_day.DAYS[day][1]]
+    groups = [tuple(replace(part, commands=(talkative,)) for part in group) for group in gpu_day.RUNS[number][1]]
     parts = [part for group in groups for part in group]
-    assert gpu_day.run_day(groups) == 0
+    assert gpu_day.run_groups(groups) == 0
     lines = capsys.readouterr().out.partition("-- summary")[2].splitlines()
     assert len(parts) < len(lines) <= 60 and max(map(len, lines)) <= 170
     assert {path.name for path in tmp_path.iterdir()} == {f"{part.name}.txt" for part in parts} and len(parts) <= 8
