@@ -1,13 +1,13 @@
-// The arguments of the four ops as plain data: the bindings check them, the kernels of every device read them. It includes no torch
-// header. syncbn/reference.py says what the ops compute.
+// The arguments of the four ops as plain data: the bindings check them, the kernels of every device read them. This file includes no
+// torch header. syncbn/reference.py says what the ops compute.
 #pragma once
 
 #include <cstdint>
 
 namespace syncbn {
 
-// For functions of both devices. On the CPU they are always inlined: one of a name that several instruction sets share could be linked in
-// a version that this CPU cannot run.
+// Marks functions for both devices. On the CPU they are always inlined: each instruction set compiles them under the same name, and the
+// linker could keep a version that this CPU cannot run.
 #ifdef __CUDACC__
 #define SYNCBN_HOST_DEVICE __host__ __device__ inline
 #define SYNCBN_SQRT(value) sqrt(value)
@@ -18,9 +18,9 @@ namespace syncbn {
 
 enum class DType : int { float32, float16, bfloat16, float64 };
 enum class Activation : int { none, relu, leaky_relu, silu };  // as in syncbn/activation.py
-constexpr int ACTIVATIONS = 4;                                 // the bindings refuse other numbers
+constexpr int ACTIVATIONS = 4;                                 // the bindings refuse numbers from this on
 
-// In each function that has code for every activation: after a new one has been counted, each fails to compile until it is looked at.
+// Functions with code for every activation assert this: if ACTIVATIONS grows, they fail to compile until someone has looked at each.
 #define SYNCBN_HAS_CODE_FOR(number) static_assert(ACTIVATIONS == number, "write the new activation here, then raise the number")
 
 // Whether the derivative depends on nothing but the sign of z: with a residual, backward then needs one bit for each element, the mask.
@@ -56,9 +56,9 @@ struct Statistics {
   double eps;
 };
 
-// What the sums over the ranks of all tags and of their squares must be. If they are R * tag and R * tag^2, the sum of
-// (tag of a rank - tag)^2 is 0, so every rank has sent this tag; if not, no rank's check holds. Doubles hold these sums exactly up to
-// 8,192 ranks, since a tag is below 2^20.
+// What the sums of the tags of all R ranks, and of their squares, must be: R * tag and R * tag^2. If they are, the sum of
+// (tag of a rank - tag)^2 is 0, so every rank has sent this tag. If two ranks' tags differ, the check fails on every rank. Doubles hold
+// these sums exactly up to 8,192 ranks, because a tag is below 2^20.
 struct Verification {
   double tag, tag_squared;
   int32_t* alarm;  // set to 1 if the sums differ; null if there is nothing to verify
@@ -70,8 +70,8 @@ struct StatsArgs {
   DType dtype;  // dtype of x; the same field in every struct
   Layout layout;
   const void* x;
-  bool rank_weighted;  // sums over this rank's samples per channel, weight 1
-  bool shifted;        // the shift of a channel is its first value in x, else 0
+  bool rank_weighted;  // the sums are divided by this rank's samples, and its weight is 1, or 0 without samples
+  bool shifted;        // the shift of a channel is its first value in x; otherwise 0
   double tag;
   double* stats;
 };
@@ -126,7 +126,7 @@ struct BackwardInputArgs {
   Verification verification;
 };
 
-// Values in `stats` and in `sums`.
+// How many values `stats` and `sums` have.
 static inline int64_t stats_numel(int64_t channels) { return 3 * channels + stats_tail::numel; }
 static inline int64_t sums_numel(int64_t channels) { return 2 * channels + sums_tail::numel; }
 

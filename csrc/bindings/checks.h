@@ -1,5 +1,5 @@
-// The checks of the bindings: each error names the argument and shows the value that the caller gave. They cover what memory safety
-// needs; a direct call of an op reaches no other check.
+// The checks of the bindings: each error names the argument, and most show what the caller gave. They cover what memory safety needs,
+// because a direct call of an op reaches no other check.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

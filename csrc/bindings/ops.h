@@ -1,5 +1,5 @@
-// The ops for any device: check the arguments, allocate the outputs, call the kernel with plain data. A Device is a class like this,
-// which states how devices differ:
+// The ops for any device: each checks its arguments, allocates its outputs and calls the kernel with plain data. A Device is a class like
+// this, which states how devices differ:
 //
 //   struct Device {
 //     static constexpr const char* out_of_memory;                              // begins with torch's words, which batch-size finders know
@@ -7,7 +7,7 @@
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // throws unless t is on the device of x
 //     static int32_t* writable_alarm(int32_t* alarm);                          // the address by which kernels write to it
 //     explicit Device(const Tensor& x);                                        // makes x's device current while it lives
-//     void stats(const StatsArgs&);  and the three others
+//     void stats(const StatsArgs&);                                            // and a method for each of the three other kernels
 //   };
 #pragma once
 

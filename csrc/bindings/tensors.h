@@ -1,4 +1,4 @@
-// Tensors by torch's stable ABI: the arguments of an op as plain data (args.h), and its outputs.
+// Tensors by torch's stable ABI: turns the arguments of an op into plain data (args.h), and allocates its outputs.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -5,7 +5,8 @@
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
-// e^x to 1 ulp or 2: x = n ln2 + r with |r| <= ln2 / 2, a polynomial for e^r, and n added to the exponent.
+// e^x to 1 or 2 ulp, for x in [-87, 88]: x = n ln2 + f with |f| <= ln2 / 2, a polynomial for e^f, and n added to the exponent. Beyond,
+// the result is that at the nearer end.
 INLINE_IF_ONE_REGISTER Pack<float> exp(Pack<float> x) {
   using P = Pack<float>;
   return P::map([&](int r) {
@@ -31,7 +32,7 @@ NOINLINE Pack<double> exp(Pack<double> x) {
   return x;
 }
 
-// 0 if exp(-z) would overflow: otherwise a tiny nonzero sigmoid times a huge z would not be negligible.
+// 0 for z < -87: exp(-z) of floats stops growing at e^88, and that tiny nonzero sigmoid times a huge z would not be negligible.
 template <typename T>
 INLINE Pack<T> sigmoid(Pack<T> z) {
   Pack<T> s = Pack<T>(1) / (Pack<T>(1) + exp(Pack<T>(0) - z));
@@ -62,7 +63,7 @@ class Slope {
   }
 };
 
-// z is unused by sloped_by_mask, bits by the others.
+// sloped_by_mask does not use z; the others do not use bits.
 template <Backward backward, typename T>
 INLINE Pack<T> gradient(Pack<T> dy, Pack<T> z, uint32_t bits, const Slope<T>& slope) {
   if constexpr (backward == Backward::sloped) return select_positive(z, dy, slope(dy));

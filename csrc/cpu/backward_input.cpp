@@ -1,7 +1,8 @@
-// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n), and dz if there is a residual that needs it.
+// backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n), and dz if a residual
+// was added before an activation.
 //
-// dx is dz SCALE - (x - HI) OF_X + OFFSET, three parameters that are computed once for each channel, in float64. Runs from the end of
-// memory, because backward_reduce() left that part in cache.
+// dx is dz * SCALE - (x - HI) * OF_X + OFFSET, with parameters that are computed once for each channel, in float64. The op runs from the
+// end of memory, because backward_reduce() left that part in cache.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"

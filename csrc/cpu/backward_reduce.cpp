@@ -1,6 +1,6 @@
 // backward_reduce: sum_dy = Σ dz and sum_dy_xhat = Σ dz xhat of each channel.
 //
-// In acc_t within a chunk, in float64 across: Σ dz (x - hi), then lo Σ dz is subtracted for the rest of the mean.
+// Σ dz (x - hi) is added up in acc_t within a chunk, and in float64 over chunks; then lo Σ dz is subtracted for the rest of the mean.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"

@@ -1,4 +1,4 @@
-// The four ops for CPU tensors, on torch's own threads.
+// The ops for CPU tensors, on torch's own threads.
 #include "../bindings/ops.h"
 #include "ops.h"
 

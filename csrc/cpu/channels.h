@@ -64,7 +64,7 @@ class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// The outputs, written one pack at a time.
+// The outputs: a call writes one pack to each, or the packs of a line.
 template <typename scalar_t, int OUTPUTS>
 class Output {
   scalar_t* to_[OUTPUTS];
@@ -116,7 +116,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
       for (int k = 0; k < PACKS; ++k) packs[k] = map(e + k * PACK, Whole{}, values_at(e + k * PACK), position_at(e + k * PACK));
       to.write(e, packs);
     };
-    // Packs from e on that begin before `until` and end by `stop`; returns where the next one begins.
+    // Maps lines and packs from e on, as long as one begins before `until` and ends by `stop`; returns where the next one begins.
     auto map_until = [=](int64_t e, int64_t until, int64_t stop, auto values_at, auto position_at) INLINED {
       auto one = [=](int64_t e) INLINED {
         Out packs[] = {map(e, Whole{}, values_at(e), position_at(e))};
@@ -136,7 +136,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
         return here;
       };
       for (int64_t start = e - e % width; e < end; start += width) {
-        // If a row's coefficients overflow L1, process several rows per coefficient load.
+        // If a row's coefficients overflow L1, several rows share each load of coefficients.
         for (; wide && e == start && end - e >= WIDE_ROWS * C; e = start += WIDE_ROWS * C, position.row += WIDE_ROWS)
           for (int64_t c = 0; c < C; c += LONGEST)
             for (int64_t r = 0; r < WIDE_ROWS; ++r) {
@@ -205,7 +205,7 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           auto add = [&](auto streams) {
             add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           };
-          // Each stream also reads the mask, so use half as many, except for wide rows, where sharing the sums pays more.
+          // Each stream also reads the mask, so there are half as many, unless rows are wide: then sharing the sums pays more.
           masked&& width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }

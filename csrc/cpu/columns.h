@@ -1,11 +1,11 @@
-// Sums over columns, where channels lie next to each other or planes are short: rows of columns, strips of them, and how rows are added up.
+// Sums over columns, if channels are next to each other or planes are short: rows of columns, strips of them, and how rows are added up.
 #pragma once
 
 #include "traverse.h"
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
-// The bits of a pack that spans two rows of the mask are read from a byte boundary: each sample must begin at one.
+// A pack that spans two rows of the mask reads its bits from a byte boundary, so each sample must begin at one.
 INLINE bool whole_bytes(Layout layout) {
   return layout.C * layout.inner % 8 == 0;
 }
@@ -57,8 +57,8 @@ struct Columns {
     rest = l.outer % together * l.C;
   }
 
-  // Adds up two sums per channel. reduce(row, rows, slot, n, sums) adds those of the slots [slot, slot + n), at most STRIP columns, to
-  // sums[0 .. n) and sums[slots .. slots + n), float64.
+  // Adds up two sums per channel. reduce(row, rows, slot, n, sums) adds those of the slots [slot, slot + n), at most STRIP columns, in the
+  // rows [row, row + rows) to sums[0 .. n) and sums[slots .. slots + n), float64.
   template <typename F>
   void for_sums(double* total, F reduce) const {
     int64_t longest = STRIP / layout.inner / PACK * PACK;  // strips of whole packs, for aligned sums
@@ -78,8 +78,8 @@ struct Columns {
   }
 };
 
-// Adds rows of n columns into s1, s2 [n]: add(element, row, lanes, params(i, lanes), a1, a2) on packs, where `width` elements lie between
-// rows. S blocks of rows are read concurrently and share the loads of sums and parameters.
+// Adds rows of n columns into s1, s2 [n]: add(element, row, lanes, params(i, lanes), a1, a2) on packs. A row begins `width` elements
+// after the one before it. S blocks of rows are read concurrently and share the loads of sums and parameters.
 template <int S, typename acc_t, typename Params, typename Add>
 INLINE void add_rows(int64_t first, int64_t width, int64_t row, int64_t rows, int64_t n, acc_t* s1, acc_t* s2, Params params, Add add) {
   auto add_streams = [=](auto streams, int64_t first, int64_t row, int64_t apart) INLINED {

@@ -29,7 +29,7 @@ const Kernels* const tables[] = {
 #endif
     &baseline::table};
 
-// avx512 targets Zen 4, Sapphire Rapids and later: they convert to bfloat16 in one instruction, and do not slow down for it.
+// avx512 is for Zen 4, Sapphire Rapids and later: they convert to bfloat16 in one instruction, and AVX-512 does not slow their clock.
 bool runs_here([[maybe_unused]] const Kernels& table) {
 #if defined(SYNCBN_X86)
   bool v3 =
@@ -59,7 +59,7 @@ const Kernels& kernels() { return *current; }
 
 }  // namespace syncbn::cpu
 
-// The name of the instruction set in use, after limiting it to `at_most` unless that is null. Null if there is none of that name.
+// Limits the instruction set to `at_most`, unless that is null, and returns the name of the one in use; null if none has that name.
 extern "C" __attribute__((visibility("default"))) const char* syncbn_cpu_isa(const char* at_most) {
   using namespace syncbn::cpu;
   const Kernels* table = at_most ? widest(at_most) : current;

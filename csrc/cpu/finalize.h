@@ -1,4 +1,4 @@
-// From the group's sums to the parameters of the loops, in acc_t for each channel (../formulas.h). With few samples per channel this
+// From the group's sums to the parameters of the loops for each channel, in float64 (../formulas.h). With few samples per channel this
 // dominates an op's time, so the per-channel loops are written to vectorize.
 #pragma once
 
@@ -50,7 +50,7 @@ struct Doubles : Buffer<double> {
   }
 };
 
-// `tag_sums` are the sums over the ranks of the tags and of their squares.
+// Sets the alarm unless all ranks have sent this tag. `tag_sums` are the sums of the ranks' tags and of their squares.
 inline void verify(const Verification& verification, const double* tag_sums) {
   if (verification.alarm && !verification.holds(tag_sums[0], tag_sums[1])) *verification.alarm = 1;
 }

@@ -1,4 +1,4 @@
-// The bit mask of z > 0: element f of memory, in row p, has bit f + 8 p. See syncbn/layout.py.
+// The bit mask of positive z (see positive_bits): element f of memory, in row p, has bit f + 8 p. See syncbn/layout.py.
 //
 // Each row ends with 8 padding bits: a pack that starts on a byte boundary and spans at most two rows therefore covers PACK + 8 bits,
 // padding included; reading one byte past a row's last bit is always safe.
@@ -69,7 +69,7 @@ INLINE uint32_t read_bits(const uint8_t* mask, int64_t f, Row row, Lanes lanes) 
   return read_row_bits(mask, f, row.row, lanes);
 }
 
-// Writes the bits of a pack at element f, a multiple of 8, which may span several rows, and the padding bits of a row as zeros.
+// Writes the bits of a pack at element f, a multiple of 8. The pack may span several rows, whose padding bits become zeros.
 NOINLINE void store_bits(uint8_t* mask, int64_t f, MaskPosition position, uint32_t bits, Partial lanes) {
   for (int64_t first = 0, last; first < lanes.last; first = last, ++position.row, position.left = position.length) {
     last = min(first + position.left, lanes.last);

@@ -1,6 +1,6 @@
 // normalize: y = activation((x - mean) * invstd * weight + bias + residual), and the moving statistics.
 //
-// Runs from the end of memory, because stats() left that part in cache.
+// The op runs from the end of memory, because stats() left that part in cache.
 #include "activation.h"
 #include "channels.h"
 #include "finalize.h"
@@ -59,7 +59,7 @@ auto choose(Activation activation) {
 void normalize(const NormalizeArgs& args) {
   verify(args.verification, args.stats.data + 3 * args.layout.C + stats_tail::tag);
   update_running_stats(args);
-  // Rows are written including their padding; the unused bits of the final byte are zeroed here.
+  // The padding of a row may end in a byte that the next row writes; that of the last row is written here.
   if (args.mask && numel(args.layout)) args.mask[mask_bytes(args.layout) - 1] = 0;
   with_dtype(args.dtype, [&](auto type) {
     using scalar_t = decltype(type);

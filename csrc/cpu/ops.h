@@ -18,7 +18,7 @@ struct Kernels {
   void (*backward_input)(const BackwardInputArgs&);
 };
 
-// The kernels in use: those of the widest instruction set that this CPU has.
+// The kernels in use: those of the widest instruction set that this CPU has, unless syncbn_cpu_isa() has limited it.
 const Kernels& kernels();
 
 }  // namespace syncbn::cpu

@@ -5,8 +5,9 @@
 
 namespace syncbn::cpu::SYNCBN_ISA {
 
-// Planes, or the parts of long ones. A channel is reduced in chunks of about CHUNK values. Short planes are reduced several channels at a
-// time to keep reads long. STREAMS channels, C / STREAMS apart, are read concurrently; leftover channels one at a time.
+// Planes, or the parts of long ones. A channel is reduced in chunks of at most CHUNK values. Up to MAX_GROUP neighbouring channels are
+// reduced together, so that reads of short planes are long. STREAMS channels, C / STREAMS apart, are read concurrently; channels that are
+// left over are read one at a time.
 struct Planes {
   Layout layout;
   int64_t parts;          // of a plane
@@ -38,7 +39,7 @@ struct Planes {
   // them, and each k < streams, it calls add(c + k * apart, s1, s2).
   template <typename F>
   void for_sums(double* total, F reduce) const {
-    int64_t channels = layout.C, turns = apart + channels % STREAMS;  // STREAMS channels each, then one each
+    int64_t channels = layout.C, turns = apart + channels % STREAMS;  // with STREAMS channels each, then with one each
     Buffer<double> sums(channels * units * 2, 0);
     parallel_for(units * turns, GRAIN * units * turns / max(numel(layout), 1), [&](int64_t begin, int64_t end) {
       for (int64_t next; begin < end; begin = next) {
@@ -51,7 +52,7 @@ struct Planes {
         auto reduce_groups = [&](auto streams, int64_t c0, int64_t c1, int64_t chunk) {
           for (; c0 < c1; c0 += MAX_GROUP) reduce(streams, c0, min(c0 + MAX_GROUP, c1), chunk, add);
         };
-        // Finish a chunk for all channels before the next chunk, which follows memory order.
+        // All channels of a chunk come before the next chunk, because that is the order of memory.
         for (int64_t chunk = unit * chunks / units; chunk < (unit + 1) * chunks / units; ++chunk) {
           reduce_groups(Number<STREAMS>{}, first, min(last, apart), chunk);
           int64_t before = (STREAMS - 1) * apart;  // a turn k >= apart has one channel, number before + k
@@ -78,8 +79,8 @@ INLINE Pack<T> sum_of(const Pack<T>* chains) {
 }
 
 // Adds S runs of n values to s1 and s2 [S]: add(i, lanes, run, a1, a2) on packs. A single long run uses several accumulators to hide add
-// latency; with several runs the other runs hide it. A long run is added up as a tree, for accuracy: an accumulator adds 64 packs; four
-// such sums are added, and then all of these.
+// latency; with several runs the other runs hide it. A long run is added up as a tree, for accuracy: an accumulator adds 64 packs of a
+// block; the sums of four blocks are added, and then all of these.
 template <int S, typename acc_t, typename Add>
 INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
   using P = Pack<acc_t>;

@@ -23,10 +23,10 @@ namespace syncbn::shared_memory {
 namespace {
 
 constexpr int64_t kSlice = 50'000'000;  // ns, after which a call returns to Python: for Ctrl-C, the timeout, and a look at the others
-constexpr int64_t kAwake = 50'000;      // ns that a rank spins before it sleeps, which costs a tenth of that with waking up
+constexpr int64_t kAwake = 50'000;      // ns that a rank spins before it sleeps; to sleep and wake up costs a tenth of that
 constexpr int64_t kSettle = 1'000'000;  // ns, at least, between two moves to another core, which take tens of microseconds
 
-// How many forks lie between the first process and this one. A process id would cost a system call at every exchange.
+// How many forks are between the process that first joined and this one. A process id would cost a system call at every exchange.
 int32_t forks = 0;
 
 int64_t now() {
@@ -148,7 +148,7 @@ bool all_agree(const Memory& memory, int rank, uint64_t epoch) {
 
 size_t slots_offset(int ranks) { return sizeof(Header) + ranks * sizeof(Control); }
 
-size_t bytes(int ranks) { return slots_offset(ranks) + 2 * ranks * sizeof(Slot) + kSlotNumbers * sizeof(double); }
+size_t bytes(int ranks) { return slots_offset(ranks) + 2 * ranks * sizeof(Slot) + kSlotValues * sizeof(double); }
 
 void create(void* memory, int ranks, bool by_segments) {
   Memory m(memory);
@@ -214,7 +214,7 @@ Status all_reduce(void* memory, int rank, double* values, int64_t count, int64_t
       publish(self);
       continue;
     } else {
-      double out[kSlotNumbers];
+      double out[kSlotValues];
       combine(m, epoch, piece, 0, 1, out);
       piece.read(out, values);
     }

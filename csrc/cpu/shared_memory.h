@@ -1,14 +1,15 @@
 // Sums over the ranks of one host in memory that all of them have mapped. Plain C++, without torch and without Python.
 //
-//   publish   write values, length and digest into slot[epoch % 2]; store the epoch (release); wake the ranks that sleep on it
+//   publish   write values, lengths, number of the exchange and digest into slot[epoch % 2]; store the epoch (release); wake the ranks
+//             that sleep on it
 //   wait      for each rank, until it has published this epoch (acquire)
-//   verify    length and digest of every rank, before any value is added
+//   verify    lengths, number and digest of every rank, before any value is added
 //   combine   add the slots in rank order: the same additions, hence bitwise identical sums, on every rank
 //
 // Two slots are enough: a rank that publishes epoch e + 2 has seen every rank publish e + 1, and each of them published e + 1 only
-// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. With many ranks,
-// for whom reading every slot would be quadratic, rank r adds segment r of all slots into a result area, publishes a second epoch, and all
-// ranks copy the result.
+// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. If there are many ranks, reading every slot
+// on each of them would be quadratic. So with `by_segments` rank r adds segment r of all slots into a result area and publishes a second epoch,
+// and then all ranks copy the result.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +21,7 @@
 
 namespace syncbn::shared_memory {
 
-constexpr int kSlotNumbers = 8192;  // 64 KB
+constexpr int kSlotValues = 8192;  // 64 KB
 
 // The result of one call of all_reduce.
 enum Status : int64_t {
@@ -34,7 +35,7 @@ enum Status : int64_t {
 // The state of a rank, as another one sees it.
 enum Presence : int64_t { arrived = 0, late = 1, ended = 2, gave_up = 3 };
 
-// What `ranks` ranks need. The memory must be zero at first.
+// How many bytes `ranks` ranks need. They must be zero at first.
 size_t bytes(int ranks);
 // Where the slots begin, for tests that poison them.
 size_t slots_offset(int ranks);
@@ -47,7 +48,7 @@ uint64_t random_of(const void* memory, int rank);
 // Called by each rank after all have joined.
 void start(void* memory, int rank);
 
-// Adds `values` of all ranks, in place. Returns when it has, or when it has waited for 50 ms; progress is kept in the memory.
+// Adds `values` of all ranks, in place. Returns when it has, or when it has waited for 50 ms: the memory keeps its progress.
 //
 //   channels = 0   plain sums
 //   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], the sums about this rank's shift; the result is

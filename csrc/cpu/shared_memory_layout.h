@@ -13,30 +13,31 @@ namespace syncbn::shared_memory {
 enum Stage : uint32_t { idle = 0, published, summed };
 
 struct alignas(64) Control {
-  // Read by all, written by its rank; but ranks that wait for it count themselves in `sleepers`.
+  // All ranks read these, and the block's own rank writes them; but ranks that wait for it count themselves in `sleepers`.
   std::atomic<uint64_t> epoch;
   std::atomic<uint32_t> abandoned;
   std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
-  std::atomic<int32_t> core;       // on which it published last
-  // Used by its rank only: where it is in the exchange. On a cache line of its own, because the others read the first one all the time.
+  std::atomic<int32_t> core;       // on which its rank published last
+  // Its rank alone uses these: where it is in the exchange. They have cache lines of their own, because the others read the first one all
+  // the time.
   alignas(64) uint64_t exchanges;
   int64_t first;  // of the values in the piece
   Stage stage;
   int32_t forks;  // when it joined
-  int64_t awake;  // ns
+  int64_t awake;  // how long it spins before it sleeps, ns
   int64_t moved;  // when it last left a core, ns
-  // Written when it joins.
+  // Its rank writes these when it joins.
   uint64_t random;
   cpu_set_t cores;
 };
 
 struct alignas(64) Slot {
-  // One line, which every rank reads before it adds anything.
+  // Every rank reads this line before it adds anything.
   uint64_t count;
   uint64_t channels;
   uint64_t exchange;
   uint64_t digest;
-  alignas(64) double values[kSlotNumbers];
+  alignas(64) double values[kSlotValues];
 };
 
 struct alignas(64) Header {

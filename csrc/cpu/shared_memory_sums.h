@@ -20,10 +20,9 @@ struct Piece {
       : channels(channels),
         total(channels ? channels : count),
         first(first),
-        size(std::min<int64_t>(total - first, channels ? (kSlotNumbers - kStatsTail) / 3 : kSlotNumbers)) {}
+        size(std::min<int64_t>(total - first, channels ? (kSlotValues - kStatsTail) / 3 : kSlotValues)) {}
 
   bool is_last() const { return first + size == total; }
-  int64_t numbers() const { return channels ? 3 * size + kStatsTail : size; }
 
   void write(const double* values, double* slot) const {
     if (!channels) {
@@ -40,7 +39,7 @@ struct Piece {
       memcpy(values + first, slot, size * sizeof(double));
       return;
     }
-    // Not earlier, because with each piece `write` sends this rank's own.
+    // The tail is read last, because `write` sends this rank's own with each piece.
     if (is_last()) memcpy(values + 3 * channels, slot, kStatsTail * sizeof(double));
     for (int part = 0; part < 3; ++part) {
       memcpy(values + part * channels + first, slot + kStatsTail + part * size, size * sizeof(double));
@@ -80,7 +79,7 @@ inline void merge(const Memory& memory, uint64_t epoch, int64_t size, int64_t be
   }
 }
 
-// Segment `part` of `parts`, of which each is written by one rank.
+// Writes segment `part` of the `parts` of a piece to `out`, which is laid out as a slot.
 inline void combine(const Memory& memory, uint64_t epoch, const Piece& piece, int part, int parts, double* out) {
   const int64_t begin = piece.size * part / parts, end = piece.size * (part + 1) / parts;
   if (!piece.channels) return add(memory, epoch, begin, end, out);

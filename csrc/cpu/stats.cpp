@@ -1,4 +1,4 @@
-// stats: shift, sum and sum of squares about it for each channel, float64, one read of x.
+// stats: for each channel the shift, and the sum and the sum of squares about it, in float64. Memory is read once.
 //
 // Each chunk has its own K, the mean of values spread over the chunk: a single value could be an outlier, and the first ones padding. The
 // chunk is summed about K in acc_t; then, in float64 and with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Raw squares
@@ -56,21 +56,21 @@ void sum_planes(Layout layout, const scalar_t* x, const double* origins, double*
   Sample sample(planes);
   planes.for_sums(total, [&](auto streams, int64_t c0, int64_t c1, int64_t chunk, auto add) {
     constexpr int S = streams.value;
-    P shift[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
+    P K[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
     int64_t apart = planes.apart, stride = apart * layout.inner, taken = 0, count = 0;
-    for (int64_t c = 0; c < c1 - c0; ++c) fill(shift[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
+    for (int64_t c = 0; c < c1 - c0; ++c) fill(K[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
     auto add_sample = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
       if (c == c0) ++taken;
       for (int64_t i = 0; i < sample.each; ++i)
-        for (int k = 0; k < S; ++k) shift[c - c0][k] += load(x + f + k * stride + sample.at(taken - 1, i, n));
+        for (int k = 0; k < S; ++k) K[c - c0][k] += load(x + f + k * stride + sample.at(taken - 1, i, n));
     };
     planes.for_pieces(c0, c1, chunk, add_sample, sample.step);
     for (int64_t c = c0; c < c1; ++c)
-      for (int k = 0; k < S; ++k) shift[c - c0][k] = P(acc_t(sum(shift[c - c0][k]) / (taken * sample.each * PACK)));
+      for (int k = 0; k < S; ++k) K[c - c0][k] = P(acc_t(sum(K[c - c0][k]) / (taken * sample.each * PACK)));
     planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
       if (c == c0) count += n;
       P near[S];
-      for (int k = 0; k < S; ++k) near[k] = shift[c - c0][k];
+      for (int k = 0; k < S; ++k) near[k] = K[c - c0][k];
       add_runs<S>(n, s1[c - c0], s2[c - c0], [=](int64_t i, auto lanes, int k, P& a1, P& a2) INLINED {
         P d = keep(load(x + f + k * stride + i, lanes) - near[k], lanes);
         a1 += d;
@@ -80,7 +80,7 @@ void sum_planes(Layout layout, const scalar_t* x, const double* origins, double*
     for (int64_t c = c0; c < c1; ++c)
       for (int k = 0; k < S; ++k) {
         double origin = origins[c + k * apart], moved = 0, moved_sq = 0;
-        add_moved(double(count), double(shift[c - c0][k].v[0][0]) - origin, sum(s1[c - c0][k]), sum(s2[c - c0][k]), moved, moved_sq);
+        add_moved(double(count), double(K[c - c0][k].v[0][0]) - origin, sum(s1[c - c0][k]), sum(s2[c - c0][k]), moved, moved_sq);
         add(c + k * apart, moved, moved_sq);
       }
   });
@@ -90,7 +90,7 @@ template <typename scalar_t>
 void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  constexpr int ROW_STREAMS = 2 * STREAMS;  // twice those of backward_reduce, which reads two tensors, where stats reads one
+  constexpr int ROW_STREAMS = 2 * STREAMS;  // twice those of backward_reduce, which reads two tensors; stats reads one
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));
@@ -102,28 +102,28 @@ void sum_columns(Layout layout, const scalar_t* x, const double* origins, double
       // K's rows, `step` apart; if inner is 1, the rows with which the streams begin, which are then still in cache.
       int64_t sampled = min(inner == 1 ? ROW_STREAMS : ceil_div(K_VALUES, inner), length), step = length / sampled;
       int64_t turns = inner == 1 ? min(K_ROWS / ROW_STREAMS, step) : 1;
-      alignas(64) acc_t shift[STRIP], s1[STRIP], s2[STRIP];
-      fill(shift, wide, acc_t(0));
+      alignas(64) acc_t K[STRIP], s1[STRIP], s2[STRIP];
+      fill(K, wide, acc_t(0));
       fill(s1, wide, acc_t(0));
       fill(s2, wide, acc_t(0));
-      double shifts[STRIP];
+      double of_slot[STRIP];  // K of each slot
       for (int64_t turn = 0; turn < turns; ++turn)
         add_rows<ROW_STREAMS>(
-            first + turn * width, step * width, row, sampled, wide, shift, s2, [](int64_t, auto) INLINED { return 0; },
+            first + turn * width, step * width, row, sampled, wide, K, s2, [](int64_t, auto) INLINED { return 0; },
             [x](int64_t e, int64_t, auto lanes, int, P& a, P&) INLINED { a += keep(load(x + e, lanes), lanes); });
       double values = double(sampled * turns * inner), count = double(length * inner);
-      for_slots(n, inner, shift, shift, [&](int64_t k, double total, double) INLINED { shifts[k] = double(acc_t(total / values)); });
-      for (int64_t k = 0; k < n; ++k) shift[k] = acc_t(shifts[k]);
-      unfold(n, inner, wide, shift);
+      for_slots(n, inner, K, K, [&](int64_t k, double total, double) INLINED { of_slot[k] = double(acc_t(total / values)); });
+      for (int64_t k = 0; k < n; ++k) K[k] = acc_t(of_slot[k]);
+      unfold(n, inner, wide, K);
       add_rows<ROW_STREAMS>(
-          first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(shift + i, lanes); },
+          first, width, row, length, wide, s1, s2, [&](int64_t i, auto lanes) INLINED { return load(K + i, lanes); },
           [x](int64_t e, int64_t, auto lanes, P k, P& a1, P& a2) INLINED {
             P d = keep(load(x + e, lanes) - k, lanes);
             a1 += d;
             a2 += d * d;
           });
       for_slots(n, inner, s1, s2, [&](int64_t k, double v1, double v2) INLINED {
-        add_moved(count, shifts[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
+        add_moved(count, of_slot[k] - origin[slot + k], v1, v2, out[k], out[columns.slots + k]);
       });
     }
   });

@@ -1,7 +1,7 @@
 // How the ops walk [outer, C, inner]: reductions go plane by plane if inner is large and column by column otherwise; elementwise ops follow
 // memory order.
 //
-// How a sum is partitioned depends only on the shape, so results do not depend on the number of threads.
+// How a sum is divided does not depend on the number of threads, so results do not either.
 #pragma once
 
 #include <new>
@@ -18,26 +18,26 @@ constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 constexpr int STREAMS = 4;
 
 constexpr int64_t BLOCK = 64 * PACK;       // planes: values per accumulator, 64 per lane
-constexpr int64_t CHUNK = 1024 * PACK;     // planes: maximum number of values that share a shift
-constexpr int64_t MAX_PLANES = 64;         // planes: maximum number of planes that share a shift
-constexpr int64_t UNIT = 65536 / STREAMS;  // planes: values that one partial sum covers
+constexpr int64_t CHUNK = 1024 * PACK;     // planes: values of a chunk at most, which have one K (stats.cpp)
+constexpr int64_t MAX_PLANES = 64;         // planes: planes of a chunk at most
+constexpr int64_t UNIT = 65536 / STREAMS;  // planes: values that one partial sum covers, about
 constexpr int64_t STREAM_BYTES = 2 << 20;  // elementwise: outputs at least this large use non-temporal stores; see benchmarks/NOTES.md
 constexpr int64_t MAP_WIDTH = 128;         // elementwise: coefficients of few channels are repeated to at least this
-constexpr int64_t WIDE_BYTES = 8192;     // elementwise: rows with this many bytes of coefficients or more are processed WIDE_ROWS at a time
-constexpr int64_t WIDE_ROWS = 4;         // elementwise: rows that share one load of their coefficients
-constexpr int64_t STEP = 4096;           // elementwise: smallest unit of work per thread
-constexpr int64_t RUN = 64 * STEP;       // elementwise: values per forward run
-constexpr int64_t GRAIN = 32768;         // minimum number of values per thread; torch's own choice
-constexpr int64_t MAX_GROUP = 32;        // planes: channels reduced together so that reads of short planes are long; their sums fit in L1
+constexpr int64_t WIDE_BYTES = 8192;  // elementwise: rows with this many bytes of each coefficient, or more, are mapped WIDE_ROWS at a time
+constexpr int64_t WIDE_ROWS = 4;      // elementwise: rows that share one load of their coefficients
+constexpr int64_t STEP = 4096;        // elementwise: smallest unit of work per thread
+constexpr int64_t RUN = 64 * STEP;    // elementwise: values per forward run at most
+constexpr int64_t GRAIN = 32768;      // minimum number of values per thread; torch's own choice
+constexpr int64_t MAX_GROUP = 32;     // planes: channels reduced together so that reads of short planes are long; their sums fit in L1
 constexpr int64_t MIN_MAP_PLANE = PACK;  // elementwise: shorter planes are walked as columns
 constexpr int64_t MIN_SUM_PLANE = 100;   // sums: shorter planes are reduced as columns if there are at least MIN_SUM_ROWS
 constexpr int64_t MIN_SUM_ROWS = 8;      // columns: fewer samples do not pay, because a plane's columns are added up at the end
 constexpr int64_t SUM_WIDTH = 512;       // columns: rows of few channels are folded to at least this
-constexpr int64_t STRIP = 2048;  // columns: columns of a strip; exceeds L1 together with the coefficients, but gives longer reads per row
-constexpr int64_t CHUNK_ROWS = 512;  // columns: rows that share a shift and are summed in acc_t
+constexpr int64_t STRIP = 2048;  // columns: columns of a strip at most; with the coefficients they exceed L1, but reads of a row are longer
+constexpr int64_t CHUNK_ROWS = 512;  // columns: rows of a chunk at most
 constexpr int64_t MIN_ROWS = 128;    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;    // columns: minimum number of work units, if there are enough rows
-constexpr int64_t MAX_BLOCKS = 64;   // columns: partial sums per column
+constexpr int64_t MAX_BLOCKS = 64;   // columns: blocks of rows at most
 
 static_assert(STRIP / MIN_SUM_PLANE >= PACK, "a strip has a pack of channels");
 static_assert(STEP % 64 == 0, "threads share neither a line of memory nor a byte of the mask");
@@ -60,7 +60,7 @@ INLINE void fill(T* to, int64_t n, T value) {
 
 // Aligned to a cache line: store-to-load forwarding fails for vectors that cross a cache line.
 constexpr std::align_val_t LINE{64};
-constexpr int64_t SMALL_BUFFER = 8192;  // bytes on the stack: to allocate so few takes as long as to fill them
+constexpr int64_t SMALL_BUFFER = 8192;  // bytes on the stack: allocating so few takes as long as filling them
 template <typename T>
 class Buffer {
   alignas(64) T small_[SMALL_BUFFER / sizeof(T)];

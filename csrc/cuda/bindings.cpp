@@ -1,4 +1,4 @@
-// The four ops for CUDA tensors. Each call guards the device, takes the current stream, launches, and checks the launch.
+// The ops for CUDA tensors. Each launch guards the device, takes the current stream, and is checked.
 #include "../bindings/ops.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
