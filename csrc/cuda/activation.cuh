@@ -5,7 +5,7 @@
 
 namespace syncbn::cuda {
 
-// Two approximations of 2 ulp each: a precise division would make silu in bf16 bound by instructions, not memory.
+// expf and __fdividef are each off by up to 2 ulp: a precise division would make silu in bf16 bound by instructions, not memory.
 __device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + expf(-z)); }
 __device__ inline double sigmoid(double z) { return 1 / (1 + exp(-z)); }
 

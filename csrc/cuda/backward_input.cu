@@ -1,9 +1,9 @@
 // backward_input: dx = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n); and dz, the gradient of the residual, if there was one
 // before the activation.
 //
-// Traffic: dy and x once, dx once, dz once if requested. Per channel dx is dz * scale + (x - hi) * of_x + shift, so that
-// all divisions are done in double by one thread per channel and block. Reverse order: the last dy and x that backward_reduce() read
-// are still in L2.
+// Traffic: dy, x, dx, and if there are any the mask, the residual (silu) and dz, once each. Per channel dx is
+// dz * scale + (x - hi) * of_x + shift, so that one thread per channel and block does all divisions, in double. The walk is reversed: the
+// last dy and x that backward_reduce() read are still in L2.
 
 #include "activation.cuh"
 #include "finalize.cuh"

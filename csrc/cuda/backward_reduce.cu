@@ -1,6 +1,7 @@
 // backward_reduce: this rank's sum_dy = sum of dz and sum_dy_xhat = sum of dz * xhat, with dweight and dbias.
 //
-// Traffic: dy and x once. Sums are of dz * (x - hi), which does not cancel; the remainder of the mean is corrected for in double.
+// Traffic: dy, x, and if there are any the mask and the residual (silu), once each. Sums are of dz * (x - hi), which does not cancel; the
+// rest of the mean is subtracted in double.
 
 #include "activation.cuh"
 #include "finalize.cuh"

@@ -1,4 +1,4 @@
-// The ops for CUDA tensors. Each launch guards the device, takes the current stream, and is checked.
+// The ops for CUDA tensors. Each kernel is launched on the current stream of x's device, and the launch is checked.
 #include "../bindings/ops.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

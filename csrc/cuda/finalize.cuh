@@ -1,4 +1,4 @@
-// Converts the group's sums to the parameters of the elementwise kernels: once per channel and block, in double (../formulas.h).
+// Converts the group's sums to the parameters of the kernels' loops: once per channel and block, in double (../formulas.h).
 #pragma once
 
 #include "../formulas.h"

@@ -1,4 +1,4 @@
-// Launch configurations: each function that returns a Config says why it is so.
+// Launch configurations: each function that returns a Config has the reasons for it.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,7 +30,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for more
 constexpr int MAX_RESIDENT = 32;            // blocks on an SM, however small; fewer on some GPUs
 
-// At most this many blocks on each SM may share sums with other blocks: the workspace has space for no more, so no Plan may ask for more.
+// No Plan may ask for more blocks of THREADS threads on an SM: the workspace has space for the partial sums of no more.
 #ifndef SYNCBN_MAX_BLOCKS_PER_SM
 #define SYNCBN_MAX_BLOCKS_PER_SM 4
 #endif
@@ -39,7 +39,7 @@ constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 struct Config {
   int groups;     // of channels: a block works on one group
   int splits;     // blocks that share a group
-  int width;      // neighbouring threads that have neighbouring channels
+  int width;      // vectors of channels in a tile, one for each of as many neighbouring threads (Columns); 1 (Planes)
   int64_t runs;   // of a group: a warp takes one at a time (Planes), or a block (Columns)
   int pieces;     // of a plane
   int piece;      // elements of one
@@ -51,7 +51,7 @@ struct Config {
   int64_t vector_stride, row_stride;  // in elements, and in rows of the mask
   int64_t sample_stride;              // from an element to the one of the next sample
   int threads;
-  int shared_bytes;  // sum_bytes()
+  int shared_bytes;  // sum_bytes(), or 0 without sums
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -60,7 +60,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // [warps, vector, width + 1], whose last column is padding, or for each thread, whichever is more.
 constexpr int sum_bytes(int warps, int width, int vector) { return std::max(warps * (width + 1) * vector, warps * WARP) * 16; }
 
-// How many blocks of `warps` warps are resident at once, if registers allow `blocks_per_sm` blocks of THREADS threads.
+// How many blocks of `warps` warps are resident at once, if an SM has the registers for `blocks_per_sm` blocks of THREADS threads.
 inline int64_t resident_blocks(int sm_count, int blocks_per_sm, int warps) {
   return int64_t{sm_count} * std::min(blocks_per_sm * (THREADS / WARP) / warps, MAX_RESIDENT);
 }
@@ -71,9 +71,9 @@ inline int splits_for(int64_t resident, int64_t groups, int64_t max_splits) {
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(resident / groups, max_splits)));
 }
 
-// Warps in a block of Planes, for `runs` of a channel. Blocks shrink until every channel has a resident block: if only a few channels had
-// none, most SMs would idle through a second wave. If more than a quarter of the machine would then be empty, and each warp has many runs,
-// blocks are halved, so that several share a channel. Measured on an H100 (benchmarks/results/).
+// Warps in a block of Planes, if a channel has `runs` runs. Blocks shrink until every channel has a resident block: if only a few channels
+// had none, most SMs would idle through a second wave. If more than a quarter of the machine would then be empty, and each warp has many
+// runs, blocks are halved, so that several share a channel. Measured on an H100 (benchmarks/results/).
 inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool sums, int sm_count) {
   const auto resident = [&](int warps) { return resident_blocks(sm_count, blocks_per_sm, warps); };
   int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
@@ -84,9 +84,9 @@ inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool 
   return warps;
 }
 
-// inner > 1. A group is a channel. A warp takes a piece of a plane: a multiple of 8 elements, at most what its lanes load in one step. If
-// planes are smaller, and all of them have one alignment, the warp takes several. Each plane gets at least 8 lanes, because the edges of
-// more planes would need more steps.
+// inner > 1. A group is a channel. A warp takes a piece of a plane: a multiple of 8 elements, at most what its lanes load in one step. If a
+// plane has at most one vector for each lane, and a channel's planes begin equally far from a multiple of 8, the warp takes several. Each
+// plane gets at least 8 lanes, because the edges of more planes would need more steps.
 inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);
@@ -109,8 +109,9 @@ inline Config planes_config(const Layout& layout, int vector, int unroll, int bl
 }
 
 // inner == 1. A group is a tile of channels, `width` vectors wide; the remaining lanes of a warp take further rows. A tile is at most a
-// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end. Instead of a
-// single tile, which all blocks would share, there are two of half a line, unless a block's walk is so long that whole lines gain more.
+// memory line of 128 bytes: the fewer channels it has, the fewer blocks share it, and the less one block adds up at the end. In a
+// reduction two tiles of half a line take the place of a single tile, which all blocks would share, unless a block's walk is so long that
+// whole lines gain more.
 inline Config columns_config(const Layout& layout, int vector, int unroll, int max_width, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t vectors = ceil_div(layout.C, vector);
   int width = 1;
@@ -135,7 +136,8 @@ inline Config peers_config(int64_t numel) {
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
 // two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once. A shared group has two
-// resident blocks or more. Blocks of Planes have one column, those of Columns at most 64; there is space for THREADS of each.
+// resident blocks or more. A block of Columns has at most 64 columns, and there is space for THREADS; a block of Planes has one, and there
+// may be MAX_RESIDENT on an SM.
 inline int64_t max_shared_groups(int sm_count) { return int64_t{sm_count} * MAX_RESIDENT / 2; }
 inline size_t counter_bytes(int sm_count) { return ceil_div((max_shared_groups(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
 inline size_t workspace_bytes(int sm_count) {

@@ -5,8 +5,8 @@
 
 namespace syncbn::cuda {
 
-// Each valid lane contributes VECTOR_WIDTH bits of mask[byte], from bit f % 8 on. 8 / VECTOR_WIDTH neighbouring lanes share a byte. Must be
-// called by all lanes of the warp.
+// Each valid lane contributes VECTOR_WIDTH bits of mask[byte], from bit f % 8 on. 8 / VECTOR_WIDTH neighbouring lanes share a byte. All
+// lanes of the warp must call this.
 template <int VECTOR_WIDTH>
 __device__ inline void store_bits(uint8_t* mask, int64_t byte, int64_t f, unsigned bits, bool valid) {
   constexpr unsigned present = 0x100;  // set if any lane is valid

@@ -1,7 +1,7 @@
 // normalize: y = activation(weight * xhat + bias + residual), and the moving statistics.
 //
-// Memory-bound: x (and residual) once, y once, one bit per element if backward needs the sign of z. The statistics are
-// finalized by one thread per channel and block into shared memory. Reverse order: the last x that stats() read is still in L2.
+// Traffic: x, y, and if there are any the residual and the mask, once each. One thread per channel and block finalizes the statistics into
+// shared memory. The walk is reversed: the last x that stats() read is still in L2.
 
 #include "activation.cuh"
 #include "finalize.cuh"
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
       if constexpr (!Walk::shares_bytes) {
         store_bits<STEP_WIDTH>(args.mask, step.mask_byte(u), step.index(u), bits, u < step.count);
       } else if (u < step.count) {
-        // A mask byte spans several warps or even blocks, so the thread that owns its first element computes the whole byte.
+        // A mask byte may span several warps or even blocks, so the thread that owns its first element computes the whole byte.
         const int64_t f = step.index(u), c = f - (step.row + u * step.row_stride) * C;
         if (f % 8 != 0 && c != 0) continue;
 #pragma unroll 1

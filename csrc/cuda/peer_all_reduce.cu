@@ -1,5 +1,5 @@
-// peer_all_reduce: one launch that adds values over the GPUs of a node. Bound by latency: a store to another GPU's memory, and a load of
-// one's own until it has arrived.
+// peer_all_reduce: one launch that adds values over the GPUs of a node. Its time is latency: that of a store to another GPU's memory, and
+// of loads from this GPU's own until the value has arrived.
 
 #include "peer_all_reduce.cuh"
 

@@ -3,7 +3,7 @@
 //   number    how often this value has been exchanged, kept in device memory, so that a captured graph can be replayed
 //   send      to every other rank: 16 bytes, {low half, number, high half, number}, into this rank's place in that rank's memory
 //   receive   from each rank's place in this rank's memory, until both of its numbers are the wanted one
-//   add       in the order of ranks: the same additions, hence the same bits, on every rank
+//   add       in the order of ranks: the same additions, hence bitwise identical sums, on every rank
 //
 // No fence, no barrier, no reset: 8 bytes are written and read at once, so each half arrives together with its number (as in NCCL's LL
 // protocol; 16 bytes need not be). A place has two turns, by the parity of the number: a rank that sends number n + 2 has received
@@ -60,8 +60,8 @@ __device__ inline double unpacked(uint4 words) {
 
 __device__ inline bool arrived(uint4 words, unsigned number) { return words.y == number && words.w == number; }
 
-// Receives until the words have arrived; false if they have not by then. `until` is 0 before the first look at the clock, which is slow:
-// an exchange in which no rank is late does without.
+// Receives until the words have arrived; false if the time `until` passes first. `until` is 0 before the first look at the clock, which is
+// slow: an exchange in which no rank is late does not look.
 __device__ inline bool arrive(uint4& words, const uint4* place, unsigned number, uint64_t patience, uint64_t& until) {
   for (unsigned polls = 1; !arrived(words, number); ++polls) {
     if (polls % 64 == 0) {

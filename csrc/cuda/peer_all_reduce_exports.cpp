@@ -1,4 +1,5 @@
-// What Python calls through ctypes, which gives up the GIL for the time of a call. An op of torch would take longer to find its arguments.
+// The functions that Python calls through ctypes, which releases the GIL during a call. An op of torch would take
+// longer to find its arguments.
 #include "peer_all_reduce.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -7,7 +8,7 @@ using namespace syncbn::cuda;
 
 EXPORT int64_t syncbn_peers_bytes() { return sizeof(Peers); }
 
-// Makes `missing` the device's address of it. Null, or what went wrong; so do the others.
+// Replaces `missing` by the device's address of the same memory. Returns null, or what went wrong; so does syncbn_peer_all_reduce.
 EXPORT const char* syncbn_peers_prepare(Peers* peers, int device) {
   void* mapped = nullptr;
   cudaError_t error = cudaSetDevice(device);

@@ -7,13 +7,13 @@
 //   reversed                        the blocks walk from the last element to the first
 //   sums                            the op adds up: its blocks have shared memory for that
 //
-// Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM, which is blocks x 256 threads x unroll x 16 B for each tensor
-// that is read. Columns keep the parameters of up to 8 channels in registers. An op that reads the sums of another runs in
-// reverse: the elements that the other read last are still in L2.
+// Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM. A launch can have blocks x 256 threads x unroll x 16 B in flight for
+// each tensor that it reads. In Columns a thread keeps the parameters of up to 8 channels in registers. An op that reads the sums of
+// another runs in reverse: the elements that the other read last are still in L2.
 //
-// A build can take other Plans, and every test runs on them: a header that defines SYNCBN_PLANS and the four templates below, and
-// SYNCBN_MAX_BLOCKS_PER_SM (launch.cuh) if one asks for more than 4 blocks. The environment's SYNCBN_PLANS names it, to setup.py as to
-// the tests; by hand it is the compilers' option -include.
+// A build can take other Plans from a header that defines SYNCBN_PLANS and the four templates below, and SYNCBN_MAX_BLOCKS_PER_SM
+// (launch.cuh) if one of them asks for more than 4 blocks. The environment variable SYNCBN_PLANS names that header to setup.py and to the
+// tests of the kernels; a compiler that is called by hand takes it with -include.
 #pragma once
 
 #ifndef SYNCBN_PLANS

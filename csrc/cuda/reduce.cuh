@@ -65,7 +65,7 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 }
 
 // Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
-// Neighbouring threads read neighbouring columns, whole memory lines together; the rows of threads then add up their sums. BATCH loads
+// Neighbouring threads read neighbouring columns, whole memory lines together; then thread t adds up the sums of its column. BATCH loads
 // share one latency: the compiler moves no __ldcg() across preceding statements.
 template <int BATCH>
 __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
@@ -94,7 +94,7 @@ __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_
   return total;
 }
 
-// Whether this is the last of `blocks` blocks to arrive at a counter. After it the counter is 0, ready for the next launch.
+// Whether this is the last of `blocks` blocks to arrive at a counter. The last one leaves the counter at 0 for the next launch.
 __device__ inline bool arrives_last(unsigned* counter, unsigned blocks) {
   unsigned arrived;
   COUNT(arrived, counter, blocks - 1);

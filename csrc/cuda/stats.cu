@@ -1,6 +1,6 @@
 // stats: this rank's shift(C), sum(C) and sumsq(C) of x - shift, weight and samples, in double.
 //
-// Sums of squares in float cancel where mean >> std, and Welford's method divides at every element. So each thread subtracts K, a trimmed
+// Sums of squares in float cancel if mean >> std, and Welford's method divides at every element. So each thread subtracts K, a trimmed
 // mean of the first few of the next n values that it reads, sums d = x - K and d * d in acc_t, and brings them in double to the channel's
 // shift, which all blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K.
 //

@@ -1,4 +1,5 @@
-// Types: scalar_t, in which x is stored; acc_t, in which the kernels compute; and Vec, 16 bytes of x.
+// Types: scalar_t, in which x is stored; acc_t, in which the kernels compute; and Vec, elements of x that
+// one instruction moves: 16 bytes or a single element.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -83,13 +84,13 @@ cudaError_t with_dtype(DType dtype, F&& f) {
   return cudaErrorInvalidValue;
 }
 
-// A channel's value as its bits in memory. A kernel loads all that it needs of a channel before it converts the first: if each were
-// converted as it is loaded, it would wait for the one before it.
+// A channel's value as its bits in memory. A kernel loads all that it needs of a channel before it converts the first: if it
+// converted each when it loads it, each load would wait for the one before.
 struct Bits {
   uint64_t word;
 };
 
-// Per-channel vectors are read and written once per channel and block: so their dtype is resolved at run time. An absent one has no bits.
+// Per-channel vectors are read and written once per channel and block: so their dtype is resolved at run time. An absent one reads as 0.
 __device__ inline Bits load_bits(const ChannelVector& v, int64_t c) {
   if (!v.data) return {0};
   c *= v.stride;

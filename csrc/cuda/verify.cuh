@@ -5,8 +5,8 @@
 
 namespace syncbn::cuda {
 
-// The sums of the ranks' tags and of their squares. One thread loads them together with the first channel's statistics, and compares
-// them once the block has gone on: their latency is hidden by that of the others.
+// The sums of the ranks' tags and of their squares. One thread loads them together with the first channel's statistics, whose latency hides
+// theirs, and compares them after the block's barrier.
 class TagSums {
   bool verifies_;
   double tag_ = 0, tag_squared_ = 0;
@@ -19,7 +19,7 @@ class TagSums {
     tag_squared_ = sums[1];
   }
 
-  // The alarm is in the host's memory, which reads it without waiting for the kernel: it may see the store late, but no half of it.
+  // The alarm is in the host's memory, and the host reads it without waiting for the kernel: it may see the store late, but no half of it.
   __device__ void verify(const Verification& verification) const {
     if (verifies_ && !verification.holds(tag_, tag_squared_)) *static_cast<volatile int32_t*>(verification.alarm) = 1;
   }

@@ -1,4 +1,5 @@
-// Which thread works on which elements of [outer, C, inner]. The two classes are all that differs between the layouts.
+// Which thread works on which elements of [outer, C, inner]. The two classes, with their launch configurations (launch.cuh), are all that
+// differs between the layouts.
 //
 //   Planes, inner > 1: memory is a row of planes                   Columns, inner == 1: memory is rows of channels
 //
@@ -51,8 +52,8 @@ __device__ inline void load(Vec<scalar_t, STEP_WIDTH> (&to)[UNROLL], const scala
   }
 }
 
-// Asks for the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Elements at the
-// edges of planes are in the same lines.
+// Prefetches the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Elements at the edges
+// of planes are mostly in the same lines.
 template <typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNROLL>& step) {
   if (STEP_WIDTH == 1) return;
@@ -258,7 +259,7 @@ cudaError_t launch(const Args& args, const Target& target, const std::array<cons
   });
 }
 
-// Whether several blocks add to one sum in that launch.
+// Whether several blocks add to one sum in the launch of these arguments.
 template <template <int> class PlanFor, class Args, size_t n>
 bool shares_sums(const Args& args, int sm_count, const std::array<const void*, n>& tensors, const void* mask) {
   bool shares = false;

@@ -54,14 +54,14 @@ class HeldWorkspace {
     cudaStreamCaptureStatus status;
     check_cuda(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
     // A graph may be replayed on any stream, concurrently with other work: so each captured launch borrows memory from the graph's pool
-    // and has a memset node for its counters. Nor do these two handles name one stream: the first is another stream in each thread, the
-    // second another in each context.
+    // and has a memset node for its counters. cudaStreamPerThread is a different stream in each thread, and cudaStreamLegacy in each
+    // context: so a launch on one of them borrows memory, too.
     if (status == cudaStreamCaptureStatusActive || stream == cudaStreamPerThread || stream == cudaStreamLegacy) {
       borrow(x, stream, sm_count);
       return;
     }
-    // Otherwise there is one for each device and stream, forever: each launch leaves its counters at 0 for the next. It is not allocated
-    // through torch, whose pools must get their memory back.
+    // Otherwise there is one workspace for each device and stream, forever: each launch leaves its counters at 0 for the next. It is not
+    // allocated through torch, whose pools must get their memory back.
     static std::mutex mutex;
     static auto& kept = *new std::map<std::pair<int, cudaStream_t>, void*>;  // never destroyed: at exit, CUDA may be unloaded first
     const std::lock_guard<std::mutex> lock(mutex);

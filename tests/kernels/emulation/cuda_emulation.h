@@ -1,4 +1,4 @@
-// Just enough CUDA for g++ to compile and run csrc/cuda/*.cu: a thread of a block is a fiber. Test-only; see ../README.md.
+// Just enough CUDA for g++ to compile and run csrc/cuda/*.cu: a thread of a block is a fiber. Test-only; see tests/README.md.
 //
 // Fibers of a few resident blocks run one at a time in a seeded random order, each until it waits, so that a missing barrier
 // lets one thread read what another has not yet written. Shared memory starts as NaN (all bits 1), for every block again.

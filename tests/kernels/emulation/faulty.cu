@@ -1,4 +1,4 @@
-// A kernel with one fault each, for the emulation to find. Two blocks of 64 threads with 64 bytes of shared memory.
+// A kernel with the fault of the given number, which the emulation must find. Two blocks of 64 threads with 64 bytes of shared memory.
 #include "cuda_emulation.h"
 
 #include "scheduler.h"

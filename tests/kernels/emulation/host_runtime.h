@@ -1,5 +1,5 @@
-// As much of CUDA's runtime as benchmarks/sweep.cu and peer_all_reduce_exports.cpp call, in the emulation. Memory is the host's. A graph's
-// kernels run once, while they are captured; every replay takes a millisecond, so that what the program prints can be predicted.
+// The part of CUDA's runtime that benchmarks/sweep.cu and peer_all_reduce_exports.cpp call, for the emulation. Memory is the host's. A
+// graph's kernels run once, while they are captured; every replay takes a millisecond, so that what the program prints can be predicted.
 #pragma once
 
 #include <cstdlib>

@@ -1,5 +1,5 @@
-// Prints the launch of an op for each line of its input: OP BYTES OUTER CHANNELS INNER -> threads of a block, blocks of a group, width of a
-// tile.
+// Prints the launch of an op on SM_COUNT multiprocessors (the argument) for each line of its input: OP BYTES OUTER CHANNELS INNER ->
+// threads of a block, blocks of a group, width of a tile, groups.
 #include "walk.cuh"
 
 #include <cstdio>

@@ -69,7 +69,7 @@ using syncbn::cuda::Peers;
 struct Exchanges {
   const Peers* peers;
   double* values;                         // [ranks, exchanges, capacity]
-  const int64_t* lengths;                 // [ranks, exchanges]; 0 where a rank leaves one out
+  const int64_t* lengths;                 // [ranks, exchanges]; 0 if a rank leaves one out
   int ranks, exchanges, blocks, threads;  // blocks and threads of each rank
 };
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. README.md says what this cannot see."""
+"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. tests/README.md: what it misses."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(kernels, op, case):
     for result in results[1:]:
         for a, b in zip(results[0], result, strict=True):
             same = a.flatten().view(torch.uint8) == b.flatten().view(torch.uint8)
-            # No kernel writes the mask's padding bits: they stay as they were poisoned, the same in each run.
+            # This includes padding bits of the mask: those that no kernel writes stay as they were poisoned, the same in each run.
             assert bool(same.all())
 
 

@@ -1,4 +1,4 @@
-"""The blocks of a launch on an H100, of 132 multiprocessors: those that were fastest there (results/blocks-NVIDIA-H100.csv)."""
+"""The blocks of a launch on an H100, of 132 multiprocessors: those that were fastest there (benchmarks/results/blocks-NVIDIA-H100.csv)."""
 
 from __future__ import annotations
 

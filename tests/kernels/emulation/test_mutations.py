@@ -1,4 +1,4 @@
-"""Mutation tests: deleting any barrier or changing an index or term must make a comparison fail.
+"""Mutation tests: a deleted barrier, or a changed index or term, must make a comparison fail.
 
 Each mutant is compiled for the one op that is checked, and runs in a child process, because it may crash or run forever.
 """
@@ -33,7 +33,7 @@ class Mutant:
         return re.sub(r"[^\w+*/%<=,.-]+", "_", f"{self.op}:{self.file}:{self.old}->{self.new}:{self.nth}")
 
 
-USERS = {"reduce.cuh": ["stats", "backward_reduce"]}  # of a header's barriers
+USERS = {"reduce.cuh": ["stats", "backward_reduce"]}  # the ops that reach a header's barriers
 
 
 def deleted_barriers() -> list[Mutant]:
@@ -196,7 +196,7 @@ def is_noticed(library, op: str, dtype: str) -> bool:
 
 
 def run_all_checks_in_time(path: str, op: str, dtype: str) -> None:
-    """The same, and ends after 30 s of processor time: a mutant may run forever."""
+    """run_all_checks(), but ends after 30 s of processor time: a mutant may run forever."""
     resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
     run_all_checks(path, op, getattr(torch, dtype))
 

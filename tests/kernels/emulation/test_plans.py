@@ -19,7 +19,7 @@ SWEEP = (ROOT / "benchmarks" / "sweep.cu").read_text()
 # Blocks on a multiprocessor, vectors in a step, and the vectors in a tile of channels.
 CONTIGUOUS = re.findall(r"contiguous<SweptPlan<(\d+), (\d+)>>", SWEEP)
 CHANNELS_LAST = [(*plan[:2], plan[2] or "8") for plan in re.findall(r"channels_last<SweptPlan<(\d+), (\d+)(?:, (\d+))?>>", SWEEP)]
-NAMES = {"StatsPlan": True, "NormalizePlan": False, "BackwardReducePlan": True, "BackwardInputPlan": False}  # and whether they are sums
+NAMES = {"StatsPlan": True, "NormalizePlan": False, "BackwardReducePlan": True, "BackwardInputPlan": False}  # and their `sums`
 
 HEADER = "#pragma once\n#define SYNCBN_PLANS\nnamespace syncbn::cuda {{\n{plans}}}\n"
 PLAN = """template <int bytes>

@@ -1,4 +1,4 @@
-"""benchmarks/sweep.cu in the emulation: its options, its rows and its table. There a replay takes 1 ms: see emulation/host_runtime.h."""
+"""benchmarks/sweep.cu in the emulation: its options, its rows and its table. There a replay takes 1 ms: see host_runtime.h."""
 
 from __future__ import annotations
 

@@ -1,2 +1,2 @@
-// Found by the kernels before the real one.
+// The include path has this file before CUDA's own.
 #include "../cuda_emulation.h"
