@@ -60,7 +60,7 @@ def is_transformed() -> bool:
 def has_tangent(t: Tensor) -> bool:
     """Whether t is a dual number of forward-mode differentiation.
 
-    The private level only saves `unpack_dual`, 1 µs at each call, outside `dual_level`. Fallback: `unpack_dual`, which is public."""
+    Outside of `dual_level`, the private level saves the call of `unpack_dual`, 1 µs. Fallback: `unpack_dual`, which is public."""
     return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
@@ -126,8 +126,8 @@ def version_of(t: Tensor) -> int:
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` for eager code outside of torch.func: the method that it overrides, without the 3 µs in which it looks for
-    transforms and binds arguments.
+    """`function.apply` for eager code outside of torch.func: the method that `apply` overrides, which saves the 3 µs in which `apply`
+    looks for transforms and binds arguments.
 
     Fallback: `function.apply`, as in torch 2.14 and newer, whose own method needs no Python for either."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
@@ -224,14 +224,14 @@ def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
 def all_reduce_in_graph(tensor: Tensor, group: Any) -> Tensor:
     """The sum over the ranks of a group, or of the group of that name, in the form that a compiled graph can hold.
 
-    Fallback: none, a graph takes no collective in place."""
+    No fallback: a graph cannot hold a collective in place."""
     return functional_collectives.all_reduce(tensor, "sum", group)
 
 
 def constant_in_graphs(function: Callable[[], str]) -> Callable[[], str]:
     """What torch.compiler.assume_constant_result does, without loading the compiler: that takes as long as all of `import torch`.
 
-    Fallback: none, torch.compile then traces into the function, and reports what it cannot trace."""
+    Fallback: none. torch.compile then traces into the function, and reports what it cannot trace."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -256,18 +256,18 @@ def default_store() -> dist.Store:
 
 
 class SymmetricMemory(NamedTuple):
-    """Memory of this rank's GPU that the others have mapped, and theirs."""
+    """Memory of this rank's GPU that the other ranks have mapped, and the memory of theirs that this rank has mapped."""
 
     own: Tensor  # uint8
-    addresses: list[int]  # of each rank's, in this process
-    handle: Any  # keeps the others' mapped
+    addresses: list[int]  # of each rank's memory, in this process
+    handle: Any  # keeps the other ranks' memory mapped
 
 
 def symmetric_memory(size: int, group: dist.ProcessGroup, device: torch.device) -> SymmetricMemory:
     """`size` zero bytes on each rank's GPU. Every rank of the group calls it. The module of torch is documented, as an alpha feature
     (`torch.distributed._symmetric_memory`), and nothing public maps the memory of another process's GPU.
 
-    No fallback: an error, whose words are the reason for which the ranks stay with their group's collectives."""
+    No fallback: an error, whose message becomes the reason why the ranks use their group's collectives instead."""
     symmetric = importlib.import_module("torch.distributed._symmetric_memory")
     own = symmetric.empty(size, dtype=torch.uint8, device=device)
     own.zero_()

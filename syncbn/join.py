@@ -1,7 +1,7 @@
-"""Uneven numbers of batches: a rank that runs out of data keeps joining the other ranks' collectives with zeros.
+"""Uneven numbers of batches: a rank that runs out of data keeps answering the other ranks' exchanges with zeros.
 
     active rank     notifies ──► forward exchanges ──► backward exchanges                         (each time the model is called)
-    finished rank   is notified ──► joins the collectives that its last call had, with zeros ──► the other joinables' hooks
+    finished rank   is notified ──► answers the exchanges that its last call had, with zeros ──► the other joinables' hooks
 
 Zeros represent a rank without samples, which every formula already handles. The exchanges use process groups that no other code uses:
 DDP's collectives, which a finished rank joins at the same time, can neither block them nor be confused with them.
@@ -82,7 +82,7 @@ class _SyncBatchNorms(Joinable):
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Inside, the layers exchange in duplicated groups, and `exchanges` lists the collectives of the model's last call."""
+        """Inside, the layers exchange in duplicated groups, and `exchanges` lists those of the model's last call."""
         before = [layer.process_group for layer in self.layers]
         handle = self.model.register_forward_pre_hook(_CallHook(self), prepend=True)
         for layer in self.layers:

@@ -1,9 +1,9 @@
-"""PyTorch Lightning: a plugin that makes Trainer use this package's layers, on any accelerator, the CPU included.
+"""PyTorch Lightning: a plugin that makes Trainer use this package's layers, on the CPU, too.
 
     trainer = Trainer(strategy="ddp", plugins=[syncbn.lightning.LayerSync()])
 
-Lightning converts when `fit` starts and reverts when it ends. Leave out its flag `sync_batchnorm=True`, which Trainer refuses together
-with this plugin.
+Lightning's strategies for DDP and FSDP convert when `fit` starts and revert when it ends; its other strategies ignore the plugin. Leave out
+Lightning's flag `sync_batchnorm=True`, which Trainer refuses together with this plugin.
 """
 
 from __future__ import annotations

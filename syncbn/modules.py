@@ -49,7 +49,7 @@ class SyncBatchNorm(_BatchNorm):
         bias: learn the bias, if affine.
         activation: None, "relu", "leaky_relu" or "silu", applied to the output; in training by the layer's own kernels.
         negative_slope: of leaky_relu.
-        weighting: "samples" for the statistic of the whole batch; "ranks" to weigh every rank the same, as Horovod's TensorFlow
+        weighting: "samples" for the statistic of the whole batch; "ranks" gives all ranks equal weight, as Horovod's TensorFlow
             layer does.
         unbiased: running_var takes var * n / (n - 1), as in torch; False takes var, as Keras and Horovod do.
 
@@ -69,7 +69,7 @@ class SyncBatchNorm(_BatchNorm):
     torch.Size([2, 8, 4, 4])
     """
 
-    # Set on the class, so that a converted module needs no __init__ to have them.
+    # The class sets these, because no __init__ runs when a module is converted.
     process_group: Any = None
     activation: str | None = None
     negative_slope: float = 0.01

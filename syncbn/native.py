@@ -78,7 +78,7 @@ def _load(device: str, path: Path, digest: str) -> Library:
     except build_info.Unusable as error:
         reason = f"{path.name} {error}: {REBUILD}"
     except OSError as error:  # torch's error names the file, and its cause the reason
-        reason = f"{path.name} cannot be loaded beside torch {torch.__version__} ({error.__cause__ or error}): {REBUILD}"
+        reason = f"{path.name} cannot be loaded with torch {torch.__version__} ({error.__cause__ or error}): {REBUILD}"
     if reason:
         return Library(device, path, False, reason)
     return Library(device, path, True, _what_runs(device, path))

@@ -5,7 +5,7 @@ A layer keeps its input x for its own backward pass. A convolution after it keep
 an exchange.
 
     forward    pack      a tensor that is, or views, the unchanged output of a layer ──► its recipe; any other stays as it is
-               remember  replaces, by its recipe, an output that an operator saved while the layer computed it: relu saves what it returns
+               remember  replaces an output by its recipe, if an operator saved it while the layer computed it: relu saves what it returns
     backward   unpack    recipe ──► the output, computed again unless something still holds the last result
 """
 
@@ -101,7 +101,7 @@ def saving() -> Iterator[list[_Kept]]:
 
 
 def copy_of(parameter: Tensor | None) -> Tensor | None:
-    """What a `compute` may keep of a parameter, which an optimizer, or FSDP, may change before the output is computed again."""
+    """A copy of a parameter for `compute`, because an optimizer or FSDP may change the parameter before the output is computed again."""
     return None if parameter is None else parameter.detach().clone()
 
 

@@ -73,7 +73,7 @@ def test_what_the_linker_of_torch_says_is_the_reason(monkeypatch):
 
     monkeypatch.setattr(torch.ops, "load_library", fail)
     reason = native._load("cpu", CPU.path, DIGEST).reason
-    assert f"cannot be loaded beside torch {torch.__version__} (libgomp.so.1: cannot open shared object file): reinstall" in reason
+    assert f"cannot be loaded with torch {torch.__version__} (libgomp.so.1: cannot open shared object file): reinstall" in reason
 
 
 def test_the_digest_is_that_of_names_and_schemas_in_any_order():
