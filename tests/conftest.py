@@ -43,7 +43,7 @@ from syncbn.comm import ProcessGroupCommunicator
 
 ONE_RANK = [ROOT / "tests" / wing for wing in ("house", "kernels", "surgery")]
 QUICK = "not nightly and not system"
-_STDERR = os.dup(2)  # pytest captures the other one
+_STDERR = pytest.StashKey[int]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_STDERR] = os.dup(2)  # pytest captures the other one, also while it imports this file, but not here
     config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
     config.addinivalue_line("markers", "process_group: needs torch.distributed")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
@@ -149,11 +150,14 @@ def _fits(item: pytest.Item, has_gpu: bool) -> bool:
 
 
 @pytest.fixture(autouse=True)
-def time_limit() -> Iterator[Callable[..., None]]:
-    """Kills this rank and dumps its stacks if a test takes too long; the launcher then kills the others. A call restarts the clock."""
+def time_limit(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
+    """Kills this rank and dumps its stacks if a test takes too long; the launcher then kills the others. A call restarts the clock.
 
-    def start(seconds: float = 2 * TIMEOUT) -> None:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=_STDERR)
+    The jobs that a test of the system tier starts have limits of their own, so its limit only ends a test whose own limits do not work."""
+    usual = (10 if request.node.get_closest_marker("system") else 2) * TIMEOUT
+
+    def start(seconds: float = usual) -> None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=request.config.stash[_STDERR])
 
     start()
     yield start

@@ -99,8 +99,7 @@ def run_tests(launcher: list[str], variables: str, arguments: list[str], env: di
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
-def test_single_rank_suites_pass_on_a_gpu(time_limit, subprocess_env):
-    time_limit(600)
+def test_single_rank_suites_pass_on_a_gpu(subprocess_env):
     run_tests([], ON_GPU, ALONE, subprocess_env)
 
 
@@ -108,9 +107,8 @@ def test_single_rank_suites_pass_on_a_gpu(time_limit, subprocess_env):
     ("tests", "ranks", "where"), [(LAYER, 2, ""), (LAYER, 4, ""), (DDP, 2, ON_GPU)], ids=["layer-2", "layer-4", "DDP-2"]
 )
 @pytest.mark.parametrize("way", WAYS)
-def test_ranks_sharing_a_gpu_equal_the_whole_batch(way, tests, ranks, where, time_limit, subprocess_env):
+def test_ranks_sharing_a_gpu_equal_the_whole_batch(way, tests, ranks, where, subprocess_env):
     """The table of test_layer.py, and autocast; DistributedDataParallel, also with batches that run out."""
     if way == "NCCL on a shared GPU" and (torch.cuda.nccl.version() < (2, 30) or ranks > 2):
         pytest.skip(f"NCCL {torch.cuda.nccl.version()} with {ranks} ranks: needs 2.30, which takes 2 on a GPU")
-    time_limit(600)
     run_tests([*torchrun(ranks), "--no-python"], f"{WAYS[way]} {where}", tests, subprocess_env)

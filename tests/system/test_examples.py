@@ -53,9 +53,8 @@ def test_the_example_of_folding_prints_its_table(output):
     assert "before" in out and "after" in out and "largest difference" in out
 
 
-def test_ray_trains_workers_with_identical_statistics(subprocess_env, tmp_path, time_limit):
+def test_ray_trains_workers_with_identical_statistics(subprocess_env, tmp_path):
     pytest.importorskip("ray.train.torch", reason="needs ray[train]")
-    time_limit(400)  # ray starts some twenty processes
     env = subprocess_env | {"PYTHONPATH": str(ROOT), "RAY_ADDRESS": ""}
-    done = run([sys.executable, str(EXAMPLES / "ray_train.py")], env=env, cwd=tmp_path, timeout=350)
+    done = run([sys.executable, str(EXAMPLES / "ray_train.py")], env=env, cwd=tmp_path, timeout=350)  # ray starts some twenty processes
     assert done.returncode == 0 and "moving statistics of 2 workers are identical: True" in done.stdout + done.stderr, done.stderr[-3000:]

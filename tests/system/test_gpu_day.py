@@ -30,9 +30,8 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
-def test_every_command_of_the_day_could_run(time_limit, tmp_path, subprocess_env):
+def test_every_command_of_the_day_could_run(tmp_path, subprocess_env):
     """In a copy of the repository, with stand-ins for what gpu_build.sh compiles."""
-    time_limit(600)
     copy = tmp_path / "copy"
     shutil.copytree(ROOT, copy, ignore=SKIPPED)
     command = ["bash", "launch/gpu_day.sh", "--dry-run"]

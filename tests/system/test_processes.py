@@ -1,13 +1,15 @@
-"""The helper that ends the jobs of other tests."""
+"""What ends tests that take too long, and their jobs."""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import uuid
 
 import pytest
 
+from support import ROOT
 from support.processes import MARK, kill, marked, run
 
 pytestmark = [
@@ -37,3 +39,16 @@ def test_a_process_belongs_to_a_job_only_if_the_whole_mark_is_its_own(subprocess
         for process in started:
             process.kill()
             process.wait()
+
+
+def test_a_test_that_takes_too_long_ends_with_its_stacks(tmp_path, subprocess_env):
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    (tmp_path / "test_slow.py").write_text("""
+import time
+def test_slow(time_limit):
+    time_limit(0.1)
+    time.sleep(100)
+""")
+    env = subprocess_env | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    ended = run([sys.executable, "-m", "pytest", "-c", "/dev/null", str(tmp_path)], env=env, timeout=100, cwd=tmp_path)
+    assert ended.returncode == 1 and 'test_slow.py", line 5 in test_slow' in ended.stderr, ended
