@@ -15,7 +15,7 @@ SANITIZER=${SANITIZER:-compute-sanitizer}
 PYTHON=${PYTHON:-python}
 
 command -v "$SANITIZER" >/dev/null || { echo "sanitize.sh: $SANITIZER is not on PATH (it comes with the CUDA toolkit)" >&2; exit 2; }
-"$PYTHON" -c 'from syncbn import native; cuda = native.status()[1]; raise SystemExit(None if cuda.loaded else f"sanitize.sh: {cuda.reason}")'
+"$PYTHON" -c 'from syncbn import native; cuda = native.status()[1]; raise SystemExit(0 if cuda.loaded else f"sanitize.sh: {cuda.reason}")'
 for tool in $TOOLS; do
     echo "== $tool"
     # With torch's caching allocator off, an out-of-bounds write leaves its allocation and is detected. Torch's own kernels are not checked.

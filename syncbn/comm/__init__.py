@@ -92,7 +92,8 @@ def resolve(process_group: Any = None) -> Communicator:
     """
     if process_group is None:
         default = dist.group.WORLD if _HAS_DISTRIBUTED else None
-        if default is None or (torch.compiler.is_dynamo_compiling() and not dist.is_initialized()):  # in torch 2.11 WORLD is never None
+        # While torch 2.11 traces, WORLD is never None.
+        if default is None or (torch.compiler.is_dynamo_compiling() and not dist.is_initialized()):
             if not torch.compiler.is_compiling():
                 _warn_if_started_with_others()
             return LOCAL
@@ -125,7 +126,7 @@ def _warn_if_started_with_others() -> None:
     here = environment.rank_info()
     if here.world_size > 1:
         warnings.warn(
-            f"{here.launcher} started {here.world_size} ranks, but torch.distributed is not initialized: each normalizes alone."
+            f"{here.launcher} started {here.world_size} ranks, but torch.distributed is not initialized: the layers are unsynchronized."
             " Call syncbn.init_process_group() first, or give the layers a process_group",
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
 """The ranks of a group agree on memory that those of a host share, or on the reason why they do not use any.
 
-    gather a host's identity ──► first rank makes the file ──► gather its name ──► all map it ──► gather random numbers ──► all compare
+    gather hosts' identities ──► first rank makes the file ──► gather its name ──► all map it ──► gather random numbers ──► all compare
     ──► gather the verdicts
 
 Each step that gathers is one exchange over the group itself. It also carries this rank's reason to give up: all ranks go on, or none.
@@ -92,7 +92,9 @@ def agree(gather: Gather, payload: bytes, reason: str) -> list[bytes]:
         if text := row[PAYLOAD:].rstrip(b"\0").decode(errors="replace"):
             reasons.setdefault(text, []).append(str(rank))
     if reasons:
-        raise Unusable("; ".join(text if len(of) == len(rows) else f"rank {', '.join(of)}: {text}" for text, of in reasons.items()))
+        raise Unusable(
+            "; ".join(text if len(ranks) == len(rows) else f"rank {', '.join(ranks)}: {text}" for text, ranks in reasons.items())
+        )
     return [row[:PAYLOAD] for row in rows]
 
 

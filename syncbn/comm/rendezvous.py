@@ -200,7 +200,8 @@ def _with_local_rank(here: RankInfo, store: dist.Store) -> RankInfo:
 
 
 def _restarts() -> str:
-    """The job's restart count; 0 on several hosts, whose agents count independently: see launch/torchrun.sh."""
+    """The job's restart count. On several hosts it is always 0, because their agents count independently; there each restart needs a store
+    of its own, as launch/torchrun.sh provides."""
     counts = environment.get("TORCHELASTIC_RESTART_COUNT") if environment.get("GROUP_WORLD_SIZE") == "1" else None
     return counts or "0"
 

@@ -49,7 +49,7 @@ UNVERIFIED = digest_of("not compared: SYNCBN_CHECK=off")
 
 
 def tag_of(digest: int, ranks: int) -> int:
-    """The low bits of the digest, so many that float64 holds the sum of `ranks` squares exactly: 20 for up to 8192 ranks."""
+    """The low bits of the digest, as many as let float64 hold the sum of `ranks` squares exactly: 20 for up to 8192 ranks."""
     bits = min(TAG_BITS, (53 - (ranks - 1).bit_length()) // 2)
     return digest & ((1 << bits) - 1)
 

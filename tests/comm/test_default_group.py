@@ -186,7 +186,7 @@ print([str(warning.message) for warning in caught])
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_without_a_process_group_are_told_once_that_each_normalizes_alone(ranks, tmp_path, forks, subprocess_env):
+def test_ranks_without_a_process_group_are_told_once_that_their_layers_are_unsynchronized(ranks, tmp_path, forks, subprocess_env):
     script = tmp_path / "job.py"
     script.write_text(ALONE)
     env = subprocess_env | {"RANK": "0", "WORLD_SIZE": str(ranks), "SYNCBN_NATIVE": "0"}
@@ -194,4 +194,6 @@ def test_ranks_without_a_process_group_are_told_once_that_each_normalizes_alone(
     assert done.returncode == 0, done.stderr
     warned = ast.literal_eval(done.stdout)
     assert len(warned) == (ranks > 1)
-    assert all("torchrun started 2 ranks, but torch.distributed is not initialized: each normalizes alone" in text for text in warned)
+    assert all(
+        "torchrun started 2 ranks, but torch.distributed is not initialized: the layers are unsynchronized" in text for text in warned
+    )
