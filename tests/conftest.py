@@ -72,7 +72,8 @@ def _selects(config: pytest.Config) -> bool:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """`-n auto`: jobs of the system tier wait for timeouts most of the time."""
+    """For `-n auto`: two for each core if the command line chooses the tests, since jobs of the system tier wait for timeouts most of the
+    time."""
     return (os.cpu_count() or 1) * (2 if _selects(config) else 1)
 
 

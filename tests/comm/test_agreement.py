@@ -1,4 +1,4 @@
-"""Ranks that disagree get an error on every rank, with what each was doing, instead of a hang or mixed-up statistics."""
+"""If ranks are about to exchange different things, every rank gets an error with what each was doing, not a hang or mixed-up statistics."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_mismatched_call_kind_is_detected(world, one, other):
 
 
 @several
-def test_rank_one_exchange_ahead_is_detected(world, group_only):
+def test_a_rank_that_is_one_exchange_ahead_is_detected(world, group_only):
     """Rank 0 has verified once more than the others."""
     layer = named("a", world)
     layer.process_group = another_group(world)

@@ -23,19 +23,19 @@ several = pytest.mark.world_size(2, 3)
 
 @pytest.fixture(autouse=True)
 def verified_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process never looks at sums, as if they were on a GPU, or since they are."""
+    """Sums are verified as those on a GPU, whatever the device: the kernels write alarms, and this process never looks at the sums."""
     monkeypatch.setattr(exchange, "way_of", lambda state, tensor: state.way(PeerExchange))
 
 
 @pytest.fixture(autouse=True)
 def default_device(torchs_settings: None) -> Iterator[None]:
-    """A test may set another one."""
+    """Resets the default device, which a test may set."""
     yield
     torch.set_default_device(None)
 
 
 def wait(device: str) -> None:
-    """Until the kernels have compared."""
+    """Returns when the kernels have compared the tags."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -108,7 +108,7 @@ def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, m
 def test_ranks_that_differ_in_replace_torch_are_told_apart_at_the_first_exchange(
     world: World, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the comparison that a first exchange makes anyway."""
+    """The verification that a first exchange makes anyway tells them apart."""
     fresh = dataclasses.replace(world, group=another_group(world))
     torch.set_default_device(device)
     a, b = named("a", fresh), named("b", fresh)
@@ -129,7 +129,7 @@ def test_ranks_that_differ_in_replace_torch_are_told_apart_at_the_first_exchange
 @several
 @pytest.mark.parametrize("needs", [(False, True), (True, False), (False, False)], ids=str)
 def test_a_backward_exchange_whose_sums_no_kernel_uses_is_verified(world: World, needs: tuple[bool, bool]) -> None:
-    """No gradient of x is needed in front of a model, or after frozen layers."""
+    """A layer at the front of a model, or after frozen layers, needs no gradient of its input."""
     fresh = dataclasses.replace(world, group=another_group(world))
     a, b = named("a", fresh), named("b", fresh)
     for layer, needed in zip((a, b), needs, strict=True):
@@ -145,7 +145,7 @@ def test_a_backward_exchange_whose_sums_no_kernel_uses_is_verified(world: World,
 @pytest.mark.process_group
 @pytest.mark.world_size(2)
 def test_a_rank_that_reads_its_alarm_late_gets_the_same_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After the timeout, if the other rank has raised meanwhile."""
+    """It gets the error after the timeout, because the other rank has raised its own and exchanges no more."""
     group = torch.distributed.new_group(timeout=timedelta(seconds=3))
     a, b = (named(name, dataclasses.replace(world, group=group)) for name in "ab")
     for layer in (a, b):

@@ -12,7 +12,7 @@ CAPABILITIES = [75, 90, 90]
 
 
 class Library:
-    """The functions of libnvidia-ml.so.1, for a Turing and two Hopper, of which the second has a MIG instance. 0 is success."""
+    """The functions of libnvidia-ml.so.1, for a Turing and two Hoppers, the first of which has a MIG instance. 0 is success."""
 
     def __init__(self, capabilities):
         self.capabilities = capabilities
@@ -60,12 +60,12 @@ def driver(monkeypatch):
 
 
 VISIBLE = [
-    # CUDA_VISIBLE_DEVICES, in the order of the bus, otherwise
+    # CUDA_VISIBLE_DEVICES, the capabilities if GPUs are numbered in the order of the bus, and those otherwise
     (None, (75, 90, 90), (75, 90, 90)),
     ("", (), ()),
     ("-1", (), ()),
     ("NoDevFiles", (), ()),
-    ("1", (90,), (75, 90, 90)),  # the fastest first, by CUDA's own judgement: any may be meant
+    ("1", (90,), (75, 90, 90)),  # CUDA numbers the fastest first, by its own judgement: any may be meant
     (" 2 , 0", (90, 75), (75, 90, 90, 75, 90, 90)),
     ("0,7,1", (75,), (75, 90, 90)),  # a wrong entry ends the list
     ("7,0", (), ()),

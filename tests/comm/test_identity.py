@@ -1,4 +1,4 @@
-"""What the ranks call a layer: two layers that are not the same are a mismatch, and whatever else ranks may differ in is none."""
+"""What the ranks call a layer: two layers that are not the same are a mismatch, and other differences between ranks are not."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def trace_on_one_rank(world, layers):
 
 
 def fail_on_one_rank(world, layers):
-    """A call that fails before its collective is not counted: its number remains free."""
+    """A call that fails before its exchange does not count, and gives the layer no number."""
     if world.rank == 0:
         for without_values in (torch.device("meta"), FakeTensorMode()):
             with without_values, pytest.raises(RuntimeError, match="has no values that the ranks could exchange"):

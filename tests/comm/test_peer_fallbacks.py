@@ -1,4 +1,4 @@
-"""Why the ranks of a node do not exchange in each other's GPU memory: one reason on all of them. And a rank alone, without a GPU."""
+"""Why the ranks of a node do not exchange in each other's GPU memory: one reason on all of them. The rest needs one rank and no GPU."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def test_what_all_ranks_lack_is_the_reason(monkeypatch, group, ranks, reason):
 
 @alone
 def test_a_captured_exchange_sets_nothing_up(monkeypatch):
-    """It could not wait for the other ranks."""
+    """A graph could not wait for the other ranks."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     exchange = peers.PeerExchange()
     exchange.set_up(SimpleNamespace(), torch.device("cuda"))
     assert not exchange.ready and exchange.memory is None
 
 
-# ---- A rank alone -------------------------------------------------------------------------------------------------------------
+# ---- A group of one rank ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def memory(peer_library, monkeypatch):
 
 @alone
 def test_another_stream_waits_for_the_one_before_it(memory, monkeypatch):
-    """But a graph has no edge to work outside of it."""
+    """A captured stream waits only for streams of the same capture: a graph has no edge to work outside of it."""
     a, b, captured, forked = Stream("a"), Stream("b"), Stream("captured", True), Stream("forked", True)
     for stream in (a, a, b, b, a, captured, forked, captured, b):
         monkeypatch.setattr(peer_memory, "current_stream", lambda device, stream=stream: stream)

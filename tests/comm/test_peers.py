@@ -40,7 +40,7 @@ def peer_device(request, monkeypatch, world, device):
 
 @pytest.fixture(autouse=True)
 def default_device(torchs_settings):
-    """A test may set another one."""
+    """Resets the default device, which a test may set."""
     yield
     torch.set_default_device(None)
 
@@ -102,7 +102,7 @@ def test_sums_are_bitwise_those_in_the_order_of_ranks(fresh, world, peer_device)
 
 
 @several
-def test_no_collective_after_the_first_exchange(fresh):
+def test_there_is_no_collective_after_the_first_exchange(fresh):
     layer = SyncBatchNorm(3, process_group=fresh.group)
     layer(batch()).sum().backward()
     with collectives() as seen:
@@ -124,7 +124,7 @@ def test_more_values_than_the_memory_holds_go_over_the_group(fresh, world, peer_
 @several
 @pytest.mark.parametrize("name", ["layers of equal C in another order", "another eps"])
 def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(fresh, world, peer_device, name):
-    """Through the tags, which are added like any value."""
+    """The tags, which are added like any value, show it."""
     a, b = named("a", fresh), named("b", fresh)
     for layer in (a, b):
         for _ in range(2):
@@ -146,7 +146,7 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(fresh, worl
 @several
 def test_a_rank_that_does_not_come_is_named_with_the_exchange_that_it_missed(fresh, world, peer_device):
     encoder, decoder = named("encoder.bn", fresh), named("decoder.bn", fresh)
-    encoder(batch()).sum().backward()  # the ranks compare what they exchange
+    encoder(batch()).sum().backward()  # the first exchanges are verified over the group
     x = batch()
     y = encoder(x)
     with state(fresh.group).way(peers.PeerExchange).memory.waiting(0.4):

@@ -24,7 +24,7 @@ NAMES = LAUNCHERS_NAMES | {"MASTER_ADDR", "MASTER_PORT"}
     ("nodes", "first"),
     [("gpu1", "gpu1"), ("gpu[03-07,12],cpu1", "gpu03"), ("a1,b2", "a1"), ("n[1,5]-ib", "n1-ib"), ("rack-2-node[10-11]", "rack-2-node10")],
 )
-def test_first_host_of_a_slurm_list(nodes, first):
+def test_the_first_host_of_a_slurm_list_is_found(nodes, first):
     assert rendezvous._first_host(nodes) == first
 
 
@@ -90,7 +90,7 @@ except ValueError as error:
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("launcher", ["none", "torchrun", "mpirun"])
-def test_init_process_group_under(launcher, tmp_path, subprocess_env):
+def test_init_process_group_makes_the_default_group_under_each_launcher(launcher, tmp_path, subprocess_env):
     (tmp_path / "job.py").write_text(JOB)
     command = {
         "none": [sys.executable],
@@ -113,7 +113,6 @@ def check_outputs(folder: Path, size: int, local_rank: bool) -> None:
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("missing", [("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE",)], ids=["PyTorchJob", "DeepSpeed"])
 def test_the_local_rank_is_found_by_the_hosts(missing, tmp_path, forks, subprocess_env):
-    """With nothing but what torch's own init reads."""
     ranks = [{name: value for name, value in rank.items() if name not in missing} for rank in two_ranks()]
     run_on_each(forks, JOB, tmp_path, subprocess_env, ranks)
     check_outputs(tmp_path, 2, True)
@@ -190,8 +189,8 @@ for time in range(3):
     for group in (None, dist.new_group(), syncbn.new_group("node")):
         a.process_group = b.process_group = group
         try:
-            (a if rank == 0 else b)(x)  # both have agreed in the groups before
-            sys.exit("no mismatch: what the groups before have agreed on is taken for this one's")
+            (a if rank == 0 else b)(x)  # both were verified in the groups before
+            sys.exit("no mismatch: what was verified in the groups before is taken for this one's")
         except syncbn.RankMismatchError:
             pass
         for layer in (a, b):
@@ -210,7 +209,7 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 
 @pytest.mark.world_size(1)
 def test_recreated_default_group_has_no_stale_state(tmp_path, forks, subprocess_env):
-    """Its subgroups and those of join, too."""
+    """Nor do its subgroups and the groups of syncbn.join."""
     run_on_each(forks, AGAIN, tmp_path, subprocess_env, two_ranks())
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
@@ -229,7 +228,7 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 
 @pytest.mark.world_size(1)
 def test_a_rank_may_begin_anew_before_the_others_have_ended(tmp_path, forks, subprocess_env):
-    """It meets rank 0's old store, which goes away."""
+    """It finds rank 0's old store, which then goes away."""
     run_on_each(forks, HASTY, tmp_path, subprocess_env, two_ranks())
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 

@@ -46,7 +46,7 @@ def test_the_sum_has_the_bits_of_an_addition_in_rank_order(world, memory, length
         assert torch.equal(total, in_rank_order(parts))
 
 
-def test_ten_thousand_exchanges_of_random_lengths_with_random_delays(world, memory):
+def test_ten_thousand_exchanges_of_random_lengths_with_random_delays_are_right(world, memory):
     same, own = random.Random(1), random.Random(world.rank)
     for n in range(10_000):
         length = same.choice(LENGTHS[:4]) if same.random() < 0.99 else same.choice(LENGTHS)
@@ -91,7 +91,7 @@ def test_statistics_about_different_shifts_are_those_of_the_whole_batch(world, m
     if len(x):
         near_zero = x - 1e9  # exact
         torch.testing.assert_close(shift - 1e9 + sums / weight, near_zero.mean(0), rtol=1e-13, atol=1e-13 * channels)
-        # Relative to the squares about a value of the batch, of which each is rounded a few times.
+        # Relative to the sum of squares about a value of the batch: each square is rounded a few times.
         error = sumsq - sums.square() / weight - (near_zero - near_zero.mean(0)).square().sum(0)
         assert (error.abs() <= 1e-13 * (x - x[0]).square().sum(0)).all()
 
@@ -126,7 +126,7 @@ def test_a_mismatch_is_found_on_every_rank_and_the_next_exchange_works(world, me
         assert memory.all_reduce_(torch.ones(3).double(), digest("c"), TIMEOUT).tolist() == [world.size] * 3
 
 
-def test_long_words_differ_in_their_middle(world, memory):
+def test_long_words_that_differ_in_the_middle_are_a_mismatch(world, memory):
     words = "x" * 400 + ("y" if world.rank == 0 else "z") + "x" * 400
     with pytest.raises(Mismatch):
         memory.all_reduce_(torch.ones(1).double(), digest(words), TIMEOUT)
@@ -187,11 +187,11 @@ def test_a_fork_gets_an_error(world, memory):
 
 
 def test_a_wait_may_be_without_end(world, memory):
-    """SYNCBN_MPI_TIMEOUT=inf."""
+    """As with SYNCBN_MPI_TIMEOUT=inf."""
     assert memory.all_reduce_(torch.ones(1).double(), digest("a"), float("inf")).item() == world.size
 
 
-def test_two_memories_whose_exchanges_alternate(world, memory):
+def test_exchanges_in_two_memories_may_alternate(world, memory):
     other = set_up(world)
     for n in range(200):
         one, two = torch.full((3,), float(n)).double(), torch.full((4,), float(-n)).double()

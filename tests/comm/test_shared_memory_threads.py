@@ -1,4 +1,4 @@
-"""The exchange in shared memory under ThreadSanitizer, with threads as ranks. Mutants of its ordering must be noticed."""
+"""The exchange in shared memory under ThreadSanitizer, with threads as ranks. Its mutants must be noticed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CASES = [  # ranks, by segments, exchanges
     (2, 0, 300),
     (3, 0, 150),
     (3, 1, 150),
-    (9, 1, 20),  # more than each reads
+    (9, 1, 20),  # more ranks than ALL_READ_ALL of syncbn/comm/shared_memory.py
 ]
 MUTANTS = {  # (text of the source, its replacement)
     "the epoch before the values": (
@@ -60,7 +60,7 @@ def run(program: Path, case: tuple[int, int, int], timeout: float = 120) -> subp
     return subprocess.run([program, *map(str, case)], capture_output=True, text=True, timeout=timeout)
 
 
-def test_no_data_race_and_every_sum_right(compiler, tmp_path):
+def test_there_is_no_data_race_and_every_sum_is_right(compiler, tmp_path):
     program = build(compiler, SOURCE, tmp_path)
     for case in CASES:
         done = run(program, case)
@@ -68,7 +68,7 @@ def test_no_data_race_and_every_sum_right(compiler, tmp_path):
 
 
 def fails(program: Path, case: tuple[int, int, int]) -> bool:
-    """A wrong order may also leave all ranks waiting."""
+    """A mutant may also leave all ranks waiting."""
     try:
         return run(program, case, timeout=30).returncode != 0
     except subprocess.TimeoutExpired:
@@ -77,7 +77,7 @@ def fails(program: Path, case: tuple[int, int, int]) -> bool:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_wrong_order_is_noticed(name, compiler, tmp_path):
+def test_a_mutant_is_noticed(name, compiler, tmp_path):
     text, replacement = MUTANTS[name]
     sources = {path.name: path.read_text() for path in SOURCE.parent.glob("shared_memory*")}
     assert sum(source.count(text) for source in sources.values()) == 1

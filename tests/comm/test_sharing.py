@@ -32,7 +32,7 @@ def test_the_ranks_of_a_host_share_memory(world):
 
 
 @pytest.mark.process_group
-def test_no_collective_after_the_first_exchange(world):
+def test_there_is_no_collective_after_the_first_exchange(world):
     default = exchange.way_of
     layer = SyncBatchNorm(3)
     layer(batch()).sum().backward()
@@ -75,7 +75,7 @@ def test_float64_far_from_zero_is_as_good_as_torch(world):
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name):
-    """With default settings, over every communicator."""
+    """Default settings find it, in shared memory and over the group."""
     # All ranks have exchanged equally often in a new group, so an error lists those that agree on one line.
     fresh = dataclasses.replace(world, group=another_group(world))
     a, b = named("a", fresh), named("b", fresh)
@@ -123,7 +123,7 @@ def test_a_late_rank_is_named_with_layer_and_direction(world, monkeypatch):
         with pytest.raises(RuntimeError, match=r'layer "encoder.bn"[\s\S]*rank 1\b.*: not there yet, but alive[\s\S]*backward exchange'):
             y.sum().backward()
     world.all_gather(torch.zeros(1))
-    with pytest.raises(RuntimeError, match="rank 0 gave up an exchange|this rank gave up|gave up an"):
+    with pytest.raises(RuntimeError, match="rank 0.* gave up an exchange" if world.rank else "this rank gave up|gave up an exchange"):
         y.sum().backward()
 
 
@@ -149,7 +149,8 @@ def test_ranks_that_differ_in_when_they_compare_are_told_at_once(world, odd, mon
 
 @pytest.mark.process_group
 def test_first_ranks_have_a_group_whatever_other_groups_there_are(world):
-    """On several hosts. One rank is in another group more, and a group is made again after it was destroyed."""
+    """The first ranks of several hosts exchange in such a group. Rank 0 is in one group more than the others, and groups are made again
+    after they were destroyed."""
     one_more = torch.distributed.new_group([0])
     for _ in range(3):
         group = torch.distributed.new_group()
@@ -195,7 +196,7 @@ def test_the_path_is_logged(world, monkeypatch, caplog):
     assert "forward  8 x float64" in forward
 
 
-def test_two_groups_whose_exchanges_alternate(world):
+def test_exchanges_in_two_groups_may_alternate(world):
     layers = [SyncBatchNorm(3, process_group=another_group(world)) for _ in range(2)]
     plain = nn.BatchNorm1d(3)
     for _ in range(5):
@@ -220,17 +221,22 @@ def test_a_group_that_is_destroyed_takes_its_memory_with_it(world):
 
 
 def test_a_wait_ends_as_soon_as_the_other_rank_comes(world):
+    """By the clock that all processes of the host share. The best of ten times counts, since the machine may be busy."""
     layer = named("a", world)
     layer(batch())
-    began = time.monotonic()
-    if world.rank == 0:
-        time.sleep(0.3)
-    layer(batch())
-    assert time.monotonic() - began >= (0.3 if world.rank == 0 else 0)
+    late = []
+    for _ in range(10):
+        if world.rank == 0:
+            time.sleep(0.06)
+        began = time.monotonic()
+        layer(batch())
+        times = torch.stack(world.all_gather(torch.tensor([began, time.monotonic()], dtype=torch.float64)))
+        late.append(float(times[1:, 1].max() - times[0, 0]))
+    assert min(late) < 0.02
 
 
 def test_a_failed_set_up_names_the_exchange_and_layer(world, monkeypatch):
-    """In a group that has exchanged tensors of another device."""
+    """The group has exchanged tensors of another device before."""
     layer, second = (SyncBatchNorm(3, process_group=group) for group in [another_group(world)] * 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exchange, "way_of", lambda state, tensor: state.way(PeerExchange))

@@ -1,4 +1,4 @@
-"""What python -m benchmarks.launches computes, as far as a machine without a GPU can tell."""
+"""What the programs in benchmarks/ compute, as far as a machine without a GPU can tell."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def inputs():
     dist.destroy_process_group()
 
 
-def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
+def test_the_host_time_of_a_layer_is_split_into_its_parts(inputs):
     """A layer has four ops, two tickets and two exchanges: host_split() counts them. Afterwards nothing is timed any more."""
     before = (ops.stats, LayerExchanges.all_reduce_)
     (row,) = host.host_split(inputs, repeats=3, calls=5)
@@ -39,7 +39,7 @@ def test_the_host_time_of_a_layer_is_that_of_its_parts(inputs):
 
 
 def test_a_call_that_the_layer_does_not_make_is_no_part_of_it(inputs, monkeypatch):
-    """Were the layer to exchange without `LayerExchanges`, its time would be called the rest: that is noticed."""
+    """If the layer exchanged without `LayerExchanges`, the time of its exchanges would be counted as the rest: that is noticed."""
     monkeypatch.setattr(host, "LayerExchanges", type("Unused", (), {"all_reduce_": lambda: None, "ticket": lambda: None}))
     with pytest.raises(AssertionError, match="'stats': 5"):
         host.host_split(inputs, repeats=1, calls=5)
@@ -90,7 +90,7 @@ def fake_cuda(monkeypatch):
     monkeypatch.setattr(timing, "clock", lambda call, device, times: 3.0)
 
 
-def test_a_graph_s_time_is_shared_by_its_layers(fake_cuda):
+def test_the_time_of_a_graph_is_shared_by_its_layers(fake_cuda):
     calls = []
     assert launches.graph_microseconds(lambda: calls.append(1), repeats=2, layers=20) == 150
     assert len(calls) == 3 + 20  # three before the capture

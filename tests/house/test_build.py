@@ -40,7 +40,7 @@ def test_without_a_compiler_a_library_is_left_out_with_its_reason(library, compi
 
 
 def test_a_build_with_a_compiler_that_sees_no_torch_fails_and_says_which_flag_cures_it(setup, monkeypatch, tmp_path):
-    """Installers show what a build prints only when it fails: one without kernels would look like any other."""
+    """Installers show the output of a build only if it fails: a build without kernels would look like any other."""
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.setattr("sysconfig.get_path", lambda name: "")
     monkeypatch.setattr("site.getsitepackages", list)
@@ -136,7 +136,7 @@ def test_default_architectures_span_turing_to_newest(architectures):
 
 
 def test_the_compiler_says_for_which_processor_the_kernels_are_compiled(setup, monkeypatch, tmp_path):
-    """Not the machine that runs it: a cross compiler's code is for another."""
+    """The machine that runs the compiler does not say it: a cross compiler's code is for another."""
     isas = {}
     for target in ("x86_64-linux-gnu", "aarch64-linux-gnu"):
         compiler = tmp_path / f"{target}-g++"
@@ -160,7 +160,7 @@ def test_the_cpu_kernels_compile_for_aarch64_without_a_warning(setup, monkeypatc
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_scripts_say_that_they_compile_before_they_do(tmp_path, compiled, gpu):
-    """With a python and an nvidia-smi that do nothing. Once the objects are there, no line is printed."""
+    """The python and nvidia-smi here do nothing. Once the objects are there, no line is printed."""
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
     for name in ["python", *(["nvidia-smi"] if gpu else [])]:

@@ -70,7 +70,7 @@ COMMANDS = [block for block in BLOCKS if block.language == "bash"]
 
 
 @pytest.mark.parametrize("block", JOBS, ids=lambda block: block.name)
-def test_block_runs_on_two_ranks(block, forks, subprocess_env, tmp_path, monkeypatch):
+def test_a_block_runs_on_two_ranks(block, forks, subprocess_env, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script = tmp_path / "script.py"
     script.write_text(PREAMBLE + block.code)
@@ -86,7 +86,7 @@ def test_block_runs_on_two_ranks(block, forks, subprocess_env, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block not in JOBS], ids=lambda block: block.name)
-def test_block_runs(block, tmp_path, monkeypatch):
+def test_a_block_runs(block, tmp_path, monkeypatch):
     kind, _, value = block.mark.partition(": ")
     if kind == "not run":
         pytest.skip(value)
@@ -115,7 +115,7 @@ def test_no_block_escapes_these_tests(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_name_what_exists(page):
-    """Those in blocks, and those between words."""
+    """Commands are in blocks, and in code between words."""
     text = page.read_text()
     code = "\n".join([*(block.code for block in COMMANDS if block.page == page), *re.findall(r"`([^`\n]+)`", text)])
     files = re.findall(r"(?<![\w/.-])((?:launch|examples|\.ci|benchmarks|tests)/[\w/.]+)", code)
@@ -166,7 +166,7 @@ def test_the_messages_in_troubleshooting_are_those_of_the_code():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tests_named_on_the_pages_exist(page):
-    """In the file that is named with them, if one is."""
+    """If a file is named with a test, the test is in that file."""
     tests = {path.name: set(re.findall(r"def (test_\w+)", path.read_text())) for path in (ROOT / "tests").rglob("test_*.py")}
     everywhere = set.union(*tests.values())
     named = re.findall(r"(test_\w+\.py)?(?:::)?(test_\w+(?!\w|\.py))?", page.read_text())
@@ -176,9 +176,12 @@ def test_tests_named_on_the_pages_exist(page):
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md", "tests/README.md"])
 def test_files_named_in_the_maps_exist(page):
-    """By their path, or by their name next to one with a path."""
+    """A page names them by the end of their path, or by their path from the page."""
     names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / page).read_text())
-    tracked = {path.name for folder in ("syncbn", "csrc", "tests", "docs", "benchmarks") for path in (ROOT / folder).rglob("*.*")}
-    known = {*tracked, *(name for name in names for folder in (ROOT, (ROOT / page).parent) if (folder / name).exists())}
+    folders = ("syncbn", "csrc", "tests", "docs", "benchmarks")
+    paths = "\n".join(f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")) + "\n"
     assert len(names) > 20
-    assert [name for name in names if "NAME" not in name and not {name, Path(name).name} & known] == []
+    unknown = [
+        name for name in names if f"/{name}\n" not in paths and not any((folder / name).exists() for folder in (ROOT, (ROOT / page).parent))
+    ]
+    assert [name for name in unknown if "NAME" not in name] == []

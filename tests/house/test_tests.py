@@ -1,4 +1,4 @@
-"""Tests import helpers from support/ and nothing else of tests/. No file of the repository is over 300 lines."""
+"""Tests import helpers from support/ and nothing else of tests/. No file of the repository but data is over 300 lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `syncbn._torch_private` takes from torch does what its docstring says, and where torch lacks the name, its fallback does."""
+"""What `syncbn._torch_private` takes from torch does what its docstring says; if torch lacks the name, the fallback does."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def test_eager_apply_of_an_autograd_function_is_its_apply(monkeypatch, lacking):
 # ---- Modules -----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_bases_of_torchs_batch_norms(monkeypatch):
+def test_the_bases_of_torchs_batch_norms_are_found(monkeypatch):
     bases = private._BatchNorm, private._LazyNormBase
     batch_norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm2d)
     assert all(issubclass(cls, bases[0]) for cls in batch_norms)
@@ -237,7 +237,7 @@ def test_tensors_of_are_the_attributes(monkeypatch, registries):
 
 
 @pytest.mark.parametrize("registries", [True, False], ids=["private", "fallback"])
-def test_registered_names(monkeypatch, registries):
+def test_registered_names_are_those_of_parameters_buffers_and_submodules(monkeypatch, registries):
     monkeypatch.setattr(private, "_HAS_REGISTRIES", registries)
     layer = nn.BatchNorm2d(3, affine=False)
     layer.act = nn.ReLU()

@@ -1,4 +1,4 @@
-"""What `syncbn._torch_private` takes from torch.distributed does what its docstring says."""
+"""What `syncbn._torch_private` takes from torch.distributed, and `version_of`, do what their docstrings say."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def group():
     dist.destroy_process_group()
 
 
-def test_the_timeout_of_a_backend(group):
+def test_the_timeout_of_a_backend_is_found(group):
     assert private.timeout_of_backend(group, torch.device("cpu")).total_seconds() == 77
     assert private.timeout_of_backend(group, torch.device("meta")) is None  # there is no backend for it
     assert private.timeout_of_backend(object(), torch.device("cpu")) is None
 
 
-def test_the_store_of_the_default_group(group):
+def test_the_store_of_the_default_group_is_found(group):
     private.default_store().set("syncbn/test", "value")
     assert dist.PrefixStore("syncbn", private.default_store()).get("test") == b"value"
 

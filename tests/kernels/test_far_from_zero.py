@@ -57,7 +57,7 @@ def test_float64_is_within_ten_times_torchs_error_and_keeps_its_digits(far, impl
 
 @IMPLEMENTATIONS
 def test_a_common_shift_of_zero_would_lose_the_variance(implementation):
-    """What remains where ranks can only add sums: the law above fails by far without a shift."""
+    """Ranks that can only add sums have a common shift of 0: the law above fails by far."""
     x = torch.randn(16, 5, 144, dtype=torch.float64) + 1e8
     want = x.var((0, 2), correction=0)
     for shifted, holds in ((True, True), (False, False)):
@@ -89,7 +89,7 @@ def test_zeros_in_data_at_1000_cost_no_digits(where, implementation, layout):
 
 
 @IMPLEMENTATIONS
-def test_moving_statistics_are_the_batchs_where_nothing_is_kept(implementation):
+def test_moving_statistics_are_the_batchs_if_nothing_of_the_old_ones_is_kept(implementation):
     check_moved_all_the_way(implementation)
 
 

@@ -98,7 +98,7 @@ def test_a_narrower_instruction_set_equals_the_reference(isa, dtype):
 @pytest.mark.parametrize("shape", [(37, 901, 7, 7), (75001, 21), (5, 4, 283, 283)], ids=str)
 def test_non_temporal_stores_equal_the_reference(shape, dtype, layout):
     """Outputs above the 2 MB threshold for non-temporal stores, with planes and rows that end inside a cache line; on several threads and
-    with each instruction set. How often the statistics count does not change what is stored: one row of RANKS."""
+    with each instruction set. The stores do not depend on how many ranks the statistics are of: one row of RANKS is enough."""
     shape = (math.ceil(shape[0] * 2 / dtype.itemsize), *shape[1:])  # of as many bytes in each type
     assert CpuCase(shape, dtype, layout).x.nbytes > 3 << 20 > STREAM_BYTES
     fusions = [(Activation.relu, True), (Activation.none, False), (Activation.silu, True)]

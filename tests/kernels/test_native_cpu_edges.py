@@ -1,4 +1,4 @@
-"""The CPU kernels where a naive method fails: accuracy, masks, infinities, no samples; and equal bits for any number of threads."""
+"""The CPU kernels where a naive method fails: accuracy, masks, infinities, no samples; results for any number of threads; fake kernels."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_nan_infinities_and_far_means_end_as_in_the_reference(op, case):
     CHECKS[op](ops, case)
 
 
-# ---- Determinism, views, autograd's three gates -----------------------------------------------------------------------------------
+# ---- Determinism, views, schemas and fake kernels ----------------------------------------------------------------------------------
 
 
 @every_layout

@@ -133,7 +133,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_schema_is_the_references_signature(name):
-    """Whose types and docstring the op has."""
+    """For type checkers and editors, the op is the function of the reference."""
     schema = getattr(torch.ops.syncbn, name).default._schema
     parameters = inspect.signature(getattr(reference, name)).parameters.values()
     types = {"Tensor": "Tensor", "Optional[Tensor]": "Tensor | None", "Optional[float]": "float | None"}
@@ -143,7 +143,7 @@ def test_schema_is_the_references_signature(name):
 
 @pytest.mark.parametrize("name", CASES)
 @every_layout
-def test_opcheck(name, layout):
+def test_opcheck_passes(name, layout):
     """Schema, aliasing, fake kernel and traceability of every op, as torch.library checks them."""
     case = {"activation": Activation.none, "residual": False, "parameters": lambda: (torch.randn(3), torch.randn(3)), "track": True}
     case |= {"momentum": 0.1, "alarm": None} | CASES[name]
@@ -171,7 +171,7 @@ def test_opcheck(name, layout):
 
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
-def test_gradcheck(activation, residual):
+def test_gradcheck_passes(activation, residual):
     x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
     weight, bias = torch.randn(2, 2, dtype=torch.float64).unbind()
     res = torch.randn_like(x) if residual else None

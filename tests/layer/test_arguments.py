@@ -46,7 +46,7 @@ class ChannelsSecond(syncbn.SyncBatchNormalization):
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("make", [converted, frozen_parameters, ChannelsSecond])
 def test_the_gradient_of_an_eval_pass_is_by_the_statistics_it_used(implementation, make):
-    """A training pass before the backward pass moves them: torch raises there."""
+    """Here a training pass moves the statistics before the backward pass. torch's layer raises an error then."""
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64)
     apart, together = small_net(make), small_net(make)
     apart.eval()(x).square().sum().backward()
@@ -75,7 +75,7 @@ def test_who_has_saved_a_moving_statistic_is_told_that_it_has_changed(implementa
 
 
 class Tagged(torch.Tensor):
-    """As MONAI's MetaTensor is one."""
+    """A subclass of Tensor, as MONAI's MetaTensor is one."""
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def test_one_weight_for_all_channels_has_the_sum_of_their_gradients(implementati
     assert torch.allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-# ---- What is refused is refused before any collective -----------------------------------------------------------------------
+# ---- What is refused is refused before any exchange -------------------------------------------------------------------------
 
 
 def freed(*shape):
@@ -168,8 +168,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_it_is_refused_before_any_collective(world, implementation, case):
-    """Done by a single rank, for which the others would wait. Here all of them meet in the next exchange."""
+def test_a_bad_argument_is_refused_before_any_exchange(world, implementation, case):
+    """Only rank 0 has the bad argument. If it had begun an exchange, the ranks would be out of step in the next one."""
     make, options, message = REFUSED[case]
     if world.rank == 0:
         with pytest.raises(ValueError, match=message):

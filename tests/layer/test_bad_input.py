@@ -1,4 +1,4 @@
-"""Bad input, on any number of ranks: an error on every rank, before any collective, or the right result. Other failures: docs/faults.md.
+"""Bad input, on any number of ranks: an error on every rank, before any exchange, or the right result. Other failures: docs/faults.md.
 
 After each error the ranks exchange once more, to show that none of them is out of step.
 """
@@ -63,7 +63,7 @@ CALLS = {  # what is wrong: (arguments of sync_batch_norm, exception, words that
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_bad_argument_is_named_before_any_collective(world, name):
+def test_a_bad_argument_is_named_before_any_exchange(world, name):
     changes, exception, words = CALLS[name]
     arguments = {"input": X, "running_mean": None, "running_var": None, "process_group": world.group} | changes
     with pytest.raises(exception) as error:
@@ -73,7 +73,7 @@ def test_a_bad_argument_is_named_before_any_collective(world, name):
     assert_ranks_in_step(world)
 
 
-def test_wrong_number_of_channels(world):
+def test_a_wrong_number_of_channels_or_dimensions_is_named_before_any_exchange(world):
     layer = syncbn.SyncBatchNorm(4, process_group=world.group)
     with pytest.raises(ValueError, match=r"4 channels.*num_features.*\[2, 3, 4\]"):
         layer(X)
@@ -119,7 +119,7 @@ def test_an_error_before_an_exchange_begins_with_the_layer(world, name):
 @pytest.mark.parametrize(
     "changed", [torch.tensor(0, dtype=torch.int32), torch.tensor(0, device="meta"), torch.tensor([0, 0])], ids=["int32", "meta", "two"]
 )
-def test_a_bad_count_of_batches_is_named_before_any_collective(world, changed):
+def test_a_bad_count_of_batches_is_named_before_any_exchange(world, changed):
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     layer.num_batches_tracked = changed
     with pytest.raises(ValueError, match="num_batches_tracked must be one int64 on cpu"):
@@ -129,7 +129,7 @@ def test_a_bad_count_of_batches_is_named_before_any_collective(world, changed):
 
 @pytest.mark.parametrize("option", [{"activation": "gelu"}, {"weighting": "equal"}], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-def test_a_bad_option_of_a_converted_layer_is_an_error_before_any_collective(world, option, training):
+def test_a_bad_option_of_a_converted_layer_is_an_error_before_any_exchange(world, option, training):
     layer = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3), world.group).train(training)
     for name, value in option.items():
         setattr(layer, name, value)
@@ -179,7 +179,7 @@ def test_one_value_per_channel_over_all_ranks_raises_on_every_rank(world, rank_w
 
 @pytest.mark.world_size(2, 3, 4)
 def test_one_value_on_each_rank_is_enough(world):
-    """Together they form a valid batch. (torch used to reject this.)"""
+    """Together they form a valid batch."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     whole = torch.randn(world.size, 3)
     y = layer(whole[world.rank : world.rank + 1])
@@ -202,7 +202,7 @@ def test_no_samples_anywhere_changes_nothing(world, dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_inf_on_one_rank_propagate_as_in_batch_norm(world, value, dtype):
-    """Their channel is lost on every rank; the others are as if there were none."""
+    """The channel of such a value is lost on every rank; the other channels are as if there were none."""
     counts = (2,) * world.size
     whole, dy = torch.randn(2, sum(counts), 3, 5).to(dtype)
     whole[-1, 1, 2] = value
@@ -227,7 +227,7 @@ def test_nan_and_inf_on_one_rank_propagate_as_in_batch_norm(world, value, dtype)
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("failing", [0, 1], ids=["rank 0 fails", "rank 1 fails"])
 def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, forks, subprocess_env, failing):
-    """The rank that fails ends; the one that waits for it gets an error within the group's timeout, not never."""
+    """The rank that fails does not exchange. The one that waits for it gets an error after the group's timeout."""
     timeout = 5
     script = tmp_path / "job.py"
     script.write_text(
@@ -242,7 +242,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, forks, s
             layer(x)
         except ValueError as error:
             print("named:", error, flush=True)
-            time.sleep({2 * timeout})  # still there, but never coming: only the timeout can end the wait
+            time.sleep({2 * timeout})  # its process must not end, which would end the wait before the timeout
         except RuntimeError as error:
             print(f"after {{time.time() - start:.1f}} s: {{error}}", flush=True)
             raise
@@ -259,7 +259,7 @@ def test_an_error_on_one_rank_fails_the_others_by_the_timeout(tmp_path, forks, s
 
 @pytest.mark.world_size(1)
 def test_the_cause_of_an_error_in_a_step_is_kept():
-    """Here of a hook that fails when the layer saves a tensor: the layer's tensors are not at fault."""
+    """Here a hook fails when the layer saves a tensor. The layer's tensors are not at fault, so the message must not blame them."""
     cause = OSError("no space left")
 
     def fails(t):

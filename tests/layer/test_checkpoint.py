@@ -1,4 +1,4 @@
-"""The law: a model whose activations are recomputed trains as the model without, with no more exchanges than it."""
+"""The law: a model whose activations are recomputed trains as one that keeps them; with `checkpoint_contexts` it exchanges no more."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import syncbn
 from support.collectives import collectives
 from support.oracle import assert_close
-from syncbn.checkpoint import Log
+from syncbn.checkpoint import Log, logs, replayed
 
 
 def ours(function, *args):
@@ -98,14 +98,14 @@ def test_recomputation_exchanges_nothing(world, method):
     x = torch.randn(4, 3, 5, dtype=torch.float64)
     with collectives() as seen:
         train(model, method, x, steps=1)
-    assert [length for _, length, _ in seen] == [12, 10, 8, 10]  # 2C + 4 twice forward, 2C + 2 twice backward
+    assert [length for _, length, _ in seen] == [12, 10, 8, 10]  # C is 4, then 3: 2C + 4 values forward, 2C + 2 backward
 
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3)
 @pytest.mark.parametrize("method", DETECTED)
 def test_without_the_contexts_a_recomputation_exchanges_again(world, method):
-    """In the same order on every rank. The moving statistics are not updated again: see above."""
+    """It does so in the same order on every rank. The moving statistics are not updated again, as the first test above shows."""
     model = syncbn.convert_sync_batchnorm(block())
     with collectives() as seen:
         train(model, method, torch.randn(4, 3, 5, dtype=torch.float64), steps=1)
@@ -113,7 +113,7 @@ def test_without_the_contexts_a_recomputation_exchanges_again(world, method):
 
 
 @pytest.mark.parametrize("order", ["first in, first out", "last in, first out"])
-def test_outstanding_checkpoints_keep_their_own(world, counts, order):
+def test_outstanding_checkpoints_keep_their_own_statistics(world, counts, order):
     """As in pipeline schedules: several forward passes of the same layers before the first backward pass."""
     xs = [world.mine(torch.randn(sum(counts), 3, 4, dtype=torch.float64) + i, counts) for i in range(3)]
     results = []
@@ -140,7 +140,7 @@ def test_a_second_backward_pass_replays_from_the_start(world):
     assert all(torch.equal(a, b) for a, b in zip(buffers, model.buffers(), strict=True))
 
 
-def test_one_layer_called_twice(world, counts):
+def test_a_layer_called_twice_in_a_checkpoint_trains_as_without(world, counts):
     x = world.mine(torch.randn(sum(counts), 3, 4, dtype=torch.float64), counts)
     results = []
     for run in (lambda f, x: f(x), ours):
@@ -150,7 +150,7 @@ def test_one_layer_called_twice(world, counts):
         assert torch.equal(got, want)
 
 
-def test_double_backward_through_a_checkpoint(world, counts):
+def test_double_backward_through_a_checkpoint_equals_that_without(world, counts):
     x = world.mine(torch.randn(sum(counts), 3, 4, dtype=torch.float64), counts)
     results = []
     for run in (lambda f, x: f(x), ours):
@@ -164,7 +164,8 @@ def test_double_backward_through_a_checkpoint(world, counts):
         assert_close(got, want.double(), 1e-12, "gradient")
 
 
-def test_eval_mode_logs_nothing(world):
+def test_eval_mode_logs_nothing(world, monkeypatch):
+    monkeypatch.setattr(Log, "append", lambda *_: pytest.fail("has logged statistics"))
     model = syncbn.convert_sync_batchnorm(block(), world.group).eval()
     x = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
     y = ours(model, x)
@@ -176,6 +177,7 @@ def test_no_grad_leaves_nothing_behind(world):
     model = syncbn.convert_sync_batchnorm(block(), world.group)
     with torch.no_grad():
         ours(model, torch.randn(4, 3, 5, dtype=torch.float64))
+    assert logs() == () and replayed() is None
     assert model[1].num_batches_tracked == 1
     model(torch.randn(4, 3, 5, dtype=torch.float64))
     assert model[1].num_batches_tracked == 2
@@ -183,7 +185,7 @@ def test_no_grad_leaves_nothing_behind(world):
 
 @pytest.mark.world_size(1)
 def test_another_order_of_layers_is_an_error():
-    """Never the statistics of another layer."""
+    """A layer never gets the statistics of another one."""
     layers = [syncbn.SyncBatchNorm(3), syncbn.SyncBatchNorm(5)]
     x = torch.randn(4, 3, requires_grad=True)
     calls = []

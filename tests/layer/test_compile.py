@@ -21,7 +21,7 @@ from syncbn import ops
 from syncbn.activation import Activation
 from syncbn.moments import sums_numel
 
-SPLITS = {1: [(6,)], 2: [(5, 1), (0, 4)]}  # uneven: a compiled graph is another one for 0 and for 1 sample
+SPLITS = {1: [(6,)], 2: [(5, 1), (0, 4)]}  # uneven: torch.compile makes other graphs for 0 samples and for 1
 few_ranks = pytest.mark.world_size(1, 2)  # compiling is slow, and more than two ranks would not exercise new code
 # These models have torch's default group. Under MPI there is none, and each rank would repeat what a single process does.
 default_group = pytest.mark.world_size(1) if UNDER_MPI else few_ranks
@@ -92,8 +92,8 @@ def test_inductor_equals_eager(world):
 
 
 @pytest.mark.world_size(1)
-def test_one_graph_per_mode(world):
-    """One for training and one for eval, however often a model changes between them and however many steps it does."""
+def test_a_model_has_one_graph_for_each_mode(world):
+    """It has one for training and one for eval, however often it changes between them and however many steps it does."""
     counter = CompileCounterWithBackend("aot_eager")
     model = torch.compile(PlainThenFused(), backend=counter, fullgraph=True)
     for training in (True, False, True, True, False):
@@ -125,7 +125,7 @@ class Graphs:
 
 @pytest.mark.world_size(2)
 @pytest.mark.process_group
-def test_one_collective_for_each_layer_and_direction_in_the_graph(world):
+def test_the_graph_has_one_collective_for_each_layer_and_direction(world):
     graphs = Graphs()
     model = torch.compile(PlainThenFused(), backend=graphs.backend, fullgraph=True)
     step(model, torch.randn(4, 3, 4, 4))
@@ -144,8 +144,8 @@ def test_compiled_equals_eager_over_any_communicator(world):
 
 @default_group
 @pytest.mark.parametrize("contexts", [True, False], ids=["contexts", "plain"])
-def test_checkpoint_inside_a_compiled_model(world, counts, contexts):
-    """The statistics are updated once. With the contexts no exchange is repeated; without them, each forward one is since torch 2.12."""
+def test_a_checkpoint_inside_a_compiled_model_updates_the_statistics_once(world, counts, contexts):
+    """With the contexts no exchange is repeated. Without them, torch 2.12 and newer repeats each forward exchange."""
     torch.manual_seed(0)
     eager = PlainThenFused(dtype=torch.float64)
     checkpointed = copy.deepcopy(eager)
@@ -212,7 +212,7 @@ def op_arguments():
 
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("case", range(8))
-def test_opcheck(case):
+def test_opcheck_passes(case):
     """Schema, fake kernel and traceability of every op, as torch.library.opcheck sees them."""
     op, arguments = op_arguments()[case]
     torch.library.opcheck(op, arguments)

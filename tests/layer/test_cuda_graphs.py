@@ -1,4 +1,4 @@
-"""The law: a training step captured in a CUDA graph is the step, each time that it is replayed."""
+"""The law: a training step that is captured in a CUDA graph does at each replay what the eager step does."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_first_launch_of_a_kernel_may_be_captured(subprocess_env):
     assert done.returncode == 0 and done.stdout == "equal\n", done.stdout + done.stderr
 
 
-def test_graphed_callable():
+def test_a_graphed_callable_computes_what_the_model_does():
     model, plain = net(), net()
     graphed = torch.cuda.make_graphed_callables(model, (torch.randn(4, 3, 8, 8, device="cuda", requires_grad=True),))
     model.load_state_dict(plain.state_dict())

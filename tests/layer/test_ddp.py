@@ -102,8 +102,8 @@ def test_batches_of_different_sizes_train_like_one_process(world, small):
 
 
 @several
-def test_moving_statistics_of_batches_of_very_different_sizes(world):
-    """Batches of 20, 200 and 2000 with a mean of their own each: the statistics are those of all samples."""
+def test_moving_statistics_are_those_of_all_samples_however_uneven_the_batches(world):
+    """The ranks have batches of 20, 200 and 2000, each with a mean of its own."""
     counts = tuple(20 * 10**rank for rank in range(world.size))
     whole = torch.cat([torch.full((n, 1), float(rank)) for rank, n in enumerate(counts)]).double() + torch.randn(sum(counts), 1).double()
     model = DistributedDataParallel(syncbn.SyncBatchNorm(1, momentum=0.99, dtype=torch.float64))
@@ -130,7 +130,7 @@ def test_a_half_precision_model_counts_and_sums_in_float64(world, dtype):
 
 @several
 def test_layers_normalize_within_their_own_group(world):
-    """Layers normalize within their group, while DDP averages over all."""
+    """DDP averages gradients over all ranks all the same."""
     group = syncbn.new_group(1)
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net(), group))
     assert model.module.norm.process_group is group
@@ -152,7 +152,13 @@ def test_a_whole_ddp_model_saved_and_loaded_trains_on(world):
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert type(loaded.module.norm) is syncbn.SyncBatchNorm1d and loaded.module.norm.layer_name == "norm"
-    assert torch.equal(loaded(x), model(x))
+    model.zero_grad()
+    outputs = loaded(x), model(x)
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    for p, q in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert_close(p.grad, q.grad, TOLERANCE, "gradient")
     for part in world.all_gather(loaded.module.norm.running_mean):
         assert torch.equal(part, loaded.module.norm.running_mean)
 
@@ -186,8 +192,7 @@ def test_one_rank_alone_evaluates(world):
         dist.barrier()
 
 
-def test_training_after_eval(world):
-    """Forward passes in eval mode change nothing of what training does."""
+def test_passes_in_eval_mode_do_not_change_training(world):
     results = []
     for evaluate in (False, True):
         model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
@@ -234,7 +239,7 @@ def test_buffers_stay_equal_without_broadcasts(world):
 
 
 @pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_forward_twice_before_backward(world, broadcast_buffers):
+def test_two_forward_passes_before_a_backward_pass_train_like_one_process(world, broadcast_buffers):
     """As in contrastive losses: the buffers that the second pass changes are not what the first one's backward pass needs."""
     plain = Net()
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), broadcast_buffers=broadcast_buffers)
@@ -249,7 +254,7 @@ def test_forward_twice_before_backward(world, broadcast_buffers):
         assert_close(got, want, TOLERANCE, "buffer")
 
 
-def test_gradient_accumulation_under_no_sync(world):
+def test_gradient_accumulation_under_no_sync_trains_like_one_process(world):
     """Three micro-batches, the first two without DDP's exchange: the layers synchronize each of them all the same."""
     plain = Net()
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(copy.deepcopy(plain)))
@@ -268,8 +273,8 @@ def test_gradient_accumulation_under_no_sync(world):
 
 
 @several
-def test_a_branch_without_gradient_on_one_rank(world):
-    """find_unused_parameters: the head of rank 0 is not used; the layers before it exchange as ever."""
+def test_heads_that_some_ranks_do_not_use_train_like_one_process(world):
+    """find_unused_parameters: rank 0 uses the first head, the others use the second. The layers before them exchange as ever."""
 
     class Heads(nn.Module):
         def __init__(self):
@@ -279,7 +284,11 @@ def test_a_branch_without_gradient_on_one_rank(world):
         def forward(self, x, head):
             return self.heads[head](self.body(x))
 
-    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Heads()), find_unused_parameters=True)
-    model(torch.randn(3, 2, dtype=torch.float64), int(world.rank > 0)).sum().backward()
-    grads = world.all_gather(model.module.body.first.weight.grad)
-    assert all(torch.equal(grad, grads[0]) for grad in grads)
+    plain, counts = Heads(), (3,) * world.size
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), find_unused_parameters=True)
+    whole = torch.randn(sum(counts), 2, dtype=torch.float64)
+    features = plain.body(whole)
+    (plain.heads[0](features[:3]).square().sum() + plain.heads[1](features[3:]).square().sum()).backward()
+    (model(world.mine(whole, counts), int(world.rank > 0)).square().sum() * world.size).backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert_close(q.grad, p.grad, TOLERANCE, "gradient")

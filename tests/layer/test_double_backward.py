@@ -143,8 +143,6 @@ def test_gradient_penalty_trains_as_on_the_whole_batch(world, counts, loss):
 
 @pytest.mark.world_size(1)
 def test_third_derivative_is_right(world):
-    """Third derivatives work as well."""
-
     def gradient(x):
         y = syncbn.sync_batch_norm(x, None, None, activation="silu")
         return torch.autograd.grad((y * torch.arange(6.0)[:, None]).sum(), x, create_graph=True)[0]
@@ -165,7 +163,7 @@ def test_gradients_of_gradients_keep_their_types(world, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_differentiable_backward_gives_the_same_gradients(world, counts, dtype):
-    """create_graph changes what can be done with a gradient, not its value. Nor its accuracy, with a mean far from 0."""
+    """create_graph changes neither the value of a gradient nor its accuracy, even if the mean is far from 0."""
     whole = torch.randn(sum(counts), 3, 4, dtype=dtype) + 1000
     dy = torch.randn_like(whole)
     results = []
@@ -182,21 +180,21 @@ def test_differentiable_backward_gives_the_same_gradients(world, counts, dtype):
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3)
-def test_collectives_of_a_double_backward(world):
-    """One in the differentiable backward pass, two in its derivative: the same on every rank."""
+def test_a_double_backward_has_the_same_collectives_on_every_rank(world):
+    """It has one in the differentiable backward pass, and three in the second backward pass."""
     layer = syncbn.SyncBatchNorm(3)
     x = torch.randn(2 * world.rank, 3, 4, requires_grad=True)
     with collectives() as seen:
-        y = layer(x)  # here, because its backward pass takes the same path
+        y = layer(x)  # in this context, because the backward exchange of y goes where the forward one went
         seen.clear()
         (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         assert len(seen) == 1
         seen.clear()
         dx.square().sum().backward()
-    assert len(seen) == 3  # two of the derivative, and the first backward pass of y, through which dy depends on x
+    assert len(seen) == 3  # two for the derivative of the first backward pass, and one for y itself, through which dy depends on x
 
 
-def test_forward_mode_error_suggests_an_alternative(world):
+def test_the_error_of_forward_mode_suggests_an_alternative(world):
     x = torch.randn(4, 3, 5)
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     with pytest.raises(NotImplementedError, match="torch.autograd.grad"):

@@ -1,6 +1,6 @@
 """Random shapes, layouts, dtypes, splits of the batch and options, against the float64 oracle; the same ones on every rank.
 
-For some seconds. A longer run: SYNCBN_FUZZ=600 torchrun --nproc-per-node 3 -m pytest tests/layer/test_fuzz.py
+It runs for nine seconds. A run of ten minutes: SYNCBN_FUZZ=600 torchrun --nproc-per-node 3 -m pytest tests/layer/test_fuzz.py
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limi
             check(world, counts, device, shape, dtype, layout=layout, residual=residual, **chosen)
         except Exception as this_ranks:
             error = f"{type(this_ranks).__name__}: {this_ranks}"
-        # All ranks fail, at the same line, where one does: the search for a smaller example keeps them in step.
+        # If one rank fails, all do, at the same line: so the search for a smaller example keeps them in step.
         if any(world.all_gather(torch.tensor([error is not None]))):
             raise AssertionError(error or "not on this rank")
 
     end = time.monotonic() + SECONDS
-    # The seeds make the ranks draw the same examples, and so does the next run: more of them with a larger SYNCBN_FUZZ.
+    # The seeds make all ranks draw the same examples, and every run, which draws more of them with a larger SYNCBN_FUZZ.
     for number in itertools.count():
         time_limit()  # again: the limit is meant for a test of ordinary length
         few = settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -19,12 +19,12 @@ from support.step import check
 pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 
-def test_two_launches_each_way_and_no_wait(group_of_one):
-    """Moving statistics, their count, the gradients of weight, bias and residual included."""
+def test_a_step_launches_two_kernels_each_way_and_does_not_wait(group_of_one):
+    """These also compute the moving statistics, their count, and the gradients of weight, bias and residual."""
     layer = syncbn.SyncBatchNorm(8, activation="relu", process_group=group_of_one).cuda()
     x, residual, dy = torch.randn(3, 4, 8, 16, 16, device="cuda").unbind()
     wanted = [x.requires_grad_(), residual.requires_grad_(), *layer.parameters()]
-    torch.autograd.grad(layer(x, residual), wanted, dy)  # the first step makes a workspace, and ranks compare what they exchange
+    torch.autograd.grad(layer(x, residual), wanted, dy)  # the first step makes a workspace, and verifies what the ranks exchange
     torch.cuda.synchronize()
     with torch.profiler.profile() as profile:
         torch.autograd.grad(layer(x, residual), wanted, dy)
@@ -40,7 +40,7 @@ def test_two_launches_each_way_and_no_wait(group_of_one):
 
 
 def test_a_training_step_does_not_wait_for_the_device(group_of_one):
-    """Torch's own guard, which sees what torch does on the layer's behalf."""
+    """torch's own guard watches, which also sees what torch does for the layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4, momentum=None))
     model = syncbn.convert_sync_batchnorm(model, group_of_one, fuse_activation=True).cuda()
@@ -69,7 +69,8 @@ def test_a_group_of_one_is_plain_batch_norm(world, group_of_one, dtype):
     check(dataclasses.replace(world, group=group_of_one), (6,), "cuda", (5, 9, 9), dtype, residual=True, activation="relu")
 
 
-# NCCL refuses two ranks on one GPU, unless it takes them for ranks on different hosts, or is new enough to be told. As bash sets them.
+# The variables of each way, as bash sets them. NCCL refuses two ranks on one GPU, unless it takes them for ranks on different hosts, or is
+# new enough to be told.
 WAYS = {
     "gloo": "SYNCBN_TEST_BACKEND=gloo",
     "peer memory": "SYNCBN_TEST_BACKEND=gloo SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1",
@@ -79,7 +80,8 @@ WAYS = {
 
 
 LAYER = ["tests/layer/test_layer.py", "tests/layer/test_precision.py", "-m", "gpu"]
-# Their tests never name a device, so they can run on the GPU; against other layers of torch's, which may take TF32, they are in float64.
+# The tests in these files name no device, so they can run on the GPU. Those that compare with layers of torch that may use TF32 are in
+# float64.
 ALONE = [
     "tests/layer/test_double_backward.py",
     "tests/layer/test_checkpoint.py",

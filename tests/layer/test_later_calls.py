@@ -70,7 +70,7 @@ CASES = {
     "parameter of another length": Case(("data", "weight", torch.ones(5)), ValueError, r"weight must be \[6\]"),
     "parameter of more dimensions": Case(("data", "bias", torch.ones(6, 1)), ValueError, r"bias must be \[6\]"),
     "parameter of another dtype": Case(("data", "weight", torch.ones(6).half()), ValueError, "weight must be float32, float64 or"),
-    "parameter of integers": Case(("buffer", "running_mean", torch.ones(6, dtype=torch.int32)), ValueError, "must be floating point"),
+    "statistic of integers": Case(("buffer", "running_mean", torch.ones(6, dtype=torch.int32)), ValueError, "must be floating point"),
     "parameter replaced": Case(("buffer", "weight", nn.Parameter(torch.ones(7))), ValueError, r"weight must be \[6\]"),
     "parameter elsewhere": Case(("buffer", "bias", nn.Parameter(torch.ones(6, device="meta"))), ValueError, "bias must be on cpu"),
     "expanded statistic": Case(("buffer", "running_var", torch.ones(1).expand(6)), ValueError, "memory of its own"),
@@ -110,7 +110,7 @@ def test_what_has_become_wrong_is_an_error(name, calls_before):
     method, *arguments = case.change
     getattr(call, method)(*arguments)
     before = state(call.layer)
-    for _ in range(2):  # and remains one
+    for _ in range(2):  # the error must not be one of the first call only
         with pytest.raises(case.error, match=case.message):
             call()
     assert state(call.layer) == before

@@ -31,7 +31,7 @@ def test_equals_batch_norm_of_the_whole_batch(world, counts, device, shape, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_16_bit_input_with_float32_parameters(world, counts, device, dtype):
+def test_16_bit_input_may_have_float32_parameters(world, counts, device, dtype):
     check(world, counts, device, (5, 4, 4), dtype, parameter_dtype=torch.float32)
 
 
@@ -53,7 +53,7 @@ def test_input_with_gaps_equals_the_whole_batch(world, counts, device):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_fused_activation_and_residual(world, counts, device, dtype, activation, residual):
+def test_a_fused_activation_and_residual_equal_separate_ones(world, counts, device, dtype, activation, residual):
     check(world, counts, device, (3, 5, 7), dtype, activation=activation, residual=residual)
 
 
@@ -80,7 +80,8 @@ def test_momentum_none_is_the_cumulative_average(world, counts, device):
 
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_weighting_ranks_gives_each_rank_equal_weight(world, counts, device, activation):
-    """weighting="ranks": mean of the ranks' means and mean squares, as Horovod's TensorFlow layer; float64 autograd of that formula."""
+    """The mean is that of the ranks' means, and the variance follows from the mean of their mean squares, as in Horovod's TensorFlow
+    layer. The wanted gradients are those of autograd in float64."""
     whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + torch.arange(sum(counts), dtype=torch.float64)[:, None, None]
     dy = torch.randn_like(whole)
     layer = syncbn.SyncBatchNorm(
@@ -119,7 +120,7 @@ def test_unsynchronized_batch_norm_would_fail(world):
     assert relative_error(local, world.mine(batch_norm_step(whole, whole).y, counts)) > 0.05
 
 
-def test_results_repeat_bit_for_bit(world, counts, device):
+def test_results_of_a_repetition_are_bitwise_identical(world, counts, device):
     whole = torch.randn(sum(counts), 5, 9, 9)
     ys = []
     for _ in range(2):
@@ -132,13 +133,13 @@ def test_results_repeat_bit_for_bit(world, counts, device):
         assert torch.equal(one, other)
 
 
-# ---- Eval -----------------------------------------------------------------------------------------------------------------------
+# ---- Collectives, and eval mode, which has none ---------------------------------------------------------------------------------
 
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
-def test_one_collective_each_way(world):
-    """2C + 4 and 2C + 2 float64 numbers, whatever the number of ranks, an empty batch, frozen input or parameters."""
+def test_a_step_has_one_collective_each_way(world):
+    """It has 2C + 4 and 2C + 2 float64 values, on any number of ranks, also if a batch is empty, or if input or parameters are frozen."""
     c = 5
     needs_grad = (True, world.rank == 0)
     for options, x_needs_grad, frozen in (
@@ -189,13 +190,13 @@ def test_eval_uses_the_running_statistics(world, dtype, parameter_dtype, activat
 
 
 def test_eval_without_running_stats_uses_the_local_batch(world):
-    """A layer that tracks nothing normalizes by this rank's batch in eval mode, as torch's."""
+    """torch's layer does the same."""
     layer = syncbn.SyncBatchNorm(3, track_running_stats=False, process_group=world.group).eval()
     x = torch.randn(4, 3, 5) + world.rank
     assert_close(layer(x), nn.BatchNorm1d(3, track_running_stats=False)(x).double().detach(), 2e-6, "y")
 
 
-# ---- Where it runs ----------------------------------------------------------------------------------------------------------------
+# ---- State, and groups of one rank ------------------------------------------------------------------------------------------------
 
 
 def test_state_dict_is_torchs(world):
@@ -210,8 +211,7 @@ def test_state_dict_is_torchs(world):
 
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3, 4)
-def test_without_a_group_of_its_own_a_rank_is_alone(world):
-    """A group of one rank is plain batch normalization."""
+def test_a_group_of_one_rank_is_plain_batch_normalization(world):
     mine = syncbn.new_group(1)
     x = torch.randn(4, 3, 5) + world.rank
     layer = syncbn.SyncBatchNorm(3, process_group=mine)

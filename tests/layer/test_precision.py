@@ -1,4 +1,4 @@
-"""The law: the type that autocast, a wrapper or a cast gives a layer comes out of it again; statistics are float inside."""
+"""The law: the type that autocast, a wrapper or a cast gives a layer comes out of it again; inside, the statistics are float64."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_autocast_keeps_types_and_accuracy(world, dtype, device):
 @pytest.mark.parametrize("buffers", ["16-bit buffers", "float32 buffers"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
-    """model.half(), and DeepSpeed's way: parameters cast, buffers cast or kept."""
+    """`model.half()` casts parameters and buffers. DeepSpeed casts parameters and keeps buffers."""
     model = syncbn.convert_sync_batchnorm(net(), world.group).to(dtype)
     if buffers.startswith("float32"):
         for module in (model[1], model[4]):
@@ -57,8 +57,8 @@ def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
     assert model[1].running_mean.dtype == (torch.float32 if buffers.startswith("float32") else dtype)
 
 
-def test_buffers_of_another_type_than_parameters(world):
-    """float32 input, bfloat16 buffers: the result of a wrapper that casts buffers only."""
+def test_buffers_may_have_another_type_than_parameters(world):
+    """A wrapper that casts buffers only leaves float32 parameters and bfloat16 buffers."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     for name in ("running_mean", "running_var"):
         setattr(layer, name, getattr(layer, name).bfloat16())
@@ -108,7 +108,7 @@ def test_fsdp2_equals_the_whole_batch(world, whole_model):
 @pytest.mark.process_group
 @pytest.mark.parametrize("output_dtype", [None, torch.float32], ids=str)
 def test_fsdp2_mixed_precision_keeps_types(world, output_dtype):
-    """bfloat16 parameters and activations, float32 gradients and buffers: "Lightning 18802", "pytorch 96203"."""
+    """Parameters and activations are bfloat16, gradients and buffers float32. Lightning's issue 18802 and PyTorch's 96203 ask for it."""
     model = syncbn.convert_sync_batchnorm(net())
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=output_dtype)
     fully_shard(model, mesh=init_device_mesh("cpu", (world.size,)), mp_policy=policy)
@@ -125,8 +125,8 @@ def test_fsdp2_mixed_precision_keeps_types(world, output_dtype):
 @pytest.mark.process_group
 @pytest.mark.parametrize("wrapped", [True, False], ids=["auto-wrapped", "one unit"])
 def test_fsdp1_recognizes_the_layer_as_a_batch_norm(world, wrapped):
-    """Where FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and recognizes this layer by its base
-    class. In one unit the layer computes in 16 bits as the rest; both train."""
+    """If FSDP wraps units by a policy, it keeps batch norms out of mixed precision, and recognizes this layer by its base
+    class. In one unit the layer has 16-bit parameters as the rest does; both train."""
     model = FullyShardedDataParallel(
         syncbn.convert_sync_batchnorm(net()),
         mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, buffer_dtype=torch.bfloat16),

@@ -1,4 +1,4 @@
-"""`syncbn.recompute_outputs`: the same gradients, without the outputs."""
+"""`syncbn.recompute_outputs`: the gradients are the same, and few of the layers' outputs are kept."""
 
 from __future__ import annotations
 
@@ -135,14 +135,16 @@ def is_kept(layer: nn.Module, after: nn.Module, recompute: bool, between: Callab
 )
 @pytest.mark.parametrize("activation", [None, *NAMES])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_output_is_not_kept(training: bool, activation: str | None, between: Callable[[Tensor], Tensor], kept: bool) -> None:
+def test_only_an_output_that_is_changed_in_place_is_kept(
+    training: bool, activation: str | None, between: Callable[[Tensor], Tensor], kept: bool
+) -> None:
     conv = nn.Conv2d(4, 4, 3)
     assert is_kept(syncbn.SyncBatchNorm(4, activation=activation).train(training), conv, True, between) is kept
     assert is_kept(syncbn.SyncBatchNorm(4, activation=activation).train(training), conv, False, between)
 
 
 @single
-def test_every_second_output_along_residual_connections_is_kept() -> None:
+def test_every_third_output_along_residual_connections_is_kept() -> None:
     model, outputs = Residual("relu", 6), []
     for layer in model.layers:
         layer.register_forward_hook(lambda module, args, y: outputs.append(weakref.ref(y.untyped_storage())))
@@ -189,7 +191,7 @@ def test_an_output_that_nothing_keeps_is_not_computed_again(normalized: list[Any
 
 
 @single
-def test_a_parameter_changed_after_the_forward_pass_is_the_forward_passs() -> None:
+def test_outputs_are_recomputed_with_the_parameters_of_the_forward_pass() -> None:
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         value = F.conv2d(model[0](x).detach(), model[1].weight).square().sum()
         with torch.no_grad():
@@ -269,7 +271,7 @@ def test_addresses_that_are_used_again_are_told_apart() -> None:
 @pytest.mark.process_group
 @pytest.mark.world_size(2, 3)
 def test_ranks_exchange_no_more_than_without(world: World) -> None:
-    """Also a rank whose batch is empty."""
+    """One of the ranks has an empty batch."""
     counts = SPLITS[world.size][-1]
     x = torch.randn(sum(counts), 4, 12, 12)
     results, exchanged = [], []

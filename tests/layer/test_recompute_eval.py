@@ -1,6 +1,7 @@
 """`syncbn.recompute_outputs` where a layer normalizes by its running statistics: in eval mode, and frozen.
 
-It then runs torch's operators, each of which saves what its own backward pass needs: in the context nothing as large as the output."""
+The layer then runs torch's operators, each of which saves what its own backward pass needs. In the context they keep nothing as large as
+the output."""
 
 from __future__ import annotations
 
@@ -56,7 +57,7 @@ def test_nothing_of_the_outputs_size_is_kept(frozen: bool, activation: str | Non
             loss = conv(layer(x, z)).sum()
         kept.append(len(made.memory))
         loss.backward()
-    assert kept == [0, 1 if activation in (None, "relu") else 2]  # all but relu also keep the value before it
+    assert kept == [0, 1 if activation in (None, "relu") else 2]  # leaky_relu and silu also keep the value before the activation
 
 
 @pytest.mark.parametrize(("activation", "tensors"), [(None, 1), ("relu", 2)])
@@ -82,8 +83,8 @@ def test_an_input_that_needs_no_gradient_is_not_kept_for_a_residual_that_does(ac
 
 
 @pytest.mark.parametrize("activation", ["relu", "silu"])
-def test_statistics_changed_after_the_forward_pass_are_the_forward_passs(activation: str) -> None:
-    """As a training step between the two passes changes them."""
+def test_outputs_are_recomputed_with_the_statistics_of_the_forward_pass(activation: str) -> None:
+    """A training step between the two passes may change them."""
     layer, conv, x = evaluated(activation, frozen=False), nn.Conv2d(4, 4, 3), torch.randn(SHAPE, requires_grad=True)
     results = []
     for recompute in (True, False):
@@ -97,8 +98,8 @@ def test_statistics_changed_after_the_forward_pass_are_the_forward_passs(activat
         assert torch.equal(actual, expected)
 
 
-def test_an_output_changed_in_place_leaves_the_activation_the_one_before() -> None:
-    """torch's relu, which saves its output, would raise; in training mode the layer's own never does."""
+def test_an_output_changed_in_place_does_not_change_what_its_activation_has_saved() -> None:
+    """torch's relu saves its output, so it would raise an error. In training mode the layer saves no output."""
     layer, conv, x = evaluated("relu", frozen=False), nn.Conv2d(4, 4, 3), torch.randn(SHAPE, requires_grad=True)
     with recompute_outputs():
         y = layer(x)

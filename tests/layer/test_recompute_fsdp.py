@@ -1,4 +1,4 @@
-"""`syncbn.recompute_outputs` with FSDP, which frees parameters between a unit's passes: the same gradients, without the outputs."""
+"""`syncbn.recompute_outputs` with FSDP, which frees parameters between a unit's passes, gives the same gradients and keeps no outputs."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def steps(wrapper: str, world: World, recompute: bool) -> tuple[list[Tensor], li
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_gradients_are_bitwise_those_without_and_no_output_is_kept(wrapper: str, world: World) -> None:
-    """Also on a rank whose batch is empty."""
+    """One of the ranks has an empty batch."""
     actual, kept = steps(wrapper, world, True)
     expected, kept_without = steps(wrapper, world, False)
     assert len(actual) == len(expected)

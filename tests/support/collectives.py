@@ -1,4 +1,4 @@
-"""Which collectives the layers of a test use."""
+"""Which collectives torch.distributed runs in a test."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from syncbn import environment
 
 @contextmanager
 def collectives():
-    """What the ranks exchange where no memory is shared, at torch.distributed's own door: [(operation, elements, dtype)]."""
+    """The collectives that any code calls in this context, as [(operation, elements, dtype)]. Layers that could share memory use their
+    group, and verify nothing."""
     seen = []
     patched = pytest.MonkeyPatch()
     over_the_group(patched)
-    # The agreement of the first time has its own tests.
+    # The verification of a first exchange has tests of its own.
     patched.setattr(environment, "settings", environment.settings._replace(check="off"))
     for name in ("allreduce", "allgather", "_allgather_base", "broadcast", "reduce_scatter", "alltoall", "gather", "barrier"):
         original = getattr(dist.ProcessGroup, name)

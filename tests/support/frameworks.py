@@ -88,10 +88,10 @@ rank = torch.distributed.get_rank()
 def train(
     modules: Iterable[str], script: str, env: Mapping[str, str], forks: ForkServer, *, ranks: int = 2, starter: str = "forks"
 ) -> list[subprocess.CompletedProcess[str]]:
-    """What has been started, after its end: torchrun if it is the `starter`; the rank that starts the others, if that is "itself"; else
-    each rank, by `forks`.
+    """Runs PROLOGUE and `script` in the working directory, and returns the processes that it has started, after their end.
 
-    They run PROLOGUE and `script` in the working directory. The test is skipped if one of the `modules` is not installed.
+    `starter` says what starts the ranks: "torchrun", "forks", or "itself" if the script does. Then one process is returned, else each rank.
+    The test is skipped if one of the `modules` is not installed.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:

@@ -14,14 +14,14 @@ from support import emulated
 from support.op_cases import EXTREMES, TAGGED, Case
 from support.op_checks import CHECKS
 
-# On this many multiprocessors more blocks share a tile of channels than the last of them reads partial sums of in one step.
+# On 72 multiprocessors, more blocks share a tile of channels than the last of them reads partial sums in one step.
 MANY_BLOCKS = (72, Case((4700, 128), dtype=torch.bfloat16, activation="relu", residual=True))
-# On one, a thread walks over more values than stats holds about one K.
+# On one multiprocessor, a thread walks over more values than `stats` sums about one K.
 LONG_WALK = (1, Case((5, 1, 128, 128)))
-# Blocks share sums: in a fifth of the orders a missing barrier lets the last of them come too early.
+# Blocks share sums. If a barrier is missing, the last of them comes too early in a fifth of the orders.
 SHARED = (7, Case((500, 128), activation="silu", residual=True))
 
-# Few, but with each edge that a mutant above is about.
+# Few cases, but with each edge that a mutant of test_mutations.py is about.
 CASES = [
     Case((3, 2, 2), activation="relu", residual=True),
     Case((3, 5, 7), activation="relu", residual=True),

@@ -1,4 +1,4 @@
-"""peer_all_reduce of the emulation: ranks that are blocks of one grid, or processes that share memory in place of GPUs'."""
+"""peer_all_reduce of the emulation: its ranks are blocks of one grid, or processes whose shared memory stands for that of GPUs."""
 
 from __future__ import annotations
 

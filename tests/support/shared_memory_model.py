@@ -67,10 +67,10 @@ def program(rank: int, ranks: int, tags: Tags, protocol: Protocol) -> list[tuple
         code += [("add", ("value", other, slot, word), word) for other in range(ranks) for word in segment]
         if protocol.by_segments:
             epoch += 1
-            wait = code[:]
+            before = code[:]
             publish([("store", ("result", word), word) for word in segment])
             if not protocol.waits_for_results:
-                code[:] = [*wait, *(c for c in code[len(wait) :] if c[0] != "wait")]
+                code[:] = [*before, *(c for c in code[len(before) :] if c[0] != "wait")]
             code += [("load", ("result", word), word) for word in range(WORDS)]
         code.append(("finish", exchange))
     return code

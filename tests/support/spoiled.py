@@ -24,7 +24,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     ).view_as(x),
 }
 ALL = list(SPOILED)[:-1]
-# The last is for long walks, whose threads must not keep what they have taken for typical.
+# The last kind needs a large tensor: a thread that walks over many values must not keep the K that it took from the first ones.
 CASES = [*((shape, kind) for shape in SHAPES for kind in ALL), ((1, 1, 900, 900), list(SPOILED)[-1])]
 
 
