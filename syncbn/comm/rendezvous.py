@@ -259,7 +259,7 @@ def _port_of_job() -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """gpu[03-07,12],cpu1 -> gpu03"""
-    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    assert match, nodes
-    return "".join(part or "" for part in match.groups())
+    """gpu[03-07,12],cpu1 -> gpu03; rack[1-2]node[3-4] -> rack1node3"""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)  # up to a comma that is in no brackets
+    assert first, nodes
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])

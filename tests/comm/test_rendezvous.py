@@ -22,7 +22,15 @@ NAMES = LAUNCHERS_NAMES | {"MASTER_ADDR", "MASTER_PORT"}
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("gpu1", "gpu1"), ("gpu[03-07,12],cpu1", "gpu03"), ("a1,b2", "a1"), ("n[1,5]-ib", "n1-ib"), ("rack-2-node[10-11]", "rack-2-node10")],
+    [
+        ("gpu1", "gpu1"),
+        ("gpu[03-07,12],cpu1", "gpu03"),
+        ("a1,b2", "a1"),
+        ("n[1,5]-ib", "n1-ib"),
+        ("rack-2-node[10-11]", "rack-2-node10"),
+        ("rack[1-2]node[3-4],spare[1-2]", "rack1node3"),
+        ("rack[0-1,7],node[3-4]", "rack0"),
+    ],
 )
 def test_the_first_host_of_a_slurm_list_is_found(nodes, first):
     assert rendezvous._first_host(nodes) == first
