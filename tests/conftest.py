@@ -51,7 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_STDERR] = os.dup(2)  # pytest captures the other one, also while it imports this file, but not here
+    config.stash[_STDERR] = os.dup(2)  # pytest redirects descriptor 2 itself, also while it imports this file, but not here
     config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
     config.addinivalue_line("markers", "process_group: needs torch.distributed")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")

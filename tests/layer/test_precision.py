@@ -48,13 +48,22 @@ def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
         for module in (model[1], model[4]):
             for name in ("running_mean", "running_var"):
                 setattr(module, name, getattr(module, name).float())
+    seen = []
+    model[1].register_forward_hook(lambda module, inputs, y: seen.append((inputs[0].detach(), y.detach())))
     for training in (True, False):
         x = (torch.randn(5, 3, 7) + world.rank).to(dtype).requires_grad_()
         y = model.train(training)(x)
         y.float().square().sum().backward()
         assert y.dtype == x.grad.dtype == model[1].weight.grad.dtype == dtype
         assert y.isfinite().all() and x.grad.isfinite().all()
-    assert model[1].running_mean.dtype == (torch.float32 if buffers.startswith("float32") else dtype)
+    inside, outside = seen[0]
+    whole = torch.cat(world.all_gather(inside))
+    want = batch_norm_step(whole, whole)
+    assert_close(outside, want.y.split(5)[world.rank], TOLERANCE[dtype], "y", want.y)
+    stored = torch.float32 if buffers.startswith("float32") else dtype
+    assert model[1].running_mean.dtype == model[1].running_var.dtype == stored
+    assert_close(model[1].running_mean, want.running_mean, TOLERANCE[stored], "running_mean", 0.1 * whole.double())
+    assert_close(model[1].running_var, want.running_var, TOLERANCE[stored], "running_var")
 
 
 def test_buffers_may_have_another_type_than_parameters(world):
