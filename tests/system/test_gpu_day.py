@@ -102,7 +102,7 @@ def test_the_build_makes_a_library_and_a_sweep_of_each_op_and_revision(tmp_path,
         ((sys.executable, "-m", "syncbn.no_such_module"), {}, "No module named syncbn.no_such_module"),
         ((".gpu/sweep_of_no_op",), {}, ".gpu/sweep_of_no_op is missing: run launch/gpu_build.sh"),
         (("launch/no_such_script.sh",), {}, "launch/no_such_script.sh is no program"),
-        (("launch/sanitize.sh",), {"CASES": "bits", "NO_SUCH": "1"}, "launch/sanitize.sh reads no NO_SUCH"),
+        (("launch/sanitize.sh",), {"CASES": "repetition", "NO_SUCH": "1"}, "launch/sanitize.sh reads no NO_SUCH"),
     ],
 )
 def test_what_a_command_lacks_is_named(gpu_day, command, env, problem):
