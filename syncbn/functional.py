@@ -58,9 +58,9 @@ def batch_norm_train(
         # As torch's own functions do: unwrap the subclass, run on plain tensors, wrap the result.
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     check_transforms(options.layer, input)
-    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. Only
-    # what `_step` copies before an op sees it is checked here: a residual, which `dense_like` would broadcast, and the memory of an input.
-    if comm is not LOCAL or residual is not None or not ops.check_their_tensors(input):
+    # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. It checks
+    # everything if there is a residual, which `dense_like` would broadcast; and the memory of an input that `_step` copies before any op.
+    if comm is not LOCAL or residual is not None or not ops.refuse_wrong_tensors(input):
         check_eager(options.layer, tensors)
         return _step(_eager_apply, tensors, comm, options, record, False)
     if not input.is_contiguous():
@@ -193,7 +193,7 @@ def sync_batch_norm(
     Returns:
         y [N, C, *] of the input's type and memory format.
 
-    The ranks verify every eager exchange of a function call by its tag. They compare whole signatures only with SYNCBN_CHECK=always:
+    The ranks verify every eager exchange of a function call. They compare whole signatures only with SYNCBN_CHECK=always:
     unlike a layer, a function call has no identity whose first exchange could be remembered.
 
     Raises:

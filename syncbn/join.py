@@ -156,7 +156,7 @@ class _FinishedRank(JoinHook):
         self.pending: list[dist.Work] = []
 
     def main_hook(self) -> None:
-        """Starts one round of zero contributions without blocking, because DDP's hooks must run concurrently."""
+        """Starts a round of zeros, and waits only for the round before, because DDP's hooks must run concurrently."""
         if not self.joinable.calls:
             self.joinable.check_all_have_a_batch()
         self._wait()

@@ -27,7 +27,7 @@ void set_origins(Layout layout, const scalar_t* x, double* origins) {
   for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
 
-// The packs of a chunk that K is the mean of: `each` packs from every `step`th plane, at a different place in each plane.
+// The packs of a chunk that K averages: `each` packs from every `step`th plane, at a different place in each plane.
 struct Sample {
   int64_t step, each, unit;
 
@@ -99,7 +99,7 @@ void sum_columns(Layout layout, const scalar_t* x, const double* origins, double
     int64_t inner = layout.inner, width = columns.width, wide = n * inner, first = row * width + slot * inner;
     for (int64_t end = row + rows; row < end; row += CHUNK_ROWS, first += CHUNK_ROWS * width) {
       int64_t length = min(CHUNK_ROWS, end - row);
-      // K's rows, `step` apart; if inner is 1, the rows with which the streams begin, which are then still in cache.
+      // K's rows, `step` apart; if inner is 1, those that begin a stream, and are still in cache when the stream is summed.
       int64_t sampled = min(inner == 1 ? ROW_STREAMS : ceil_div(K_VALUES, inner), length), step = length / sampled;
       int64_t turns = inner == 1 ? min(K_ROWS / ROW_STREAMS, step) : 1;
       alignas(64) acc_t K[STRIP], s1[STRIP], s2[STRIP];

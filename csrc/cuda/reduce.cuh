@@ -14,7 +14,7 @@ struct alignas(16) Pair {
   }
 };
 
-// Counters come first in the workspace: one for each group that is shared, and one for num_batches_tracked.
+// Counters come first in the workspace: one for each group that is shared, and one for the blocks of normalize.
 struct Workspace {
   unsigned* counters;
   unsigned* normalize_counter;
@@ -50,7 +50,7 @@ __device__ void warp_sums(Pair (&sums)[CHANNELS], int width) {
 // Thread t gets the sum of column t over the warps of the block; a lane has its warp's sums of CHANNELS columns in `lane_sums`.
 template <int CHANNELS>
 __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
-  DYNAMIC_SHARED(Pair, sums);  // [warps, CHANNELS, width + 1]: neither two writes nor two reads of a warp share a bank
+  DYNAMIC_SHARED(Pair, sums);  // [warps, CHANNELS, width + 1]: the padding spreads what neighbouring threads read over the banks
   const int stride = width + 1, t = threadIdx.x, lane = t % WARP;
   if (lane < width) {
 #pragma unroll
@@ -66,7 +66,7 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 
 // Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
 // Neighbouring threads read neighbouring columns, whole memory lines together; then thread t adds up the sums of its column. BATCH loads
-// share one latency: the compiler moves no __ldcg() across preceding statements.
+// are issued together, and share one latency: the compiler would not move an __ldcg() up across other statements.
 template <int BATCH>
 __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
   const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
@@ -102,7 +102,7 @@ __device__ inline bool arrives_last(unsigned* counter, unsigned blocks) {
 }
 
 // True in the block that arrives last; there thread t has in `total` the sum of column t over all blocks of the group. Which block is last
-// varies, but partial sums are always added in index order.
+// varies, but partial sums are always added in the same order.
 template <class Walk>
 __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspace) {
   const int splits = walk.config.splits, columns = walk.config.width * Walk::channels;

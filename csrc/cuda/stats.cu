@@ -5,8 +5,8 @@
 // shift, which all blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K.
 //
 // The position of zeros or outliers does not matter. Say that a thread reads w values for K, and that K is D away from the channel's mean.
-// Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add D^2 each, on
-// average or more, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about this K
+// Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add D^2 each, or
+// more on average, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about this K
 // lose at most a rounding of D^2 each. So the result loses at most n / (w - 1) roundings: 21 if n is 64 and w is 4.
 //
 // Traffic: x once.
@@ -104,11 +104,11 @@ __global__ void __launch_bounds__(THREADS, Walk::blocks_per_sm)
   if (!grid_sum(total, walk, workspace)) return;
 
   const double count = static_cast<double>(args.layout.outer * args.layout.inner);
-  const double samples = args.rank_weighted && count > 0 ? count : 1;
+  const double divisor = args.rank_weighted && count > 0 ? count : 1;
   if (threadIdx.x < config.width * CHANNELS && channel < C) {
     args.stats[channel] = to_acc(own_shift);
-    args.stats[C + channel] = total.a / samples;
-    args.stats[2 * C + channel] = total.b / samples;
+    args.stats[C + channel] = total.a / divisor;
+    args.stats[2 * C + channel] = total.b / divisor;
   }
   if (walk.group == 0 && threadIdx.x == 0) {
     double* tail = args.stats + 3 * C;

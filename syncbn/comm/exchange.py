@@ -1,7 +1,7 @@
 """Runs a layer's exchanges over a communicator: verifies them, and names the layer in logs, profiles and errors.
 
     group        ──► the first exchange makes it, if it is a duplicate, and finds how the ranks exchange: way.py
-    verify       ──► agreement.py compares signatures, at first exchanges or always; not in one host's memory, which verifies each exchange
+    compare      ──► agreement.py compares signatures, at first exchanges or always; not in one host's memory, which verifies each exchange
     exchange     ──► in the ranks' memory or over the group
     count        ──► identity.py: only if all of this has completed
 
@@ -55,7 +55,7 @@ class LayerExchanges:
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
         """How an exchange of this many values on x's device is verified. Raises the errors of `all_reduce_`.
 
-        Call it before any value is computed: the tag and `merges` depend on it. The first call of all makes the group."""
+        Call it before any value is computed: the tag and `merges` depend on it. A group's first call makes it, if it is a duplicate."""
         if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
             return NO_TICKET
         try:
@@ -101,7 +101,7 @@ class LayerExchanges:
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises the errors of `all_reduce_`.
 
-        `shifted` is what `merges` returned: if the graph breaks in between, this call may be traced although `merges` was not."""
+        `shifted` is what `merges` returned, perhaps in eager code: the graph may break between it and this call."""
         if torch.compiler.is_compiling():
             return self.comm.all_reduce_stats_(rebase(stats, torch.zeros_like(stats[:channels])) if shifted else stats, channels)
         return self._exchanged(stats, channels, "forward")
@@ -113,7 +113,7 @@ class LayerExchanges:
         return ", ".join(filter(None, (description, shape, self._position())))
 
     def _enter(self, tensor: Tensor) -> GroupState:
-        """Looks up the group, which its first exchange makes, and how its ranks exchange tensors on `tensor`'s device. Collective if the
+        """Looks up the group (its first exchange makes it) and how its ranks exchange tensors on `tensor`'s device. Collective if the
         group has not exchanged tensors on that kind of device yet."""
         if self._state is None:
             failures.check_possible(tensor)

@@ -19,7 +19,7 @@ def implementation(request, monkeypatch):
     for name in ops.SCHEMAS:
         monkeypatch.setattr(ops, name, getattr(request.param, name))
     if request.param is reference:
-        monkeypatch.setattr(ops, "check_their_tensors", lambda x: False)
+        monkeypatch.setattr(ops, "refuse_wrong_tensors", lambda x: False)
 
 
 # ---- Passes in any order ----------------------------------------------------------------------------------------------------

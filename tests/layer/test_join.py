@@ -45,7 +45,7 @@ def train_together(numbers: tuple[int, ...], world_size: int, epochs: int) -> nn
 
 
 def normalized_together(numbers: tuple[int, ...], rank: int, step: int, group: range) -> torch.Tensor:
-    """What `net()` makes, in one process, of a rank's batch in this step, with those of the ranks in `group` that still have some."""
+    """`net()`'s output for a rank's batch in this step, normalized in one process with those of the ranks in `group` that still have one."""
     active = [other for other in group if step < numbers[other]]
     y = net()(torch.cat([batches(numbers)[other][step] for other in active]))
     return y.split(ROWS)[active.index(rank)].detach()
@@ -154,7 +154,7 @@ def test_a_disabled_join_changes_nothing(world):
 
 @several
 def test_a_copy_made_inside_is_not_part_of_join(world):
-    """A copy has the groups of a copy made outside. A call of it neither notifies other ranks nor exchanges for the model."""
+    """A copy has the groups of a copy made outside. A call of it notifies no other rank, and is not repeated by finished ranks."""
     model = syncbn.convert_sync_batchnorm(net())
     with syncbn.join(model):
         for step in range(2 + world.rank):
