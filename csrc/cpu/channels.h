@@ -64,7 +64,7 @@ class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// The outputs: a call writes one pack to each, or the packs of a line.
+// The outputs: a call writes to each a pack, or the packs of a memory line.
 template <typename scalar_t, int OUTPUTS>
 class Output {
   scalar_t* to_[OUTPUTS];
@@ -89,7 +89,7 @@ class Output {
   }
 };
 
-// outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in parallel, from the end towards the start.
+// outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in parallel, in forward runs, the last run first.
 //
 // Packs cross plane and row boundaries, so stores to an aligned output stay aligned and non-temporal stores fill whole lines.
 // If a line is several packs, they are written consecutively: alternating between two outputs would flush half-filled lines.
@@ -205,7 +205,7 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           auto add = [&](auto streams) {
             add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           };
-          // Each stream also reads the mask, so there are half as many, unless rows are wide: then sharing the sums pays more.
+          // Each stream also reads the mask, so there are half as many, unless rows are wide: it pays more then that streams share sums.
           masked&& width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }

@@ -1,4 +1,4 @@
-// Sums of two quantities per channel: over a warp, a block and the blocks that share a group; always in the same order.
+// Sums of two quantities per channel: over a warp, a block and the blocks that share channels; always in the same order.
 #pragma once
 
 #include "launch.cuh"

@@ -75,7 +75,7 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
             why = f"{FOLDER} of the ranks {here} is not the same memory"
         agree(gather, b"", why)
-    finally:  # by now every rank of the host has mapped the file, or none will; each removes its name, since its maker may have been killed
+    finally:  # by now all ranks of the host have mapped the file, or no more will; each removes its name, in case its maker was killed
         if path is not None and len(here) > 1:
             with suppress(OSError):  # another rank has removed it, or another user made it, whose files stay
                 path.unlink()

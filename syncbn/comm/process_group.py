@@ -1,4 +1,4 @@
-"""A torch.distributed process group: NCCL, gloo, or any other backend that adds float64 tensors."""
+"""A torch.distributed process group: NCCL, gloo, or any other backend that adds tensors of float64, int64 and uint8."""
 
 from __future__ import annotations
 

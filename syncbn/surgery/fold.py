@@ -54,9 +54,9 @@ def fold_batchnorm(module: nn.Module) -> nn.Module:
 
     A convolution (1-D, 2-D, 3-D, transposed, grouped) or linear layer absorbs a batch norm, plain or synchronized, if `torch.fx` shows
     that nothing else uses the layer's output. The outputs are equal up to rounding; weights are computed in float64. The activation of a
-    `SyncBatchNorm` stays, as a module. A batch norm is not folded if it has hooks, no running statistics, or a class that overrides
-    forward, or if it follows anything but such a layer. If `torch.fx` cannot trace `module`, the submodules that it can trace are folded,
-    with a warning that names the line.
+    `SyncBatchNorm` stays, as a module. A batch norm is not folded if it has hooks, no running statistics, or a forward of its own that is
+    not known, or if it follows anything but such a layer. If `torch.fx` cannot trace `module`, the submodules that it can trace are
+    folded, with a warning that names the line.
 
     `module` itself is unchanged and may continue training. DistributedDataParallel is unwrapped.
 

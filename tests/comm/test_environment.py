@@ -22,6 +22,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
 }
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+FLUX = {"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1", "PMI_RANK": "5", "PMI_SIZE": "8"}
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
 
 RANKS = {
@@ -51,7 +52,9 @@ RANKS = {
         RankInfo("PALS", 5, 8, 1, 4),
     ),
     "PMI of a Cray": ({"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}, RankInfo("MPICH", 5, 8, 1, 4)),
-    "Flux": ({"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1"}, RankInfo("Flux", 5, 8, 1, None)),
+    "Flux": (FLUX, RankInfo("Flux", 5, 8, 1, None)),
+    "Flux without PMI": ({name: value for name, value in FLUX.items() if "PMI" not in name}, RankInfo("Flux", 5, 8, 1, None)),
+    "mpirun in a task of Flux": (FLUX | MPICH | {"PMI_RANK": "1", "PMI_SIZE": "2"}, RankInfo("MPICH", 1, 2, 1, 4)),
     "PMIx with a world size": ({"PMIX_RANK": "5", "WORLD_SIZE": "8"}, RankInfo("PMIx", 5, 8, None, None)),
     "a world size that the user has exported": (OPEN_MPI | {"WORLD_SIZE": "8"}, RankInfo("Open MPI", 5, 8, 1, 4)),
     "an empty text is not set": (OPEN_MPI | {"RANK": "", "WORLD_SIZE": ""}, RankInfo("Open MPI", 5, 8, 1, 4)),

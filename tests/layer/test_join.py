@@ -45,7 +45,7 @@ def train_together(numbers: tuple[int, ...], world_size: int, epochs: int) -> nn
 
 
 def normalized_together(numbers: tuple[int, ...], rank: int, step: int, group: range) -> torch.Tensor:
-    """`net()`'s output for a rank's batch in this step, normalized in one process with those of the ranks in `group` that still have one."""
+    """`net()`'s output, in one process, for a rank's batch of this step, beside the batches that ranks of `group` still have."""
     active = [other for other in group if step < numbers[other]]
     y = net()(torch.cat([batches(numbers)[other][step] for other in active]))
     return y.split(ROWS)[active.index(rank)].detach()

@@ -105,7 +105,7 @@ def check_backward_input(ops: Any, case: Case, device: str = "cpu") -> None:
 
 
 def check_moved_all_the_way(ops: Any, device: str = "cpu") -> None:
-    """With momentum 1, and in the first step of a cumulative average, the moving statistics are the batch's to the last digits, however small
+    """With momentum 1, and in the first step of a cumulative average, the moving statistics are the batch's, however small
     they are compared with those before."""
     x = 1e-8 * torch.randn(300, 5, generator=torch.Generator().manual_seed(0)).to(device)
     stats = reference.stats(x.double(), False, True)
