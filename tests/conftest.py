@@ -8,7 +8,7 @@ Every rank runs the same tests in the same order, with the same random numbers. 
 
 Tests that do not apply are deselected. `pytest` without paths and without -m leaves out two tiers:
 
-    nightly              mutants, every Plan of the sweep, and nvcc's PTX
+    nightly              mutants, every Plan of the sweep, nvcc's PTX, other frameworks, and the dry run of launch/gpu_day.sh
     system               starts a job or a cluster, kills ranks, cuts links: what is in tests/system or takes `subprocess_env`
 
 `scales` marks tests that check something new with this number of ranks: see `_scales`. On three and four ranks, and on one rank under
@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "world_size(*sizes): runs only with these numbers of ranks")
     config.addinivalue_line("markers", "process_group: needs torch.distributed")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
-    config.addinivalue_line("markers", "nightly: mutants, every Plan of the sweep, and nvcc's PTX; not in a plain `pytest`")
+    config.addinivalue_line("markers", "nightly: takes minutes or other frameworks; not in a plain `pytest`")
     config.addinivalue_line("markers", "system: starts jobs; not in a plain `pytest` (set by conftest.py)")
     config.addinivalue_line("markers", "scales: checks something new with this number of ranks (set by conftest.py)")
     if not _selects(config):

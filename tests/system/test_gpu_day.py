@@ -30,6 +30,7 @@ def python(code: str) -> tuple[str, ...]:
     return sys.executable, "-c", code
 
 
+@pytest.mark.nightly
 def test_every_command_of_the_day_could_run(tmp_path, subprocess_env):
     """In a copy of the repository, with stand-ins for what gpu_build.sh compiles."""
     copy = tmp_path / "copy"

@@ -108,6 +108,7 @@ with learner.no_logging(), learner.no_bar(), learner.distrib_ctx(cpu=True, sync_
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_line_makes_a_frameworks_model_train_with_synchronized_layers(name, forks, installed, tmp_path, monkeypatch):
     modules, script = SCRIPTS[name]

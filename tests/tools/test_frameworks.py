@@ -141,7 +141,10 @@ RUNS = {name: (name, True) for name in SCRIPTS}
 RUNS |= {f"{name}, torch's own": (name, False) for name in SCRIPTS if name not in ANOTHER_STARTER}
 
 
-@pytest.mark.parametrize("name, replaced", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize(
+    "name, replaced",
+    [pytest.param(*run, id=id, marks=[pytest.mark.nightly] if SCRIPTS[run[0]][0] else []) for id, run in RUNS.items()],
+)
 def test_a_framework_trains_with_synchronized_layers_if_torch_is_replaced(name, replaced, servers, installed, tmp_path, monkeypatch):
     modules, starter, script = SCRIPTS[name]
     monkeypatch.chdir(tmp_path)
