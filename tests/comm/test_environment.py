@@ -34,6 +34,7 @@ RANKS = {
     "srun, unequal nodes": (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "4(x1),3"}, RankInfo("srun", 5, 8, 1, 3)),
     "torchrun started by srun on each node": (SRUN | TORCHRUN, RankInfo("torchrun", 5, 8, 1, 4)),
     "srun --mpi=pmi2": (SRUN | {"PMI_RANK": "5", "PMI_SIZE": "8"}, RankInfo("srun", 5, 8, 1, 4)),
+    "srun --mpi=cray_shasta": (SRUN | {"PALS_RANKID": "5", "PALS_NODEID": "1"}, RankInfo("srun", 5, 8, 1, 4)),
     "srun --mpi=pmix": (SRUN | {"PMIX_RANK": "5"}, RankInfo("srun", 5, 8, 1, 4)),
     "a batch script before srun": (BATCH_SCRIPT, RankInfo()),
     "PyTorchJob": ({"RANK": "1", "WORLD_SIZE": "2"}, RankInfo("torchrun", 1, 2, None, None)),
