@@ -133,8 +133,8 @@ def _warn_if_started_with_others() -> None:
 
 
 def check_type(process_group: Any) -> None:
-    """Raises ValueError for what `resolve` does not accept on any rank. A group that this rank is not a member of passes: such a layer
-    may be built, and is an error only if it is used."""
+    """Raises ValueError for what `resolve` does not accept on any rank. A group that this rank is not a member of passes: a layer
+    with that group may be built, and is an error only if it is used."""
     if process_group is None:
         return
     with suppress(NotAMember):

@@ -44,7 +44,7 @@ class Alarms:
     def compare(self, key: tuple[Any, ...], sums: Tensor, expected: tuple[float, float]) -> None:
         """Does what the kernels do, for the sums [2] of a tag and its square in a payload that no kernel uses."""
         word = self.word(key)
-        mixed = (sums[:1] != expected[0]) | (sums[1:] != expected[1])  # with numbers: copying a tensor of them would wait for the device
+        mixed = (sums[:1] != expected[0]) | (sums[1:] != expected[1])  # with floats: to copy a tensor of them would wait for the device
         flag = self._flags.get(key)
         if flag is None:
             with torch.inference_mode(False):

@@ -40,7 +40,7 @@ def ordinal(number: int) -> str:
 
 
 def check_possible(tensor: Tensor) -> None:
-    """Raises RuntimeError if this tensor cannot be exchanged. Call it before the group is made, in which the other ranks take part."""
+    """Raises RuntimeError if this tensor cannot be exchanged. Call it before the group is made, because the other ranks help to make it."""
     if torch.jit.is_tracing():
         raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
     if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):

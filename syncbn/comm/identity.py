@@ -69,8 +69,8 @@ class LayerRecord:
         return f'layer "{name}"' if name else f"unnamed layer {number}"
 
     def join(self, group: Any) -> Membership:
-        """The layer's membership of this group. The first call follows an exchange that all ranks have completed, and takes a number if the
-        layer has no name."""
+        """The layer's membership of this group. The first call follows an exchange or a verification that all ranks have completed, and
+        takes a number if the layer has no name."""
         membership = self.memberships.get(group)
         if membership is None:
             state = state_of(group)

@@ -42,7 +42,7 @@ class Peers(ctypes.Structure):
 
 
 class Missing(Incomplete):
-    """A rank did not send its values to an exchange; none can follow in its group."""
+    """A rank did not send its values to an exchange; no other exchange can follow in the group."""
 
 
 @functools.cache
@@ -139,7 +139,7 @@ class PeerMemory:
         return values
 
     def check(self) -> None:
-        """Raises Missing if a rank did not come to an exchange that the kernels have seen. Does not wait for the device."""
+        """Raises Missing if a kernel has reported a rank that did not come to its exchange. Does not wait for the device."""
         word = self._word.value
         if word:
             what, seconds = self._signature(*list(self._keys)[word >> 32]), self._peers.patience / 1e9

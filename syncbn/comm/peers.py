@@ -1,10 +1,10 @@
 """How the ranks of a group exchange CUDA tensors: in each other's memory if SYNCBN_PEER=1 and all can, else over the group.
 
-    gather who is where ──► same node? access? ──► gather answers ──► map memory ──► gather random numbers ──► add them ──► compare
+    gather hosts and GPUs ──► same node? access? ──► gather answers ──► map memory ──► gather random numbers ──► add them ──► compare
+    ──► gather verdicts
 
 Each gathering is one exchange over the group itself. It also carries this rank's reason to stay with the group: all ranks go on, or none,
-and all have the same reason. The last step adds the random numbers as a layer's sums are added, so no rank relies on memory that it has
-not tried.
+and all have the same reason. The random numbers are added as a layer's sums are, so no rank relies on memory that it has not tried.
 
 Either way the values of a layer end with a tag and its square, which are added like any value. This process does not verify the sums, since
 it would have to wait for them: the kernels that use them do so, `normalize` and `backward_input`, and the group's next exchange of CUDA

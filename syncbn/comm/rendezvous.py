@@ -38,8 +38,8 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         RuntimeError: the ranks did not meet within the timeout.
 
     If torch.distributed is initialized already, this only checks the backend and the package's variables, and returns the current device.
-    Under a launcher that does not set them itself, it sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT
-    for other tools.
+    Under a launcher that does not set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, this function does, for
+    other tools.
 
     >>> device = init_process_group()
     >>> torch.distributed.get_world_size()
@@ -67,7 +67,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
 
 
 def export() -> RankInfo:
-    """Sets the variables that torchrun would have set, as far as the launcher gives their values. Returns this process's ranks."""
+    """Sets the variables that torchrun would have set, as far as the launcher gives their values. Returns this process's `RankInfo`."""
     here = rank_info()
     if here.launcher in (None, "torchrun"):
         return here
@@ -116,7 +116,7 @@ def has_a_gpu_of_its_own(here: RankInfo) -> bool:
 
 
 def _default_backend(here: RankInfo) -> str:
-    """NCCL if each rank of this host has a GPU of its own."""
+    """NCCL if each rank of this host has a GPU of its own; else gloo, with a warning if there are GPUs."""
     private = has_a_gpu_of_its_own(here)
     if _gpus() and not private:
         warnings.warn(
@@ -141,7 +141,7 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
 
     A store outlives its process group, and torchrun's store outlives restarted ranks, so ranks would read the addresses of their
     predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the latest generation,
-    or in the next one if a process already has its rank there. So a process that replaces a dead one meets the survivors in theirs.
+    or in the next one if a process already has its rank there. So a process that replaces a dead one meets the survivors in their next one.
     """
     _check_address()
     deadline = time.monotonic() + timeout.total_seconds()
@@ -186,7 +186,7 @@ def _check_address() -> None:
 def _with_local_rank(here: RankInfo, store: dist.Store) -> RankInfo:
     """`here` with its local values, computed from the names of the ranks' hosts if the launcher has not set them.
 
-    Every rank calls it, because a rank cannot know whether another one has its local values.
+    Every rank calls it, because another rank without local values needs this one's host name.
     """
     store.set(f"host of rank {here.rank}", socket.gethostname())
     if here.local_rank is not None and here.local_world_size is not None:

@@ -96,7 +96,7 @@ class Sharing(MemoryOrGroup):
             if self.memory is not None:
                 self.memory.abandon()
             raise
-        payload += 0.0  # makes -0.0 into 0.0, as on a host whose other ranks add zeros
+        payload += 0.0  # makes -0.0 into 0.0, as do the zeros that the other ranks add on a host of several
 
 
 _RESULTS = digest_of("the sums of all hosts")
