@@ -156,7 +156,7 @@ def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     commands += [[*cxx, *CXXFLAGS, *includes, "-c", str(source), "-o", str(temp / f"{source.stem}.o")] for source in bindings]
     commands.append(build_info(cxx, temp, *includes, f'-DSYNCBN_CUDA_ARCHS="{names}"'))
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
-        # An empty stand-in: the library must list libtorch_cuda.so as a dependency even if it is built without it.
+        # An empty stand-in: the library must list libtorch_cuda.so as a dependency even if this torch has none.
         run([*cxx, "-shared", "-Wl,-soname,libtorch_cuda.so", "-o", str(temp / "libtorch_cuda.so"), "-x", "c++", os.devnull])
     folders = [f"-L{folder}" for folder in [temp, *toolkit_lib]]
     runtime = ["-lcudart_static", "-lrt", "-ldl", "-lpthread"]
@@ -170,7 +170,7 @@ def other_plans() -> list[Path]:
 
 
 def architectures(nvcc: list[str]) -> tuple[list[str], str]:
-    """(nvcc's flags, their names as native.py reads them)."""
+    """(nvcc's flags, the architectures' names as native.py reads them)."""
     wanted = re.findall(r"[^;, ]+", os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
     if not wanted:
         known = subprocess.run([*nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -241,12 +241,12 @@ def compile_and_link(target: Path, commands_of: Callable[[Path], tuple[list[list
 def is_stale(command: list[str]) -> bool:
     """Whether an object is missing, or older than what it is made of. Its name holds what else matters: flags and compiler."""
     made = Path(command[-1])
-    needed = [*dependencies(made, Path(command[command.index("-c") + 1])), torch_folder() / "version.py"]  # this file is as new as torch
+    needed = [*dependencies(made, Path(command[command.index("-c") + 1])), torch_folder() / "version.py"]  # which is as new as torch
     return not made.exists() or any(not path.exists() or path.stat().st_mtime > made.stat().st_mtime for path in needed)
 
 
 def dependencies(made: Path, source: Path) -> list[Path]:
-    """The source of an object and the headers that it includes, as the compiler wrote them down; else all that it might."""
+    """The source of an object and the headers that it includes, as the compiler wrote them down; else all that it might include."""
     if made.with_suffix(".d").exists():
         return [Path(name) for name in made.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()]
     headers = [

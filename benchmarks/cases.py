@@ -49,7 +49,7 @@ class Inputs:
 
 
 class TorchExchanging(nn.SyncBatchNorm):
-    """Torch's layer with the collectives that it has in a group of several ranks. In a group of one it is plain batch norm."""
+    """Torch's layer, which in a group of one rank is plain batch norm, with the collectives of a larger group."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)

@@ -73,7 +73,7 @@ Samples = dict[str, list[float]]
 
 
 def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
-    """Microseconds of a plain sum of 2 * channels + 1 values, about what a layer exchanges, verification and waiting included."""
+    """Microseconds of a plain sum of 2 * channels + 1 values, about as many as a layer exchanges. They include verification and waiting."""
     layers = {name: LayerExchanges(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}
@@ -212,7 +212,7 @@ def run(ranks: int, quick: bool) -> list[Row]:
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """Steps with synchronized layers over steps with BatchNorm2d."""
+    """The times of the other variants' steps, divided by those of steps with BatchNorm2d."""
     steps = [row for row in rows if row["what"] == "step, ms"]
     same = ("ranks", "model", "of the samples")
     paths = [name for name in (steps[0] if steps else {}) if name not in (*same, "what", "BatchNorm2d")]

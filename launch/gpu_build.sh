@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles, on a machine without a GPU, the files that launch/gpu_day.sh needs on a machine with one: the library for its architecture, in
-# place, and in .gpu/ benchmarks/sweep.cu for each op, with the current kernels and with those of the revision BEFORE.
+# place, and benchmarks/sweep.cu, in .gpu/, for each op, with the current kernels and with those of the revision BEFORE.
 #
 #   launch/gpu_build.sh             ARCH=8.0 BEFORE=HEAD~10 MAX_JOBS=2 launch/gpu_build.sh             BEFORE= launch/gpu_build.sh
 set -euo pipefail

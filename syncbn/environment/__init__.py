@@ -56,7 +56,8 @@ settings = read_settings(os.environ)
 
 
 def reload(env: Mapping[str, str] | None = None) -> None:
-    """Reads the package's variables again, from the environment unless `env` is given. If a value is not allowed, the settings stay."""
+    """Reads the package's variables again, from the environment unless `env` is given. Raises the ValueError of `read_settings`, and
+    then leaves the settings as they are."""
     global settings
     settings = read_settings(os.environ if env is None else env)
 

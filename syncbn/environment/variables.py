@@ -108,7 +108,7 @@ MEETING = {
 }
 DEVICES = {
     "CUDA_VISIBLE_DEVICES": "whether the compiled kernels run on each GPU that this process can use",
-    "CUDA_DEVICE_ORDER": "with PCI_BUS_ID a number in CUDA_VISIBLE_DEVICES means a known GPU, else it may mean any if they differ",
+    "CUDA_DEVICE_ORDER": "with PCI_BUS_ID a number in CUDA_VISIBLE_DEVICES means a known GPU; else, if the GPUs differ, it may mean any",
 }
 BUILD = {
     "SYNCBN_BUILD_CPU": "0: leave the CPU kernels out; 1: fail if they cannot be built; not set: build them if there is a C++ compiler",

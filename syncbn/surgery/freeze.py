@@ -33,7 +33,7 @@ class Frozen:
         _freeze: Freeze
 
     def train(self: Any, mode: bool = True) -> Any:
-        vars(self)["_freeze"] = replace(self._freeze, training=mode)  # not changed: a shallow copy of the layer has the same object
+        vars(self)["_freeze"] = replace(self._freeze, training=mode)  # a new object: a shallow copy of the layer has the old one, too
         return super().train(False)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
