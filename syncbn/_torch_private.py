@@ -51,7 +51,7 @@ _fake_tensor_class = _private("_subclasses.FakeTensor")
 
 
 def is_transformed() -> bool:
-    """Whether a transform of torch.func (grad, jvp, vmap) runs this code: its tensors look like any others.
+    """Whether a transform of torch.func (grad, jvp, vmap) runs this code. Its tensors are of the usual class.
 
     Fallback: False. torch then says that the autograd function lacks a static method."""
     return _peek_interpreter_stack is not None and _peek_interpreter_stack() is not None
@@ -104,15 +104,15 @@ def in_backward() -> bool:
     return _current_graph_task_id is not None and _current_graph_task_id() != -1
 
 
-# Whether a profiler runs: an unused range costs microseconds. Fallback: True, ranges are always opened. It is torch's function itself,
-# because each exchange asks.
+# Whether a profiler runs: only then is a range worth its microseconds. Fallback: True, ranges are always opened. It is torch's function
+# itself, because each exchange asks.
 is_profiling: Callable[[], bool] = _profiler_enabled or (lambda: True)
 
 
 def is_compiler_loaded() -> bool:
     """Whether anything can have been compiled: to ask torch.compiler would load the compiler, which takes seconds.
 
-    Fallback: none is needed. If the module has another name, the answer is False, and compiled code runs compiled."""
+    Fallback: none is needed. If the module has another name, the answer is False, and `update_bn_stats` leaves compiled layers compiled."""
     return "torch._dynamo" in sys.modules
 
 
@@ -129,7 +129,7 @@ def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` for eager code outside of torch.func: the method that `apply` overrides, which saves the 3 µs in which `apply`
     looks for transforms and binds arguments.
 
-    Fallback: `function.apply`, as in torch 2.14 and newer, whose own method needs no Python for either."""
+    Fallback: `function.apply`, which in torch 2.14 and newer overrides nothing, and does both in C++."""
     return getattr(super(torch.autograd.Function, function), "apply", function.apply)
 
 
@@ -146,7 +146,7 @@ def tensors_of(module: nn.Module, names: Iterable[str]) -> list[Tensor | None]:
     if not _HAS_REGISTRIES:
         return [getattr(module, name) for name in names]
     parameters, buffers = module._parameters, module._buffers
-    tensors = []  # by a loop, since Python 3.11 calls a comprehension as it does a function
+    tensors = []  # by a loop, because up to Python 3.11 a comprehension costs a function call
     for name in names:
         tensors.append(parameters[name] if name in parameters else buffers[name] if name in buffers else getattr(module, name))
     return tensors
@@ -204,12 +204,12 @@ def set_base_of_torchs_layer(base: Any) -> None:
     """Gives torch.nn.SyncBatchNorm another base; None for its own. CPython lets a class's bases be changed, but no documentation
     promises it.
 
-    No fallback: a TypeError where the classes' layouts differ, after which nothing has changed."""
+    No fallback: if the classes' layouts differ, a TypeError, after which nothing has changed."""
     nn.SyncBatchNorm.__bases__ = (_BatchNorm if base is None else base,)
 
 
 def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
-    """Whether DistributedDataParallel refuses a model on the CPU that has instances of torch.nn.SyncBatchNorm. The method that is
+    """Sets whether DistributedDataParallel refuses a model on the CPU that has instances of torch.nn.SyncBatchNorm. The method that is
     replaced does nothing but refuse.
 
     Fallback, without the method: nothing, because there is no refusal to turn off."""
@@ -222,7 +222,7 @@ def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
 
 
 def all_reduce_in_graph(tensor: Tensor, group: Any) -> Tensor:
-    """The sum over the ranks of a group, or of the group of that name, in the form that a compiled graph can hold.
+    """The sum over the ranks of `group`, which is a group or the name of one, in the form that a compiled graph can hold.
 
     No fallback: a graph cannot hold a collective in place."""
     return functional_collectives.all_reduce(tensor, "sum", group)

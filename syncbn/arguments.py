@@ -1,4 +1,4 @@
-"""Checks of what a caller gives the functions, made before any exchange: no rank waits for one that has refused its arguments.
+"""Checks of what a caller gives the functions, made before any exchange: if every rank refuses its arguments, none waits.
 
 Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`.
 """
@@ -134,7 +134,7 @@ def check_transforms(layer: str, input: Tensor) -> None:
 def check_memory(layer: str, *tensors: Tensor | None) -> None:
     """Raises ValueError for a tensor whose storage has been freed, as FSDP frees parameters: torch's own functions may crash.
 
-    `tensors` are the first of TENSORS, or all."""
+    `tensors` are in the order of TENSORS, whose last ones may be missing."""
     for t in tensors:
         if t is not None and t.untyped_storage().nbytes() == 0 and t.numel() > 0:
             what = TENSORS[next(i for i, other in enumerate(tensors) if other is t)]
@@ -165,7 +165,7 @@ def check_count(layer: str, stats: Tensor | None, x: Tensor, comm: Communicator)
     is such a rank.
     """
     if (comm is not LOCAL and torch.compiler.is_compiling()) or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
+        return  # a graph cannot read the number of samples
     total = samples_per_channel(x) if comm is LOCAL or stats is None else parts(stats).samples.item()
     if total == 1:
         raise ValueError(

@@ -142,7 +142,7 @@ class _Observation:
         self.active = True
         for module, total in zip(self.buffers, self.totals, strict=True):
             self._observe(module, total)
-        # Compiled layers run eagerly here: with these hooks they would be recompiled. If Dynamo was never imported, there are none.
+        # Compiled layers run eagerly here: with these hooks they would be recompiled. If Dynamo was never imported, no layer is compiled.
         if is_compiler_loaded():
             self.stance = torch.compiler.set_stance("force_eager")
         torch.set_grad_enabled(False)

@@ -117,7 +117,7 @@ def relative_error(dtype: torch.dtype, device: torch.device) -> float:
         (layer.running_var, running_var, running_var),
     )
     errors = torch.stack([(got.cpu().double() - right).abs().max() / scale.abs().max() for got, right, scale in triples])
-    greatest = errors.nan_to_num(nan=torch.inf).max().to(device)  # max can miss NaN
+    greatest = errors.nan_to_num(nan=torch.inf).max().to(device)  # the all-reduce's MAX can miss NaN
     dist.all_reduce(greatest, dist.ReduceOp.MAX)
     return greatest.item()
 

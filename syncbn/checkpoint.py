@@ -1,10 +1,10 @@
-"""Activation checkpointing: a recomputation takes the group's statistics from its own forward pass.
+"""Activation checkpointing: a recomputation takes the group's statistics from the forward pass that it repeats.
 
     forward     every layer inside logs its summed statistics, in order: 3C + 4 values each
     recompute   replays them in the same order, without an exchange or a second update of the moving statistics
 
-A checkpoint inside another one logs what the outer one replays. Each call of `checkpoint` has a log of its own, so any number of them can
-be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
+If checkpoints are nested, the inner one logs what the outer one's recomputation replays. Each call of `checkpoint` has a log of its own, so
+any number of them can be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
 """
 
 from __future__ import annotations

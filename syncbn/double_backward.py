@@ -67,7 +67,7 @@ def differentiable_backward(
     def over(t: Tensor) -> Tensor:
         return t.to(acc).view(-1, *[1] * (x.dim() - 2))
 
-    # The moments about the known mean do not cancel: their values are 0 and var.
+    # The moments about hi do not cancel: hi is the mean up to a rounding error, `offset`.
     var = finalize(stats, eps)[1]
     total_weight, n = parts(stats).weight.clamp(min=1), effective_count(stats, x, rank_weighted)
     hi, offset = split_mean(stats, acc)

@@ -54,7 +54,7 @@ def check_group_can_be_pickled(layer: nn.Module, groups: list[Any]) -> None:
             raise TypeError(
                 f"{description_of(layer)} cannot be pickled, because it has a process group ({error}): save model.state_dict(), or a whole"
                 " model after setting layer.process_group = None, or syncbn.revert_sync_batchnorm(copy.deepcopy(model)) if it was converted"
-                " without a group before"
+                " and had no group before"
             ) from error
 
 

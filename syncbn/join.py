@@ -47,8 +47,8 @@ def join(
 
     Raises:
         ValueError: a layer's process group does not belong to torch.distributed.
-        RuntimeError: on every rank, if some rank has no batch at all, or if join is already active for the model; if another rank does
-            not answer within the group's timeout.
+        RuntimeError: some rank has no batch at all (on every rank); join is already active for the model; or another rank does not
+            answer within the group's timeout.
 
     >>> device = syncbn.init_process_group()
     >>> model = nn.Sequential(nn.Linear(4, 3), syncbn.SyncBatchNorm(3))
@@ -82,7 +82,7 @@ class _SyncBatchNorms(Joinable):
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Inside, the layers exchange in duplicated groups, and `exchanges` lists those of the model's last call."""
+        """Inside, the layers exchange in duplicated groups, and `exchanges` lists the exchanges of the model's last call."""
         before = [layer.process_group for layer in self.layers]
         handle = self.model.register_forward_pre_hook(_CallHook(self), prepend=True)
         for layer in self.layers:

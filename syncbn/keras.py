@@ -44,8 +44,8 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
             (shape, dtype=...) -> values, such as `torch.rand`.
         fused: accepted as False only, as in Horovod.
         name: the layer's name, for messages.
-        trainable: False freezes the layer, as in Keras, and may be set later: the layer runs in inference mode even if `training` is True,
-            without an exchange, and beta and gamma require no gradient. Set it on every rank.
+        trainable: False freezes the layer, as in Keras: it runs in inference mode even if `training` is True, without an exchange, and
+            beta and gamma require no gradient. It may be set later, too. Set it on every rank.
         num_features: C, which builds the layer at once. Without it the first call does, from its input.
         weighting: "ranks", or "samples" for the statistics of the whole batch. If all batches are of equal size, both give the same.
         process_group, activation, negative_slope, device, dtype: as in `SyncBatchNorm`.
@@ -202,7 +202,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
                 tensor.materialize((num_features,))
                 self._reset(name)
         if not self.trainable:
-            self.trainable = False
+            self.trainable = False  # whose setter freezes the new parameters
         remove_lazy_hooks(self)
 
     @torch.no_grad()

@@ -34,7 +34,7 @@ class SyncBatchNorm(_BatchNorm):
         y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)
 
     However x is split over the ranks, outputs, moving statistics and gradients of x are those of `torch.nn.BatchNorm*d` on the
-    concatenated batch, and the ranks' gradients of weight and bias add up to those there. In a single process, or in a group of one rank,
+    concatenated batch, and the ranks' gradients of weight and bias add up to its gradients. In a single process, or in a group of one rank,
     this is plain batch normalization. Eval mode never communicates.
 
     Args:

@@ -109,7 +109,7 @@ def backward_sums(sum_dy: Tensor, sum_dy_xhat: Tensor, tag: int) -> Tensor:
 
 
 def _scalars(like: Tensor, *values: float) -> list[Tensor]:
-    """Each [1] of like's type, without a copy to its device."""
+    """Each value as a tensor [1] of the type of `like`, without a copy to its device."""
     return [like.new_full((1,), value) for value in values]
 
 
@@ -136,7 +136,7 @@ def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_mean(stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mean as hi of `dtype` and lo of float64, hi + lo == shift + sum / weight. lo is the rounding error of hi, in float64 as well."""
+    """The mean as hi of `dtype` and lo of float64, hi + lo == shift + sum / weight. lo is hi's rounding error; float64 has one, too."""
     s = parts(stats)
     offset = s.sum / s.weight.clamp(min=1)
     hi = (s.shift + offset).to(dtype)
@@ -176,7 +176,7 @@ def update_running_stats(
 
 
 def effective_count(stats: Tensor, x: Tensor, rank_weighted: bool) -> Tensor:
-    """The n of the backward formula: sum of the weights over the weight of one of this rank's samples. Never 0."""
+    """The n of the backward formula: the weight of all samples, divided by that of one of this rank's samples. Never 0."""
     return (parts(stats).weight * (samples_per_channel(x) if rank_weighted else 1)).clamp(min=1)
 
 
@@ -213,7 +213,7 @@ def _moved(n: Tensor | int, sum: Tensor, sumsq: Tensor, by: Tensor) -> tuple[Ten
 
 
 def channel_sum(x: Tensor) -> Tensor:
-    """Σ over the second dimension of x [C, count], float64; chunks in x's type, their sums in float64."""
+    """Σ over the second dimension of x [C, count], float64: each chunk is summed in x's type, and the results in float64."""
     total = x.new_zeros(x.shape[0], dtype=torch.float64)
     for part in _chunks(x):
         total = total + part.sum(-1).double().sum(-1)

@@ -111,7 +111,7 @@ def _why_not(device: str, path: Path, digest: str) -> str:
     info = build_info.read(path)
     if info.get("schemas") != digest:
         return f"{path.name} was built from another version of syncbn, with other ops: {REBUILD}"
-    return _why_no_gpu_runs_it(path.name, info, capabilities or ()) if device == "cuda" else ""
+    return _why_a_gpu_cannot_run_it(path.name, info, capabilities or ()) if device == "cuda" else ""
 
 
 def _why_not_built(device: str, path: Path) -> str:
@@ -124,7 +124,7 @@ def _why_not_built(device: str, path: Path) -> str:
     return f"{path.name} was not built{because}; with {compiler} on PATH, {REBUILD}"
 
 
-def _why_no_gpu_runs_it(name: str, info: Mapping[str, str], capabilities: tuple[int, ...]) -> str:
+def _why_a_gpu_cannot_run_it(name: str, info: Mapping[str, str], capabilities: tuple[int, ...]) -> str:
     """Why a library cannot serve every visible GPU; empty if it can.
 
     Args:

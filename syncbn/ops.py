@@ -60,7 +60,7 @@ _compiled_for_cpu, _compiled_for_cuda = (library.loaded for library in native.lo
 
 def refuse_wrong_tensors(x: Tensor) -> bool:
     """Whether the ops refuse wrong tensors that come with this x. Compiled ops do. The reference and the fake kernels check less, and under
-    a dispatch mode any code may run in their place."""
+    a dispatch mode any code may run in place of the ops."""
     return type(x) is Tensor and (_compiled_for_cpu if x.is_cpu else x.is_cuda and _compiled_for_cuda) and not is_dispatched()
 
 

@@ -74,7 +74,7 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
     """Notes, in the context, that `output` is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
     What else `compute` holds must be small and must not change. Tensors in `saved` that are the output, or views of it, are freed. The
-    caller keeps the returned recipe as long as the graph."""
+    caller keeps the returned recipe as long as the graph. If none is returned, nothing is noted or freed."""
     if output.is_inference():
         return None
     kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)
@@ -115,7 +115,7 @@ class _Recipe:
         self.last: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # by stream, none of which waits for what another one computes
 
     def is_for(self, tensor: Tensor) -> bool:
-        """Whether a tensor in the output's memory is unchanged."""
+        """Whether a tensor in the output's memory is unchanged and of the output's dtype."""
         return version_of(tensor) == self.version and tensor.dtype is self.dtype
 
     def memory(self) -> torch.UntypedStorage:

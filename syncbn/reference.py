@@ -78,7 +78,7 @@ def backward_reduce(
 
     dy, x [N, C, *]  ->  sums [2C + 2] float64: `moments.BackwardSums`; dweight; dbias.
 
-    silu needs the residual that `normalize` had; relu and leaky_relu need the mask only. dweight and dbias have the types of weight and
+    If `normalize` had a residual, silu needs it, and relu and leaky_relu need the mask. dweight and dbias have the types of weight and
     bias, and are empty if these are None.
     """
     dz = through_activation(dy, x, stats, weight, bias, residual, mask, eps, activation, negative_slope)
@@ -172,7 +172,7 @@ def batch_norm_backward(
 
 
 def _verify(tag_sum: Tensor, tag_squared_sum: Tensor, tag: int, ranks: int, alarm: Tensor | None) -> None:
-    """Sets alarm to 1 unless the sums are those of `ranks` times this tag and its square."""
+    """Sets alarm to 1 unless the sums are `ranks` times this tag and `ranks` times its square."""
     if alarm is not None:
         mixed = (tag_sum != ranks * tag) | (tag_squared_sum != ranks * tag * tag)
         before = alarm.to(mixed.device, non_blocking=True)

@@ -167,14 +167,14 @@ def test_the_environment_turns_the_libraries_off_without_a_warning(monkeypatch, 
 ])  # fmt: skip
 def test_a_cuda_library_must_run_on_every_visible_gpu(monkeypatch, built, capabilities, refused):
     monkeypatch.setattr(gpus, "driver_version", lambda: 0)
-    reason = native._why_no_gpu_runs_it("libsyncbn_cuda.so", {"archs": built, "cuda": "13000"}, capabilities)
+    reason = native._why_a_gpu_cannot_run_it("libsyncbn_cuda.so", {"archs": built, "cuda": "13000"}, capabilities)
     assert re.match(f"libsyncbn_cuda.so has code for sm {re.escape(built)}, {refused}", reason) if refused else not reason, reason
 
 
 @pytest.mark.parametrize("driver,refused", [(12080, True), (13000, False), (13020, False), (0, False)])
 def test_a_cuda_library_newer_than_the_driver_is_refused(monkeypatch, driver, refused):
     monkeypatch.setattr(gpus, "driver_version", lambda: driver)
-    reason = native._why_no_gpu_runs_it("libsyncbn_cuda.so", {"archs": "90", "cuda": "13010"}, (90,))
+    reason = native._why_a_gpu_cannot_run_it("libsyncbn_cuda.so", {"archs": "90", "cuda": "13010"}, (90,))
     assert reason.startswith("libsyncbn_cuda.so was built with CUDA 13.1, this driver is for 12.8: update it") == refused, reason
 
 
