@@ -23,7 +23,7 @@ constexpr int ACTIVATIONS = 4;                                 // the bindings r
 // Functions with code for every activation assert this: if ACTIVATIONS grows, they fail to compile until someone has looked at each.
 #define SYNCBN_HAS_CODE_FOR(number) static_assert(ACTIVATIONS == number, "write the new activation here, then raise the number")
 
-// Whether the derivative depends on nothing but the sign of z: with a residual, backward then needs one bit for each element, the mask.
+// Whether the derivative depends on z, and only by its sign: with a residual, backward then needs one bit for each element, the mask.
 SYNCBN_HOST_DEVICE constexpr bool needs_only_sign(Activation activation) {
   return activation == Activation::relu || activation == Activation::leaky_relu;
 }

@@ -34,8 +34,8 @@ SYNCBN_HOST_DEVICE double effective_count(double weight, const Layout& layout, b
   return divisor_of(rank_weighted ? weight * static_cast<double>(layout.outer * layout.inner) : weight);
 }
 
-// z = (x - hi) * scale + shift. The mean is hi, which acc_t holds, and lo, which shift absorbs: at mean >> std the difference x - hi is
-// exact, and a rounded mean would waste the accuracy of the sums.
+// z = (x - hi) * scale + shift. The mean is hi + lo: hi is rounded to acc_t, so that x - hi is exact at mean >> std; lo is part of shift,
+// because hi alone would waste the accuracy of the sums.
 struct AffineParameters {
   double hi, lo, scale, shift;
 };

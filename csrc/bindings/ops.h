@@ -2,7 +2,7 @@
 // this, which states how devices differ:
 //
 //   struct Device {
-//     static constexpr const char* out_of_memory;                              // begins with torch's words, which batch-size finders know
+//     static constexpr const char* out_of_memory;                              // torch's words, which batch-size finders know
 //     static void check_usable();                                              // throws if the device has failed for good
 //     static void check(const char* name, const Tensor& t, const Tensor& x);   // throws unless t is on the device of x
 //     static int32_t* writable_alarm(int32_t* alarm);                          // the address by which kernels write to it
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor> normalize(Tensor x, Tensor stats, OptionalTensor weig
   args.negative_slope = negative_slope;
 
   Device device(x);
-  args.verification = in.verification(tag, ranks, alarm);  // the address in pinned memory is that of the current device
+  args.verification = in.verification(tag, ranks, alarm);  // after `device`: the address of pinned memory is the current GPU's
   const bool keep_mask = residual && needs_only_sign(args.activation);
   Tensor y = in.new_like(x), mask = in.new_empty(keep_mask ? in.mask_numel : 0, aoti_torch_dtype_uint8());
   if (x.numel() == 0) torch::stable::zero_(mask);  // no kernel writes it
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> backward_input(Tensor dy, Tensor sums, Tensor x, Tens
   args.sums = static_cast<const double*>(in.flat("sums", sums, ScalarType::Double, sums_numel(in.layout.C)));
 
   Device device(x);
-  args.verification = in.verification(tag, ranks, alarm);  // the address in pinned memory is that of the current device
+  args.verification = in.verification(tag, ranks, alarm);  // after `device`: the address of pinned memory is the current GPU's
   const bool writes_dz = args.activation != Activation::none && (needs_only_sign(args.activation) ? mask : residual).has_value();
   Tensor dx = in.new_like(x), dz = writes_dz ? in.new_like(x) : in.nothing();
   args.dx = dx.data_ptr();

@@ -205,7 +205,7 @@ void sum_packs(Layout layout, double* sums, Set coefficients, F f) {
           auto add = [&](auto streams) {
             add_rows<streams.value>(first, width, row, min(CHUNK_ROWS, end - row), n * inner, s1, s2, column, add_at);
           };
-          // Each stream also reads the mask, so there are half as many, unless rows are wide: it pays more then that streams share sums.
+          // Each stream also reads the mask, so there are half as many, unless rows are wide: sharing sums among streams then pays more.
           masked&& width < STRIP ? add(Number<STREAMS / 2>{}) : add(Number<STREAMS>{});
           for_slots(n, inner, s1, s2, [=](int64_t k, double v1, double v2) INLINED { out[k] += v1, out[columns.slots + k] += v2; });
         }

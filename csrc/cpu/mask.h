@@ -1,7 +1,7 @@
 // The bit mask of positive z (see positive_bits): element f of memory, in row p, has bit f + 8 p. See syncbn/layout.py.
 //
-// Each row ends with 8 padding bits: a pack that starts on a byte boundary and spans at most two rows therefore covers PACK + 8 bits,
-// padding included; reading one byte past a row's last bit is always safe.
+// Each row ends with 8 padding bits. So a pack that starts on a byte boundary and spans at most two rows covers at most PACK + 8 bits,
+// padding included, and reading one byte past a row's last bit is always safe.
 #pragma once
 
 #include "traverse.h"

@@ -80,7 +80,7 @@ INLINE Pack<T> sum_of(const Pack<T>* chains) {
 
 // Adds S runs of n values to s1 and s2 [S]: add(i, lanes, run, a1, a2) on packs. A single long run uses several accumulators to hide add
 // latency; with several runs the other runs hide it. A long run is added up as a tree, for accuracy: an accumulator adds 64 packs of a
-// block; the sums of four blocks are added, and then all of these.
+// block, then the sums of four blocks are added up, then those of all such fours.
 template <int S, typename acc_t, typename Add>
 INLINE void add_runs(int64_t n, Pack<acc_t>* s1, Pack<acc_t>* s2, Add add) {
   using P = Pack<acc_t>;

@@ -7,9 +7,9 @@
 //   combine   add the slots in rank order: the same additions, hence bitwise identical sums, on every rank
 //
 // Two slots are enough: a rank that publishes epoch e + 2 has seen every rank publish e + 1, and each of them published e + 1 only
-// after it had read all slots of e. Values longer than a slot go in pieces of one epoch each. If there are many ranks, reading every slot
-// on each of them would be quadratic. So with `by_segments` rank r adds segment r of all slots into a result area and publishes a second
-// epoch, and then all ranks copy the result.
+// after it had read all slots of e. Values longer than a slot go in pieces, each in epochs of its own. If there are many ranks, reading
+// every slot on each of them would be quadratic. So with `by_segments` rank r adds segment r of all slots into a result area and publishes
+// a second epoch, and then all ranks copy the result.
 #pragma once
 
 #include <cstddef>

@@ -18,8 +18,8 @@ struct alignas(64) Control {
   std::atomic<uint32_t> abandoned;
   std::atomic<uint32_t> sleepers;  // ranks that sleep until the epoch changes
   std::atomic<int32_t> core;       // on which its rank published last
-  // Its rank alone uses these: where it is in the exchange. They have cache lines of their own, because the others read the first one all
-  // the time.
+  // Its rank alone uses these: where it is in the exchange. They have cache lines of their own, because other ranks read the first line
+  // all the time.
   alignas(64) uint64_t exchanges;
   int64_t first;  // of the values in the piece
   Stage stage;

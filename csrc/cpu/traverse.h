@@ -1,5 +1,5 @@
-// How the ops walk [outer, C, inner]: reductions go plane by plane if inner is large and column by column otherwise; elementwise ops follow
-// memory order.
+// How the ops walk [outer, C, inner]: reductions go plane by plane if inner is large, and otherwise add up columns, row by row; elementwise
+// ops follow memory order.
 //
 // How a sum is divided does not depend on the number of threads, so results do not either.
 #pragma once
@@ -14,7 +14,7 @@ namespace syncbn::cpu::SYNCBN_ISA {
 template <typename T>
 constexpr int CHAINS = Pack<T>::REGISTERS < 4 ? 4 / Pack<T>::REGISTERS : 1;
 
-// Concurrent read streams per sum: a core sustains more outstanding cache misses across several pages than within one.
+// Concurrent streams in which a reduction reads a tensor: a core sustains more outstanding cache misses across pages than within one.
 constexpr int STREAMS = 4;
 
 constexpr int64_t BLOCK = 64 * PACK;       // planes: values per accumulator, 64 per lane
@@ -29,11 +29,11 @@ constexpr int64_t STEP = 4096;        // elementwise: smallest unit of work per 
 constexpr int64_t RUN = 64 * STEP;    // elementwise: values per forward run at most
 constexpr int64_t GRAIN = 32768;      // minimum number of values per thread; torch's own choice
 constexpr int64_t MAX_GROUP = 32;     // planes: channels reduced together so that reads of short planes are long; their sums fit in L1
-constexpr int64_t MIN_MAP_PLANE = PACK;  // elementwise: shorter planes are walked as columns
+constexpr int64_t MIN_MAP_PLANE = PACK;  // shorter planes are walked as columns, also by sums unless the mask forbids it
 constexpr int64_t MIN_SUM_PLANE = 100;   // sums: shorter planes are reduced as columns if there are at least MIN_SUM_ROWS
 constexpr int64_t MIN_SUM_ROWS = 8;      // columns: fewer samples do not pay, because a plane's columns are added up at the end
-constexpr int64_t SUM_WIDTH = 512;       // columns: rows of few channels are folded to at least this
-constexpr int64_t STRIP = 2048;  // columns: columns of a strip at most; with the coefficients they exceed L1, but reads of a row are longer
+constexpr int64_t SUM_WIDTH = 512;       // columns: short samples are joined to rows of at least this
+constexpr int64_t STRIP = 2048;  // columns: columns of a strip at most; its sums and coefficients exceed L1, but reads of a row are longer
 constexpr int64_t CHUNK_ROWS = 512;  // columns: rows of a chunk at most
 constexpr int64_t MIN_ROWS = 128;    // columns: rows that one partial sum covers at least
 constexpr int64_t MIN_UNITS = 16;    // columns: minimum number of work units, if there are enough rows
@@ -89,8 +89,8 @@ void parallel_for(int64_t n, int64_t grain, F f) {
   cpu::parallel_for(n, max(grain, 1), [](int64_t begin, int64_t end, void* context) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// f(begin, end) for runs that cover [0, n), in parallel, from the end towards the start, in forward runs long enough for the prefetcher.
-// Runs begin at whole lines of memory.
+// f(begin, end) for runs that cover [0, n), in parallel: a thread takes its runs from the end towards the start, and a run goes forward,
+// long enough for the prefetcher. In an aligned tensor runs begin at whole lines of memory.
 template <typename F>
 void for_runs(int64_t n, F f) {
   parallel_for(ceil_div(n, STEP), GRAIN / STEP, [&](int64_t first, int64_t last) {
@@ -112,7 +112,7 @@ INLINE bool non_temporal(const scalar_t* p, int64_t n) {
 template <typename T>
 void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
   // From the end, so that values are read before they are overwritten. A pack that ends where a short channel ends also covers the end of
-  // the channel before it, which is written next.
+  // the channel before it, which is written next; it is stored only if it covers no value that is yet to be read.
   for (int64_t c = C - 1; inner > 1 && c >= 0; --c) {
     const int64_t end = (c + 1) * inner;
     const T value = values[c];

@@ -8,8 +8,8 @@
 namespace syncbn::cuda {
 
 // Where to launch. The workspace (launch.cuh) belongs to one stream, and to one kernel of it at a time: a launch that starts before the
-// one before it has ended (programmatic dependent launch) would need another. The counters in it are 0 before the first launch and
-// after each.
+// one before it has ended (programmatic dependent launch) would need a second workspace. The counters in it are 0 before the first
+// launch and after each.
 struct Target {
   int sm_count;
   void* workspace;

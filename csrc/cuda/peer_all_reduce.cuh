@@ -1,4 +1,4 @@
-// The exchange of one value, which is one thread's on every rank: no thread waits for another one of its own grid.
+// The exchange of one value, by one thread on every rank: no thread waits for another one of its own grid.
 //
 //   number    how often this value has been exchanged, kept in device memory, so that a captured graph can be replayed
 //   send      to every other rank: 16 bytes, {low half, number, high half, number}, into this rank's place in that rank's memory
@@ -6,9 +6,9 @@
 //   add       in the order of ranks: the same additions, hence bitwise identical sums, on every rank
 //
 // No fence, no barrier, no reset: 8 bytes are written and read at once, so each half arrives together with its number (as in NCCL's LL
-// protocol; 16 bytes need not be). A place has two turns, by the parity of the number: a rank that sends number n + 2 has received
-// n + 1 from every rank, and each rank sends n + 1 in a launch after the one in which it has received n. So no place is overwritten
-// before it has been read. Launches of one rank must therefore follow each other, on whatever streams.
+// protocol); the 16 bytes may arrive in two parts. A place exists twice, for even and for odd numbers: a rank that sends number n + 2 has
+// received n + 1 from every rank, and each rank sends n + 1 in a launch after the one in which it has received n. So no place is
+// overwritten before it has been read. Launches of one rank must therefore follow each other, on whatever streams.
 //
 // A rank that waits too long writes into `missing` whom it waited for, and from then on sends and receives nothing: the others miss
 // it in turn, and launches that the host has already issued end at once. Sums of values that have not arrived are NaN. Ranks that add

@@ -19,7 +19,7 @@ struct Peers {
   int rank, ranks;
 };
 
-// Replaces each of numel <= capacity values with its sum over the ranks, added in the order of ranks. `exchange` names it in `missing`.
+// Replaces each of numel <= capacity values with its sum over the ranks, in the order of ranks. `exchange` names the call in `missing`.
 cudaError_t peer_all_reduce(const Peers& peers, double* values, int64_t numel, unsigned exchange, cudaStream_t stream);
 
 }  // namespace syncbn::cuda

@@ -5,8 +5,8 @@
 // shift, which all blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K.
 //
 // The position of zeros or outliers does not matter. Say that a thread reads w values for K, and that K is D away from the channel's mean.
-// Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add D^2 each, or
-// more on average, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about this K
+// Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add D^2 or more
+// on average, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about this K
 // lose at most a rounding of D^2 each. So the result loses at most n / (w - 1) roundings: 21 if n is 64 and w is 4.
 //
 // Traffic: x once.
@@ -26,7 +26,7 @@ __device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
 }
 
 // Computes for each channel the mean of a few values without the least and the greatest, either of which may be an outlier. The values are
-// the elements of the first vector, if all are of one channel; otherwise they are one element from each of `count` vectors.
+// the elements of the first vector, if it has several of a channel; otherwise they are one element from each of `count` vectors.
 template <typename acc_t, int CHANNELS, typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ void trimmed_mean(acc_t (&mean)[CHANNELS], const Vec<scalar_t, STEP_WIDTH> (&in)[UNROLL], int count) {
   constexpr bool within = STEP_WIDTH > CHANNELS;

@@ -114,7 +114,7 @@ struct Planes : Walk {
  private:
   static constexpr int EDGE_UNROLL = UNROLL < 2 ? UNROLL : 2;  // vectors of one element in a step of edges
 
-  // A run: a piece of a plane, or the planes of several samples, from each to the next config.sample_stride elements.
+  // A run: a piece of a plane, or the planes of several samples, config.sample_stride elements apart.
   struct Run {
     int64_t first, row;  // element where the vectors begin, in the first sample; and its row of the mask
     int head, length;    // elements before that, and from there on
@@ -172,7 +172,7 @@ struct Planes : Walk {
   }
 };
 
-// inner == 1: a thread owns neighbouring channels and walks along the rows.
+// inner == 1: a thread owns neighbouring channels and walks from row to row.
 template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, int max_width, bool reversed>
 struct Columns : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = VECTOR_WIDTH, max_columns = max_width * VECTOR_WIDTH, unroll = UNROLL,

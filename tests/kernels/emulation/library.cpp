@@ -1,4 +1,4 @@
-// The emulated ops for ctypes: each returns null or what went wrong. The real launch configuration runs too.
+// The emulated ops for ctypes, with the real launch configurations: each returns null or what went wrong.
 #include <vector>
 
 #include "launch.cuh"

@@ -70,7 +70,7 @@ struct Exchanges {
   const Peers* peers;
   double* values;                         // [ranks, exchanges, capacity]
   const int64_t* lengths;                 // [ranks, exchanges]; 0 if a rank leaves one out
-  int ranks, exchanges, blocks, threads;  // blocks and threads of each rank
+  int ranks, exchanges, blocks, threads;  // blocks of each rank, threads of each block
 };
 
 namespace {

@@ -254,7 +254,7 @@ void barrier(const char* site) {
   arrive(b.barrier, site);
   if (b.barrier.arrived < int(block_dim.x)) return wait(AT_BARRIER);
   b.barrier.arrived = 0;
-  // Often it is drawn from the first warp alone, whose threads have the most to do after a barrier.
+  // The late thread is often one of the first warp, whose threads have the most to do after a barrier.
   const unsigned draw = random_bits() % (2 * block_dim.x), late = draw % 4 == 0 ? draw / 4 % 32 : draw;
   for (unsigned t = 0; t < block_dim.x; ++t) wake(fibers[running->slot * MAX_THREADS + t], t == late);
   wait(READY);

@@ -27,7 +27,7 @@ class Mutant:
     new: str
     op: str
     nth: int = 0  # occurrence of `old`
-    dtype: str = "float32"  # compiled for this type of x alone, and compared with the cases of that type
+    dtype: str = "float32"  # compiled for this type of x alone, and run on the cases of that type
 
     def __str__(self) -> str:
         return re.sub(r"[^\w+*/%<=,.-]+", "_", f"{self.op}:{self.file}:{self.old}->{self.new}:{self.nth}")

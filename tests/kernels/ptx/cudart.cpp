@@ -1,4 +1,4 @@
-// As much of CUDA's runtime as nvcc's host code of a launch calls: a kernel is found by its name among those that ../ptx.py made.
+// As much of CUDA's runtime as nvcc's host code of a launch calls. A kernel is found by name among those that tests/support/ptx.py made.
 #include <map>
 #include <string>
 
@@ -81,7 +81,7 @@ int cudaGetLastError() {
   return error;
 }
 
-// A kernel of one parameter, by one warp.
+// Runs a kernel of one parameter in one warp.
 const char* emulate_ptx(const char* name, void* parameter) {
   const uint64_t parameters[] = {reinterpret_cast<uint64_t>(&parameter)};
   emulation::seed(0);

@@ -59,7 +59,7 @@ void set(D& d, T value) {
   else std::memcpy(&d, &value, sizeof(T));
 }
 
-// Memory that has not been written: NaN.
+// Registers that no instruction has written yet: NaN.
 template <class R, size_t N>
 void poison(R (&registers)[N]) {
   std::fill_n(registers, N, static_cast<R>(-1));

@@ -58,7 +58,7 @@ def test_ptx_mutant_is_killed(library, tmp_path, op, old, new, message):
         run_all_checks(emulated.link(library.parent, {f"{op}_ptx": tmp_path / "mutant.o"}), op)
 
 
-# What the kernels' results hardly depend on: each leaves its result in %rd0.
+# Instructions on which the kernels' results hardly depend: each row leaves its result in %rd0.
 INSTRUCTIONS = [
     ("fma.rm.f32 %f0, 0fBF800001, 0f3F800001, 0f00000000; mov.b64 %rd0, {%f0, 0};", torch.float32, -(1 + 3 * 2**-23)),  # nearest: 2
     ("fma.rn.f32 %f0, 0f3F800800, 0f3F800800, 0fBF801000; mov.b64 %rd0, {%f0, 0};", torch.float32, 2**-24),  # unfused: 0

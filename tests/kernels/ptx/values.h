@@ -80,7 +80,7 @@ void mul_wide_(D& d, A a, B b) {
   set(d, wide(get<T>(a)) * wide(get<T>(b)));
 }
 
-// Shifts by more than there are bits leave none, or the sign.
+// Shifts by as many bits as there are, or more, leave none, or the sign.
 #define SHIFT(name, shifted, all)                                     \
   template <class T, class D, class A, class B>                       \
   void name(D& d, A operand, B by) {                                  \
@@ -91,7 +91,7 @@ void mul_wide_(D& d, A a, B b) {
 SHIFT(shl_, a << n, 0)
 SHIFT(shr_, a >> n, std::is_signed_v<T>&& a < 0 ? -1 : 0)
 
-// A name in -u holds where either is NaN.
+// A comparison whose name ends in u also holds if either is NaN.
 #define COMPARISON(name, ...)                      \
   template <class T, class A, class B>             \
   void name(bool& d, A first, B second) {          \
