@@ -62,8 +62,8 @@ def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
 
 
 def warn() -> None:
-    """Gives a FallbackWarning if this machine's device (CUDA if torch can use a GPU, else the CPU) has no compiled kernels, unless
-    SYNCBN_NATIVE=0 asks for that."""
+    """Gives a FallbackWarning if this machine's device (CUDA if torch is built for it and NVML finds a GPU, else the CPU) has no compiled
+    kernels, unless SYNCBN_NATIVE=0 asks for that."""
     device = "cuda" if torch.version.cuda and gpus.capabilities() else "cpu"
     for library in status():
         if library.device == device and not library.loaded and environment.settings.native:
