@@ -146,7 +146,9 @@ class SyncBatchNorm(_BatchNorm):
             comm = resolve(self.process_group) if training else LOCAL
         except ValueError as error:
             raise type(error)(f"{options.layer}: {error}") from None
-        running = (running_mean, running_var, num_batches_tracked) if self.track_running_stats else NOTHING_TRACKED
+        # A cumulative average needs the count: without it torch leaves the statistics as they are, too.
+        tracked = self.track_running_stats and not (num_batches_tracked is None and options.momentum is None)
+        running = (running_mean, running_var, num_batches_tracked) if tracked else NOTHING_TRACKED
         record = None if comm is LOCAL or torch.compiler.is_compiling() else record_of(self)
         return batch_norm_train(input, residual, weight, bias, running, comm, options, record)
 

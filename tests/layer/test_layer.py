@@ -78,6 +78,18 @@ def test_momentum_none_is_the_cumulative_average(world, counts, device):
     assert layer.num_batches_tracked == 3
 
 
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_without_a_count_of_batches_statistics_move_as_torchs_do(world, counts, device, momentum):
+    layer = syncbn.SyncBatchNorm(3, momentum=momentum, process_group=world.group, dtype=torch.float64).to(device)
+    plain = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+    layer.num_batches_tracked = plain.num_batches_tracked = None
+    whole = torch.randn(sum(counts), 3, 4, dtype=torch.float64) + 5
+    layer(world.mine(whole, counts).to(device))
+    plain(whole)
+    assert_close(layer.running_mean, plain.running_mean, 1e-12, "running_mean")
+    assert_close(layer.running_var, plain.running_var, 1e-12, "running_var")
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 def test_weighting_ranks_gives_each_rank_equal_weight(world, counts, device, activation):
     """The mean is that of the ranks' means, and the variance follows from the mean of their mean squares, as in Horovod's TensorFlow
