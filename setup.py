@@ -90,9 +90,11 @@ def torch_folder() -> Path:
     folders = [Path(folder) for folder in (*sys.path, sysconfig.get_path("purelib"), *site.getsitepackages())]
     for environment in [Path(".venv"), *(Path(folder).parent for folder in os.get_exec_path())]:
         folders += sorted(environment.glob("lib/python3*/site-packages"))
-    for folder in folders:
-        if (folder / "torch/include/torch/csrc/stable/library.h").exists():
-            return (folder / "torch").resolve()
+    oldest = int(TARGET[2:4], 16), int(TARGET[4:6], 16)
+    for version in (folder / "torch/version.py" for folder in folders):
+        found = re.search(r"^__version__ = '(\d+)\.(\d+)", version.read_text(), re.MULTILINE) if version.exists() else None
+        if found and (int(found[1]), int(found[2])) >= oldest:
+            return version.parent.resolve()
     raise NoTorch
 
 

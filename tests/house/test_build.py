@@ -57,17 +57,18 @@ def test_a_build_with_a_compiler_that_sees_no_torch_fails_and_says_which_flag_cu
 @pytest.mark.parametrize("where", ["active", "beside the source"])
 def test_an_isolated_build_finds_torch_in_the_environment_to_install_into(setup, monkeypatch, tmp_path, where):
     """uv's builds run in an environment of their own, with the active one after it on PATH."""
-    header = tmp_path / ".venv/lib/python3.11/site-packages/torch/include/torch/csrc/stable/library.h"
-    header.parent.mkdir(parents=True)
-    header.touch()
-    monkeypatch.setattr(sys, "path", [])
+    torch, old = tmp_path / ".venv/lib/python3.11/site-packages/torch", tmp_path / "old/torch"
+    for folder, version in ((torch, "2.11.0+cu130"), (old, "2.9.1")):
+        folder.mkdir(parents=True)
+        (folder / "version.py").write_text(f"from typing import Optional\n\n__version__ = '{version}'\n")
+    monkeypatch.setattr(sys, "path", [str(old.parent)])  # a torch that is too old is passed over
     monkeypatch.setattr("sysconfig.get_path", lambda name: "")
     monkeypatch.setattr("site.getsitepackages", list)
     monkeypatch.setattr("os.get_exec_path", lambda: ["/usr/bin", *([str(tmp_path / ".venv/bin")] if where == "active" else [])])
     monkeypatch.chdir(ROOT if where == "active" else tmp_path)
     if where == "active":  # this checkout may have a .venv of its own
         monkeypatch.chdir(tmp_path / ".venv")
-    assert setup["torch_folder"]() == header.parents[4]
+    assert setup["torch_folder"]() == torch
 
 
 def test_the_digest_in_the_library_is_made_of_the_table_of_ops(setup):
