@@ -99,7 +99,7 @@ def test_a_rank_that_compares_nothing_is_told_from_those_that_do(world: World, m
     if world.rank == 0:
         monkeypatch.setattr(environment, "settings", environment.settings._replace(check="off"))
     layer(batch())
-    if world.rank > 0:  # the others would not exchange with rank 0 again
+    if world.rank > 0:  # rank 0 would wait for the others, which raise before they exchange
         with pytest.raises(RankMismatchError, match="added something else"):
             layer(batch())
 

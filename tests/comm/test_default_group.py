@@ -21,7 +21,7 @@ with_groups = pytest.mark.process_group
 
 
 class Net(nn.Module):
-    """A branch that a rank may skip. With one channel and no bias, two weights have 4 values, which is what a layer exchanges backward."""
+    """A branch that a rank may skip. With one channel and no bias, two weights have 4 values each, as many as a backward exchange."""
 
     def __init__(self, channels: int, bias: bool) -> None:
         super().__init__()

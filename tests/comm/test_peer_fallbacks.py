@@ -1,4 +1,4 @@
-"""Why the ranks of a node do not exchange in each other's GPU memory: one reason on all of them. The rest needs one rank and no GPU."""
+"""Why the ranks of a node do not exchange in each other's GPU memory: one reason on all of them. Most tests need one rank, none a GPU."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def test_float64_far_from_zero_is_as_good_as_torch(world):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_a_divergence_late_in_a_run_is_an_error_on_every_rank(world, path, name):
     """Default settings find it, in shared memory and over the group."""
-    # All ranks have exchanged equally often in a new group, so an error lists those that agree on one line.
+    # All ranks have exchanged equally often in a new group, so an error has one line for all that agree.
     fresh = dataclasses.replace(world, group=another_group(world))
     a, b = named("a", fresh), named("b", fresh)
     for _ in range(3):

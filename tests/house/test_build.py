@@ -161,7 +161,7 @@ def test_the_cpu_kernels_compile_for_aarch64_without_a_warning(setup, monkeypatc
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_the_scripts_say_that_they_compile_before_they_do(tmp_path, compiled, gpu):
-    """The python and nvidia-smi here do nothing. Once the objects are there, no line is printed."""
+    """The python and nvidia-smi here are stand-ins. Once the objects are there, the line is not printed."""
     (tmp_path / "launch").mkdir()
     shutil.copy(ROOT / "launch/environment.sh", tmp_path / "launch")
     for name in ["python", *(["nvidia-smi"] if gpu else [])]:

@@ -50,8 +50,8 @@ def test_float64_is_within_ten_times_torchs_error_and_keeps_its_digits(far, impl
         errors.append([float(((a.detach() - b).abs() / b.abs().clamp(min=1)).max()) for a, b in zip(got, exact_step(x, dy), strict=True)])
     for what, mine, torchs in zip(("y", "dx", "running_mean", "running_var"), *errors, strict=True):
         assert mine <= 10 * max(torchs, 1e-15), f"{what}: off by {mine:.1e}, torch by {torchs:.1e}"
-        # Each value differs from the shift by a few standard deviations, exactly, and mean = hi + lo keeps what a float64 at 1e8 rounds
-        # off, 1e-8: torch's y does not.
+        # Each value differs from the shift by a few standard deviations, exactly, and mean = hi + lo keeps the 1e-8 that a float64 at 1e8,
+        # such as torch's mean, rounds off.
         assert mine <= 1e-12, f"{what}: off by {mine:.1e}"
 
 
@@ -65,7 +65,7 @@ def test_a_common_shift_of_zero_would_lose_the_variance(implementation):
         assert bool(((var - want).abs() / want).max() < 1e-6) == holds
 
 
-# A chunk is 512 rows or 16384 values of a plane at most (csrc/cpu/traverse.h), 1024 in the reference.
+# A chunk is 512 rows or 16384 values of a plane at most (csrc/cpu/traverse.h), 1024 values of a channel in the reference.
 PADDED = {
     "the first rows of a chunk": (lambda x: x[:16].zero_(), (4096, 6)),
     "every other eighth of a chunk": (lambda x: x.view(-1, 64, 6)[::16].zero_(), (8192, 6)),
@@ -105,7 +105,7 @@ def test_moving_statistics_move_by_the_momentum(implementation, momentum):
     implementation.normalize(x, stats, None, None, None, *state, momentum, False, 1e-5, Activation.none, 0.0)
     for new, before, target in zip(state, old, (mean, var), strict=False):
         assert torch.allclose(new, (1 - momentum) * before + momentum * target, rtol=1e-14, atol=1e-15)
-    # The implementation's own variance: a compiler that fuses a product and a difference has another last bit than the reference.
+    # The targets are the implementation's: if a compiler fuses a product and a difference, its last bit is another than the reference's.
     targets = (torch.zeros(3).double(), torch.zeros(3).double(), None)
     implementation.normalize(x, stats, None, None, None, *targets, 1.0, False, 1e-5, Activation.none, 0.0)
     still = (targets[0].clone(), targets[1].clone(), None)

@@ -194,7 +194,7 @@ def test_the_cuda_library_is_looked_at_only_where_a_gpu_is_visible(monkeypatch, 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm, of binutils")
 def test_the_library_exports_only_the_functions_that_python_calls():
-    """Another symbol of syncbn could be taken for one of the same name in another library, as that for CUDA."""
+    """Another symbol of syncbn could be taken for one of the same name in another library, such as that for CUDA."""
     listed = subprocess.run(["nm", "-D", "--defined-only", CPU.path], capture_output=True, text=True, check=True).stdout
     exported = {line.split()[2] for line in listed.splitlines() if "syncbn" in line}
     sources = (native.FOLDER / name for name in ("native.py", "comm/shared_memory.py"))

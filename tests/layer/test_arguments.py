@@ -1,4 +1,4 @@
-"""What callers give the layer: views, subclasses, freed memory, passes in any order. Each test is a law of `torch.nn.BatchNorm2d`."""
+"""What callers give the layer: views, subclasses, freed memory, passes in any order. It computes with them or refuses them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The law: a model whose activations are recomputed trains as one that keeps them; with `checkpoint_contexts` it exchanges no more."""
+"""The law: a model that recomputes activations trains as one that keeps them; with `checkpoint_contexts` it also exchanges as often."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 def penalty(y: torch.Tensor, coefficients: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """A loss plus squares of its gradients: it has a second derivative in every way. Sums over samples: the ranks' add up."""
+    """A loss plus squares of its gradients: its own gradient contains every second derivative. The ranks' add up, as sums over samples."""
     loss = (coefficients * y * y).sum()
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
     return loss + sum(g.square().sum() for g in gradients)
@@ -53,7 +53,7 @@ def test_gradgradcheck_in_any_memory_format(view):
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
 def test_second_derivative_is_that_of_the_whole_batch(world, counts, activation, residual):
-    """The loss is a penalty on the gradients of x and residual. Its gradients, and the parameters', are those of plain torch."""
+    """The loss is a penalty on the gradients of x and residual. Its gradients by x, residual and parameters are those of plain torch."""
     whole, whole_residual, coefficients = leaf(sum(counts), 3, 4), leaf(sum(counts), 3, 4), torch.randn(sum(counts), 3, 4).double()
     layer = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=torch.float64, activation=activation)
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_second_derivative_is_that_of_finite_differences_across_ranks(world, cou
     parameter_direction = torch.randn(2, 2, dtype=torch.float64)
 
     def run(step: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """The sum of the ranks' penalties at a distance, and its derivative there in the direction."""
+        """The sum of the ranks' penalties after this step along the directions, and its derivative along them."""
         x = world.mine(whole + step * direction, counts).requires_grad_()
         p = (parameters + step * parameter_direction).requires_grad_()
         y = syncbn.sync_batch_norm(

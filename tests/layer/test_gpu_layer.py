@@ -70,7 +70,7 @@ def test_a_group_of_one_is_plain_batch_norm(world, group_of_one, dtype):
 
 
 # The variables of each way, as bash sets them. NCCL refuses two ranks on one GPU, unless it takes them for ranks on different hosts, or is
-# new enough to be told.
+# new enough to have a setting that allows it.
 WAYS = {
     "gloo": "SYNCBN_TEST_BACKEND=gloo",
     "peer memory": "SYNCBN_TEST_BACKEND=gloo SYNCBN_PEER=1 TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES=1",

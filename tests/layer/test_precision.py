@@ -81,7 +81,7 @@ def test_buffers_may_have_another_type_than_parameters(world):
 
 
 def train(model, batches, scale=1.0):
-    """Three steps of SGD on a mean of squares. The outputs."""
+    """One step of SGD on each batch, for a sum of squares. Returns the outputs."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     ys = []
     for x in batches:

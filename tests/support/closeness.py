@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor | float, what: str, nan_where_wanted: bool = False) -> None:
-    """|got - want| <= bound, for each element; NaN is wrong, or else wrong unless it is wanted."""
+    """|got - want| <= bound, for each element. NaN is wrong; with `nan_where_wanted` it is right exactly where it is wanted."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} instead of {tuple(want.shape)}"
     bound = torch.as_tensor(bound, dtype=torch.float64, device=want.device).expand_as(want)
     error = (got.detach().to(want.device, torch.float64) - want).abs()

@@ -126,7 +126,7 @@ def link(folder: Path, replaced: dict[str, Path]) -> Path:
     # The replaced ones first: of an inline function that several objects define, the first is taken.
     objects = [*replaced.values(), *(path for path in sorted(folder.glob("*.o")) if path.stem not in replaced)]
     target = (next(iter(replaced.values())).parent if replaced else folder) / "libemulated.so"
-    # Its own part of CUDA's runtime, not the real one that torch may have loaded; and nothing may be missing.
+    # It must call its own part of CUDA's runtime, not the real one that torch may have loaded; and nothing may be missing.
     _run([COMPILER, "-shared", "-Wl,-Bsymbolic,-z,defs", "-o", str(target), *map(str, objects)])
     return target
 

@@ -25,7 +25,7 @@ gc.freeze()  # a process that ends would visit every object of torch's, which ta
 
 
 def serve(requests: socket.socket) -> list:
-    """Returns in each new process, with what it is to run. This one ends when there are no more requests."""
+    """Returns in each new process, with what it is to run. The server ends when there are no more requests."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait below leave no zombies
     while True:
         message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 3)
@@ -45,7 +45,7 @@ def serve(requests: socket.socket) -> list:
             os.write(report, f"{os.getpid()}\n".encode())  # from now on the job can find it
             os.dup2(stdout, 1)
             os.dup2(stderr, 2)
-            nothing = os.open(os.devnull, os.O_RDONLY)  # 0, if that was free, which children would not inherit
+            nothing = os.open(os.devnull, os.O_RDONLY)  # may be 0 itself, which children would not inherit
             os.dup2(nothing, 0)
             os.set_inheritable(0, True)
             for descriptor in descriptors:
@@ -68,7 +68,7 @@ def mark(value: str) -> None:
 
 
 def become(script: str, arguments: list[str], env: dict[str, str], folder: str) -> None:
-    """Runs the script as Python would have been started with it."""
+    """Runs the script as if Python had been started with it."""
     os.environ.clear()
     os.environ.update(env)
     os.chdir(folder)

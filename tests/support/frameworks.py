@@ -90,8 +90,8 @@ def train(
 ) -> list[subprocess.CompletedProcess[str]]:
     """Runs PROLOGUE and `script` in the working directory, and returns the processes that it has started, after their end.
 
-    `starter` says what starts the ranks: "torchrun", "forks", or "itself" if the script does. Then one process is returned, else each rank.
-    The test is skipped if one of the `modules` is not installed.
+    `starter` says what starts the ranks: "torchrun", "forks", or "itself" if the script does. With "forks" each rank is returned, else one
+    process. The test is skipped if one of the `modules` is not installed.
     """
     for module in modules:
         if importlib.util.find_spec(module) is None:

@@ -14,7 +14,7 @@ from support import emulated
 from support.op_cases import EXTREMES, TAGGED, Case
 from support.op_checks import CHECKS
 
-# On 72 multiprocessors, more blocks share a tile of channels than the last of them reads partial sums in one step.
+# On 72 multiprocessors, the blocks that share a tile of channels are more than the partial sums that the last of them reads in one step.
 MANY_BLOCKS = (72, Case((4700, 128), dtype=torch.bfloat16, activation="relu", residual=True))
 # On one multiprocessor, a thread walks over more values than `stats` sums about one K.
 LONG_WALK = (1, Case((5, 1, 128, 128)))

@@ -201,7 +201,8 @@ def doubled(t: Tensor | None) -> Tensor | None:
 
 
 def make(case: Case, device: str = "cpu") -> Data:
-    # The same values on every device; but a real layer is drawn where it is used, since float64 of it takes seconds on the CPU.
+    # The same values on every device, but for a layer of real size, whose values are drawn where they are used: float64 of them takes
+    # seconds on the CPU.
     where = device if math.prod(case.shape) > 1 << 20 else "cpu"
     generator = torch.Generator(where).manual_seed(zlib.crc32(repr(case).encode()))
     c = case.shape[1]

@@ -24,7 +24,7 @@ CAPACITY_OF_PROCESSES = 256
 
 
 class Exchanges(ctypes.Structure):
-    """tests/kernels/emulation/peers.cu"""
+    """The struct of this name in tests/kernels/emulation/peers.cu."""
 
     _fields_ = [
         ("peers", ctypes.c_void_p),

@@ -17,7 +17,7 @@ SPOILED: dict[str, Callable[[Tensor], Tensor]] = {
     "one outlier, in front": lambda x: every(x.numel(), x + 1e3, 1e8),
     "outliers of 1e6": lambda x: every(61, x + 1e3, 1e6),
     "outliers of 1e6, a power of two apart": lambda x: every(64, x + 10, 1e6),
-    "as many of 1e5 as lanes in a warp": lambda x: every(32, x + 1e3, 1e5),
+    "outliers of 1e5, a warp apart": lambda x: every(32, x + 1e3, 1e5),
     "constant but for outliers": lambda x: every(64, torch.full_like(x, 1e3), 3e6),
     "zeros in the first steps of 768 threads, then a constant": lambda x: torch.cat(
         [torch.zeros(16 * 768), torch.full((x.numel() - 16 * 768,), 1234.567)]

@@ -1,4 +1,4 @@
-"""Real processes that fail: the others end with an error within the timeout that names the layer, the launcher ends non-zero, and
+"""Real processes that fail: the others end within the timeout, with an error that names the layer, the launcher ends non-zero, and
 no process is left."""
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cut_connections():
     for fd in os.listdir("/proc/self/fd"):
         try:
             connection = socket.socket(fileno=os.dup(int(fd)))
-            connection.getpeername()  # an error where it only listens
+            connection.getpeername()  # an error if it only listens
             connection.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
@@ -83,7 +83,7 @@ def names(layer: str, direction: str, rank: int = 0) -> tuple[str, ...]:
 
 
 def mismatch(code: str, *words: str, launchers: tuple[str, ...] = ALONE) -> Fault:
-    """Each rank raises, and what a launcher makes of that does not depend on the difference. comm/test_agreement.py has each of these under
+    """Each rank raises, and what a launcher makes of that does not depend on what differs. comm/test_agreement.py has each of these under
     mpirun, too."""
     return Fault(code, ("RankMismatchError", *words), True, launchers)
 

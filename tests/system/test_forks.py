@@ -67,7 +67,7 @@ def test_a_job_kills_its_forks(forks, subprocess_env, tmp_path):
 
 
 def test_a_server_that_hangs_is_an_error(subprocess_env, tmp_path):
-    """And the end of the test run does not wait for it. The process that a fork is a child of is a child of the server."""
+    """And the end of the test run does not wait for it. A fork's parent is a child of the server."""
     stop, other = tmp_path / "stop.py", tmp_path / "other.py"
     stop.write_text("""
 import os, signal
@@ -88,7 +88,7 @@ while stat(server)[0] != "T":  # on a busy machine it stops later
 
 
 def test_no_fork_outlives_a_test_run_that_ends_hard(subprocess_env, tmp_path):
-    """Its output is then closed: a launcher that reads it would wait."""
+    """A launcher that reads its output would wait until it ends."""
     script, run = tmp_path / "job.py", tmp_path / "run.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
     run.write_text(f"""

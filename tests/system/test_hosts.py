@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 
 from support.hosts import ADDRESSES, cut, processes, start, two_hosts, wait
-from syncbn import native
+from support.shared_memory import WHY_NOT
 from syncbn.comm import shared_memory
 
-WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded; if it was, and has no such exchange, what of it runs
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 TIMEOUT = 8  # seconds, of the group
 

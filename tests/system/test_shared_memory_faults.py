@@ -9,10 +9,9 @@ import tempfile
 import pytest
 
 from support.processes import job
-from syncbn import native
+from support.shared_memory import WHY_NOT
 from syncbn.comm import shared_memory
 
-WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded; or which of its code runs, if it has no such exchange
 pytestmark = [pytest.mark.world_size(1), pytest.mark.skipif(shared_memory.library() is None, reason=WHY_NOT)]
 TIMEOUT = 4  # seconds
 LIMIT = 60

@@ -91,7 +91,7 @@ def configure(folder: Path, host: str) -> None:
     (folder / "slurm.conf").write_text(text)
     version = subprocess.run(["slurmd", "-V"], env={"PATH": PATH}, capture_output=True, text=True, timeout=LIMIT, check=True).stdout
     year, month = map(int, re.search(r"(\d+)\.(\d+)", version).groups())
-    # Older ones cannot do without a plugin, but this one is never asked for anything.
+    # Older versions cannot do without a plugin, but it is never asked for anything.
     (folder / "cgroup.conf").write_text(f"CgroupPlugin={'disabled' if (year, month) >= (24, 5) else 'cgroup/v1'}\n")
 
 
