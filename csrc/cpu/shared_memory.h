@@ -48,7 +48,7 @@ uint64_t random_of(const void* memory, int rank);
 // Called by each rank after all have joined.
 void start(void* memory, int rank);
 
-// Adds `values` of all ranks, in place. Returns when it has, or when it has waited for 50 ms: the memory keeps its progress.
+// Adds `values` of all ranks, in place. Returns when the sums are there, or after a wait of 50 ms: the memory keeps the progress.
 //
 //   channels = 0   plain sums
 //   channels = C   values are [shift(C), sum(C), sumsq(C), weight, samples, tag, tag²], the sums about this rank's shift; the result is

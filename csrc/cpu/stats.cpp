@@ -29,7 +29,7 @@ void set_origins(Layout layout, const scalar_t* x, double* origins) {
 
 // The packs of a chunk that K averages: `each` packs from every `step`th plane, at a different place in each plane.
 struct Sample {
-  int64_t step, each, unit;
+  int64_t step, each, spacing;
 
   explicit Sample(const Planes& planes) {
     constexpr int64_t WANTED = K_VALUES / PACK;
@@ -37,11 +37,11 @@ struct Sample {
     int64_t taken = min(together, WANTED);
     step = ceil_div(together, taken);
     each = max(min(WANTED / taken, n / PACK), 1);
-    unit = max(n - PACK, 0) / (PLACES * each);
+    spacing = max(n - PACK, 0) / (PLACES * each);
   }
   // The first element of pack k in the j-th plane that is sampled, of n values.
   INLINE int64_t at(int64_t j, int64_t k, int64_t n) const {
-    return min(unit * (PLACES * k + j * 5 % PLACES), n - PACK);
+    return min(spacing * (PLACES * k + j * 5 % PLACES), n - PACK);
   }
 
  private:
@@ -59,20 +59,20 @@ void sum_planes(Layout layout, const scalar_t* x, const double* origins, double*
     P K[MAX_GROUP][S], s1[MAX_GROUP][S], s2[MAX_GROUP][S];
     int64_t apart = planes.apart, stride = apart * layout.inner, taken = 0, count = 0;
     for (int64_t c = 0; c < c1 - c0; ++c) fill(K[c], S, P(0)), fill(s1[c], S, P(0)), fill(s2[c], S, P(0));
-    auto add_sample = [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
+    auto add_sample = [&](int64_t c, int64_t first, int64_t n, int64_t) INLINED {
       if (c == c0) ++taken;
       for (int64_t i = 0; i < sample.each; ++i)
-        for (int k = 0; k < S; ++k) K[c - c0][k] += load(x + f + k * stride + sample.at(taken - 1, i, n));
+        for (int k = 0; k < S; ++k) K[c - c0][k] += load(x + first + k * stride + sample.at(taken - 1, i, n));
     };
     planes.for_pieces(c0, c1, chunk, add_sample, sample.step);
     for (int64_t c = c0; c < c1; ++c)
       for (int k = 0; k < S; ++k) K[c - c0][k] = P(acc_t(sum(K[c - c0][k]) / (taken * sample.each * PACK)));
-    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t f, int64_t n, int64_t) INLINED {
+    planes.for_pieces(c0, c1, chunk, [&](int64_t c, int64_t first, int64_t n, int64_t) INLINED {
       if (c == c0) count += n;
       P near[S];
       for (int k = 0; k < S; ++k) near[k] = K[c - c0][k];
       add_runs<S>(n, s1[c - c0], s2[c - c0], [=](int64_t i, auto lanes, int k, P& a1, P& a2) INLINED {
-        P d = keep(load(x + f + k * stride + i, lanes) - near[k], lanes);
+        P d = keep(load(x + first + k * stride + i, lanes) - near[k], lanes);
         a1 += d;
         a2 += d * d;
       });

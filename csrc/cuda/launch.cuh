@@ -39,7 +39,7 @@ constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 struct Config {
   int groups;     // of channels: a block works on one group
   int splits;     // blocks that share a group
-  int width;      // vectors of channels in a tile, one for each of as many neighbouring threads (Columns); 1 (Planes)
+  int width;      // vectors of channels in a tile, of which as many neighbouring threads take one each (Columns); 1 (Planes)
   int64_t runs;   // of a group: a warp takes one at a time (Planes), or a block (Columns)
   int pieces;     // of a plane
   int piece;      // elements of one
@@ -136,8 +136,8 @@ inline Config peers_config(int64_t numel) {
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
 // two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once. A shared group has two
-// resident blocks or more. A block of Columns has at most 64 columns, and there is space for THREADS; a block of Planes has one, and there
-// may be MAX_RESIDENT on an SM.
+// resident blocks or more. A block of Columns has at most 64 columns, and there is space for THREADS; a block of Planes has one column, and
+// an SM may have MAX_RESIDENT such blocks.
 inline int64_t max_shared_groups(int sm_count) { return int64_t{sm_count} * MAX_RESIDENT / 2; }
 inline size_t counter_bytes(int sm_count) { return ceil_div((max_shared_groups(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
 inline size_t workspace_bytes(int sm_count) {

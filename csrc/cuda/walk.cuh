@@ -87,7 +87,7 @@ struct Planes : Walk {
   static constexpr bool shares_bytes = false;  // whether a mask byte has bits of more threads than a few adjacent lanes
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
-  static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): it has few
+  static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): a channel has few
 
   static Config make_config(const Layout& layout, bool sums, int sm_count) {
     return planes_config(layout, VECTOR_WIDTH, UNROLL, BLOCKS, sums, sm_count);
