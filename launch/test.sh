@@ -9,10 +9,9 @@ source "$(dirname "$0")/environment.sh" mpi,examples test workflows
 source launch/stages.sh
 export OMP_NUM_THREADS=1  # the ranks share the cores
 unset PYTHONDONTWRITEBYTECODE  # some thirty processes would each compile every test, a second each
-export SYNCBN_FUZZ=${SYNCBN_FUZZ:-9}  # seconds of random layers in each of the six runs that have them
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
 everything=(-m "not nightly") selection=(-m "scales and not nightly")
-stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4 --dist worksteal  # some tests take a minute
+stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # in the order of conftest.py
 wait  # it has workers for all cores
 stage torchrun --standalone --nproc-per-node 2 "${suite[@]}" "${everything[@]}"
 for ranks in 4 3 1; do

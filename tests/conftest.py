@@ -124,7 +124,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if item.path.is_relative_to(ROOT / "tests" / "system") or "subprocess_env" in item.fixturenames:
             item.add_marker("system")
         (kept if _fits(item, has_gpu) else left_out).append(item)
-    items[:] = kept
+    # Tests of jobs come first, since they wait for timeouts: at the end there would be nothing else to run meanwhile.
+    items[:] = sorted(kept, key=lambda item: item.get_closest_marker("system") is None)
     config.hook.pytest_deselected(items=left_out)
 
 

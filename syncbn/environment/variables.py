@@ -124,7 +124,7 @@ TESTS = {
     "SYNCBN_TEST_BACKEND": "torch.distributed's backend; gloo if not set",
     "SYNCBN_TEST_DEVICE": "the device of tensors that a test does not place itself, such as cuda",
     "SYNCBN_TEST_JOB": "marks the processes of a job that a test has started; set by the tests",
-    "SYNCBN_FUZZ": "seconds of random layers; 9 if not set",
+    "SYNCBN_FUZZ": "seconds of random layers; 5 if not set",
 }
 
 

@@ -156,6 +156,7 @@ import os, sys, torch, torch.distributed as dist, syncbn
 fresh, rank = "FRESH" in os.environ, int(os.environ["RANK"])
 if not fresh:
     syncbn.init_process_group("gloo", timeout=20)
+    dist.barrier()  # or a rank might leave while the other still connects to it
     dist.destroy_process_group()
     if rank == 1:  # another process takes the place of this one
         os.environ["FRESH"] = "1"
@@ -227,6 +228,7 @@ import sys, time, torch.distributed as dist, syncbn
 for turn in range(2):
     syncbn.init_process_group("gloo", timeout=20)
     rank = dist.get_rank()
+    dist.barrier()  # or a rank might leave while the other still connects to it
     if rank == turn == 0:
         time.sleep(1)
     dist.destroy_process_group()
