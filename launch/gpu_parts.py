@@ -43,7 +43,7 @@ def torchrun(ranks: int, command: tuple[str, ...], environment: str = "") -> tup
 
 
 def sanitizers() -> Part:
-    """A dozen tests for each tool: planes in pieces and channels in vectors, of the reductions, and misaligned tensors, of all ops."""
+    """A dozen tests for each tool: the reductions on planes in pieces and channels in vectors, and all ops on misaligned tensors."""
     cases = "kernel_equals and (stats or reduce) and (97 and first or 256 and last) and bfloat16 or misaligned and last"
     env = {"TOOLS": "memcheck racecheck", "CASES": cases, "PYTHON": sys.executable}
     return Part("sanitizers", 90, (("launch/sanitize.sh",),), 8, r"passed|failed|=====|sanitize.sh:|^== ", " passed", env=env)

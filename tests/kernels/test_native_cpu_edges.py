@@ -11,7 +11,7 @@ from torch import Tensor
 
 from support.cpu_cases import EPS, CpuCase, backward_args, normalize_args
 from support.layouts import channels_last, contiguous, every_layout
-from support.op_cases import EXTREMES, TAGGED
+from support.op_cases import EXTREMES, FAR, TAGGED
 from support.op_checks import CHECKS
 from syncbn import native, ops, reference
 from syncbn.activation import Activation
@@ -112,7 +112,7 @@ def test_relu_lets_nan_through_and_stops_minus_infinity():
     assert dz_of(ops, x, stats, residual, mask, EPS, Activation.relu, 0.0).tolist() == [[0, 0], [1, 1]]
 
 
-@pytest.mark.parametrize("case", EXTREMES + TAGGED, ids=str)
+@pytest.mark.parametrize("case", EXTREMES + FAR + TAGGED, ids=str)
 @pytest.mark.parametrize("op", CHECKS)
 def test_nan_infinities_and_far_means_end_as_in_the_reference(op, case):
     CHECKS[op](ops, case)

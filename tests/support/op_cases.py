@@ -71,6 +71,8 @@ class Case:
     strided: bool = False  # weight, bias and the moving statistics are columns of matrices
     nan: bool = False  # the first value of x is NaN
     inf: bool = False  # dy is infinite where y is 0
+    # The biases of the channels go from -reach to reach, and so does z: exp overflows and underflows there.
+    reach: float = field(default=0.0, repr=False)
     tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from each of RANKS
     # The statistics that the ops get: "others": of this rank and another; "alone": of this rank; "nobody": all are 0; "negative": the
     # variance is negative.
@@ -81,6 +83,7 @@ class Case:
         extra = [name for name in ("residual", "strided", "nan", "inf") if getattr(self, name)] + (
             [f"mean{self.mean:g}"] if self.mean > 1 else []
         )
+        extra += [f"reach{self.reach:g}"] if self.reach else []
         tags = [] if self.tags is None else [f"tags{','.join(map(str, self.tags))}"]
         return "-".join([*names, self.activation, *extra, *tags, *([] if self.group == "others" else [self.group])])
 
@@ -127,7 +130,7 @@ def table() -> list[Case]:
         choices = {axis: dtype if isinstance(choice, str) else choice for axis, choice in drawn(n).items()}
         activation, residual = choices.pop("fusion")
         cases.append(Case(shape, channels_last, dtype, activation, residual, **choices))
-    return cases + EXTREMES + TAGGED
+    return cases + EXTREMES + FAR + TAGGED
 
 
 EXTREMES = [
@@ -158,6 +161,17 @@ EXTREMES = [
     Case((70, 8, 3, 3), True, torch.bfloat16, activation="leaky_relu", residual=True, nan=True),
     Case((4, 3, 20, 25), activation="relu", inf=True),  # relu blocks infinite gradients of zeroed outputs
     Case((300, 16), True, torch.bfloat16, activation="relu", residual=True, inf=True),
+]
+
+# A channel's z is a few units apart from the next one's, so that no threshold of exp in the type of the computation falls between two.
+FAR = [
+    Case(shape, channels_last, dtype, activation, residual, reach=reach)
+    for activation, residual in FUSIONS
+    for shape, channels_last, dtype, reach in (
+        ((3, 131, 5), False, torch.float32, 130),
+        ((7, 131), True, torch.bfloat16, 130),
+        ((3, 803), True, torch.float64, 800),
+    )
 ]
 
 # The ranks of an exchange are found to have sent one tag, or not, whatever x is.
@@ -218,6 +232,8 @@ def make(case: Case, device: str = "cpu") -> Data:
     if case.nan:
         x[(0,) * x.dim()] = torch.nan
     weight, bias = draw((c,), case.weight, 0.5), draw((c,), case.bias)
+    if case.reach:
+        bias = torch.linspace(-case.reach, case.reach, c, device=where).to(case.bias)
     running_mean, running_var = draw((c,), case.running), draw((c,), case.running, 5.0)
     # The group has another rank, with 3 samples of its own: statistics are not those of x, and not empty.
     other = torch.randn((3, c), generator=generator, device=where, dtype=torch.float64) + case.mean

@@ -4,7 +4,7 @@ A rank's program is a list of instructions, each of which reads or writes one wo
 by word. Memory is sequentially consistent; the weaker orders of processors and compilers are what ThreadSanitizer checks on the C++.
 
     put address word      write
-    wait rank epoch       continue once this rank has published the epoch
+    wait rank epoch       continue once that rank has published the epoch
     compare address word  this rank does not agree if another word is there
     add address i         to the i-th sum
     store address i       the i-th sum

@@ -102,7 +102,8 @@ struct alignas(16) double2 {
   double x, y;
 };
 inline double2 __ldcg(const double2* p) { return *p; }
-inline float __fdividef(float a, float b) { return a / b; }
+// 0 for a divisor over 2^126, unless it is infinite, as on a GPU.
+inline float __fdividef(float a, float b) { return std::isfinite(b) && std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
 inline float __uint_as_float(unsigned bits) {
   float value;
   std::memcpy(&value, &bits, 4);
