@@ -4,7 +4,7 @@ Starts mpirun with 2 and 4 ranks of one thread each. In each run gloo, MPI and s
 with one training step each: of a small ResNet, and with 4 ranks also of the U-Net of launch/quickstart.sh. Two more variants of each model
 show what a step's time is made of. In "alone" each rank normalizes its own batch by this package's layer. In "BatchNorm2d, meeting" the
 ranks exchange nothing, but wait for each other at each batch norm, both ways, as any synchronized layer must.
-Writes benchmarks/results/exchange-MACHINE.json.
+Writes benchmarks/results/exchange-MACHINE-N-cores.json.
 """
 
 from __future__ import annotations

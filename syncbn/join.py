@@ -41,13 +41,13 @@ def join(
 
     Args:
         model: a model with synchronized layers, wrapped in DistributedDataParallel or not. The loop calls it once for each backward
-            pass, always in the same way. For eval mode inside the loop, call `model.module`.
+            pass, always in the same way. In eval mode inside the loop call the unwrapped model.
         joinables: other joinables, such as a ZeroRedundancyOptimizer. A DistributedDataParallel `model` joins without being listed.
         enable, throw_on_early_termination, kwargs: as in `torch.distributed.algorithms.Join`.
 
     Raises:
         ValueError: a layer's process group does not belong to torch.distributed.
-        RuntimeError: some rank has no batch at all (on every rank); join is already active for the model; or another rank does not
+        RuntimeError: a rank has no batch at all (raised on every rank); join is already active for the model; or another rank does not
             answer within the group's timeout.
 
     >>> device = syncbn.init_process_group()

@@ -84,7 +84,7 @@ template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
-  static constexpr bool shares_bytes = false;  // whether a mask byte has bits of more threads than a few adjacent lanes
+  static constexpr bool shares_bytes = false;  // whether more than a few adjacent lanes have bits in a byte of the mask
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
   static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): a channel has few

@@ -100,7 +100,7 @@ class PeerMemory:
         self._last: Any = None  # the stream of the last exchange
         self._turn = threading.Lock()
         synchronize(device)  # the zeros must be written before another stream uses them
-        weakref.finalize(self, synchronize, device).atexit = False  # else memory would be freed while a kernel still uses it
+        weakref.finalize(self, synchronize, device).atexit = False  # waits for kernels that still use the memory; not at exit
 
     @property
     def capacity(self) -> int:

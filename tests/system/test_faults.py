@@ -20,7 +20,7 @@ from support.processes import job, left_behind, outputs, two_ranks
 
 pytestmark = pytest.mark.world_size(1)
 TIMEOUT = 6  # seconds, of the group
-LIMIT = 90  # of the whole job: torchrun waits 30 of them before it kills a stopped rank
+LIMIT = 90  # of the whole job: torchrun waits 30 s before it kills a stopped rank
 
 JOB = """
 import os, signal, socket, sys, time, torch, syncbn
