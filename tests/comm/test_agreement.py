@@ -92,7 +92,7 @@ def test_a_skipped_layer_is_found_at_the_next_one(world):
         b(x)
 
 
-KINDS = {  # of call, as it is named; x has gone through a layer "a" and become y
+KINDS = {  # the name of a kind of call, and the call; x has gone through a layer "a" and become y
     'forward of layer "b"': lambda world, x, y: named("b", world)(batch()),
     'backward of layer "a"': lambda world, x, y: y.sum().backward(),
     'double backward of layer "a"': lambda world, x, y: torch.autograd.grad(y.square().sum(), x, create_graph=True),

@@ -1,4 +1,4 @@
-"""How ranks agree on memory: a problem of one rank is the reason on all of them, and nothing is left."""
+"""How ranks agree on memory: all give one rank's problem as the reason why there is none, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuses(*_, **__):
 
 
 def belongs_to_another_user(patch: pytest.MonkeyPatch) -> None:
-    """The first rank's file: /dev/shm lets a user neither open nor remove another one's."""
+    """The first rank's file: in /dev/shm a user can neither open nor remove another user's."""
 
     def denies(*_, **__):
         raise PermissionError(13, "Permission denied")

@@ -198,7 +198,7 @@ for time in range(3):
     for group in (None, dist.new_group(), syncbn.new_group("node")):
         a.process_group = b.process_group = group
         try:
-            (a if rank == 0 else b)(x)  # both were verified in the groups before
+            (a if rank == 0 else b)(x)  # both were verified in the former groups
             sys.exit("no mismatch: what was verified in the groups before is taken for this one's")
         except syncbn.RankMismatchError:
             pass
@@ -218,7 +218,7 @@ open(f"{sys.argv[1]}/{rank}", "w").close()
 
 @pytest.mark.world_size(1)
 def test_recreated_default_group_has_no_stale_state(tmp_path, forks, subprocess_env):
-    """Nor do its subgroups and the groups of syncbn.join."""
+    """Nor have its subgroups and the groups of syncbn.join."""
     run_on_each(forks, AGAIN, tmp_path, subprocess_env, two_ranks())
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 

@@ -1,4 +1,4 @@
-"""The law: a model that recomputes activations trains as one that keeps them; with `checkpoint_contexts` it also exchanges as often."""
+"""The law: a model that recomputes activations trains as one that keeps them; with `checkpoint_contexts` it exchanges no more often."""
 
 from __future__ import annotations
 

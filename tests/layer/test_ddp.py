@@ -97,7 +97,7 @@ def test_one_sample_on_each_rank_trains_like_one_process(world):
 @several
 @pytest.mark.parametrize("small", [0, 1, 5], ids="smallest batch {}".format)
 def test_batches_of_different_sizes_train_like_one_process(world, small):
-    """Rank 0 has by far the fewest; one rank may have none."""
+    """Rank 0 has by far the fewest samples, or none."""
     check_training(world, tuple(small + 20 * rank for rank in range(world.size)), shape=(3,))
 
 
@@ -130,7 +130,7 @@ def test_a_half_precision_model_counts_and_sums_in_float64(world, dtype):
 
 @several
 def test_layers_normalize_within_their_own_group(world):
-    """DDP averages gradients over all ranks all the same."""
+    """DDP still averages gradients over all ranks."""
     group = syncbn.new_group(1)
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net(), group))
     assert model.module.norm.process_group is group
@@ -165,7 +165,7 @@ def test_a_whole_ddp_model_saved_and_loaded_trains_on(world):
 
 @several
 def test_early_termination_by_ddps_join_raises_on_every_rank(world):
-    """DDP's own way to stop all ranks with the first that has no batch left needs no answer from its layers."""
+    """DDP's own way to stop all ranks as soon as one has no batch left needs no answer from its layers."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
     x = torch.randn(4, 2, dtype=torch.float64)
     steps = 0
@@ -255,7 +255,7 @@ def test_two_forward_passes_before_a_backward_pass_train_like_one_process(world,
 
 
 def test_gradient_accumulation_under_no_sync_trains_like_one_process(world):
-    """Three micro-batches, the first two without DDP's exchange: the layers synchronize each of them all the same."""
+    """Three micro-batches, the first two without DDP's exchange: the layers still synchronize each of them."""
     plain = Net()
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(copy.deepcopy(plain)))
     counts = (2,) * (world.size - 1) + (4,)

@@ -22,7 +22,8 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 def penalty(y: torch.Tensor, coefficients: torch.Tensor, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """A loss plus squares of its gradients: its own gradient contains every second derivative. The ranks' add up, as sums over samples."""
+    """A loss plus squares of its gradients: its own gradient contains every second derivative. If each input has
+    a row per sample, the ranks' penalties add up to that of the whole batch."""
     loss = (coefficients * y * y).sum()
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
     return loss + sum(g.square().sum() for g in gradients)

@@ -64,7 +64,7 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limi
             raise AssertionError(error or "not on this rank")
 
     end = time.monotonic() + SECONDS
-    # The seeds make all ranks draw the same examples, and every run, which draws more of them with a larger SYNCBN_FUZZ.
+    # The seeds make all ranks and all runs draw the same examples. A run with a larger SYNCBN_FUZZ draws more of them.
     for number in itertools.count():
         time_limit()  # again: the limit is meant for a test of ordinary length
         few = settings(max_examples=50, deadline=None, database=None, suppress_health_check=list(HealthCheck))

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.world_size(1)]
 
 
 def test_a_step_launches_two_kernels_each_way_and_does_not_wait(group_of_one):
-    """These also compute the moving statistics, their count, and the gradients of weight, bias and residual."""
+    """The kernels also compute the moving statistics, their count, and the gradients of weight, bias and residual."""
     layer = syncbn.SyncBatchNorm(8, activation="relu", process_group=group_of_one).cuda()
     x, residual, dy = torch.randn(3, 4, 8, 16, 16, device="cuda").unbind()
     wanted = [x.requires_grad_(), residual.requires_grad_(), *layer.parameters()]

@@ -17,7 +17,7 @@ SHAPES = [
     (7,),  # [N, C]
     (1, 1),  # one channel, one pixel
     (5, 3),  # [N, C, L]
-    (3, 5, 7),  # primes: nothing divides a vector
+    (3, 5, 7),  # primes: none is a multiple of a vector's length
     (16, 8, 8),
     (3, 2, 5, 3),  # [N, C, D, H, W]
 ]

@@ -67,7 +67,7 @@ def test_half_modules_keep_types_and_accuracy(world, dtype, buffers):
 
 
 def test_buffers_may_have_another_type_than_parameters(world):
-    """A wrapper that casts buffers only leaves float32 parameters and bfloat16 buffers."""
+    """A wrapper that casts only the buffers leaves float32 parameters and bfloat16 buffers."""
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
     for name in ("running_mean", "running_var"):
         setattr(layer, name, getattr(layer, name).bfloat16())

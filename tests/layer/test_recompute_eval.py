@@ -25,7 +25,7 @@ SHAPE = (2, 4, 8, 8)
 
 
 class Made(TorchDispatchMode):
-    """What operators have made of the size of the input."""
+    """Notes the memory of each tensor of the input's shape that an operator makes."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -173,7 +173,7 @@ def test_a_fault_of_rank_1_ends_rank_0_with_an_error(name, launcher, shared, tmp
 @pytest.mark.parametrize("name, launcher", [(name, launcher) for name, row in FAILURES.items() for launcher in row[0]])
 def test_a_collective_that_fails_on_rank_1_ends_both_ranks_with_an_error(name, launcher, tmp_path, forks, subprocess_env):
     _, code, rank_0_at_once = FAILURES[name]
-    # Rank 1 lingers: rank 0 would notice its end at once, and a launcher would end rank 0 before its error.
+    # Rank 1 lingers: if it ended, rank 0 would notice at once, and a launcher would end rank 0 before its error.
     status, left = launch(launcher, f"{code}; step(a, b)", tmp_path, forks, subprocess_env, "0", linger=2 * TIMEOUT)
     assert status != 0
     assert not left

@@ -88,7 +88,7 @@ while stat(server)[0] != "T":  # on a busy machine it stops later
 
 
 def test_no_fork_outlives_a_test_run_that_ends_hard(subprocess_env, tmp_path):
-    """A launcher that reads its output would wait until it ends."""
+    """A launcher that reads the run's output would wait until the fork ends."""
     script, run = tmp_path / "job.py", tmp_path / "run.py"
     script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGSTOP)")
     run.write_text(f"""

@@ -81,7 +81,7 @@ def test_the_unsynchronized_example_does_not_follow_the_one_process_run(compare,
 
 
 def test_a_synchronized_run_that_is_no_better_fails_the_comparison(compare, one_process, tmp_path):
-    """It follows the single process, but its intersection over union is only 0.1 above that of a run per rank."""
+    """It follows the single process, but its intersection over union is only 0.1 above that of the unsynchronized run."""
     (whole,) = one_process.glob("*.pt")
     result = {**torch.load(whole), "ranks": 2, "batch_size": 4}
     torch.save({**result, "norm": "sync"}, tmp_path / "sync.pt")

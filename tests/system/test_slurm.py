@@ -43,7 +43,7 @@ PropagateResourceLimits=NONE
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 KillWait=1
-# What a job's port is made of: several of these clusters run at once.
+# A job's port is derived from its number, and several of these clusters run at once.
 FirstJobId={first_job}
 # The first has the name of this host, where rank 0 listens.
 NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4
@@ -134,7 +134,7 @@ def sbatch(slurm, subprocess_env, folder: Path, script: str) -> tuple[int, str]:
 
 
 def wait_for_job(number: str, env: dict[str, str]) -> int:
-    """Its exit status, or that of the signal that has ended it. `sbatch --wait` looks at ever longer intervals."""
+    """Its exit status, or the number of the signal that has ended it. `sbatch --wait` looks at ever longer intervals."""
     deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         shown = ask(["scontrol", "show", "job", number], env).stdout

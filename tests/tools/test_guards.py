@@ -1,4 +1,4 @@
-"""A loss that would be silent is an error with a remedy: activations as modules, groups in pickles, options in other converters."""
+"""What would be lost silently is an error with a remedy: activations as modules, groups in pickles, options in other converters."""
 
 from __future__ import annotations
 

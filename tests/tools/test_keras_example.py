@@ -14,7 +14,7 @@ from syncbn import SyncBatchNorm, SyncBatchNormalization, ops, reference
 
 EXAMPLE = json.loads(Path(__file__).with_name("keras_horovod_worked_example.json").read_text())
 STATISTIC = 1.2e-7  # half a unit of the last printed digit, and one float32 rounding in TensorFlow
-OUTPUT = 2e-6  # TensorFlow computes x * scale + shift in float32: at scale 28 that rounds at 18, not at 1
+OUTPUT = 2e-6  # TensorFlow computes x * scale + shift in float32: at scale 28 it rounds numbers near 18, not near 1
 
 
 def tensor(values, dtype=torch.float32):
@@ -92,7 +92,7 @@ def test_gradients_of_the_worked_example_are_tensorflows(world):
     x = tensor(data[f"x_rank{world.rank}"], torch.float64).requires_grad_()
     y = layer(x)
     y.backward(want[f"dy_rank{world.rank}"])
-    # 16 digits are given. The formula in float64 loses two of them: a variance of 0.005 is the difference of squares of 0.4
+    # 16 digits are given. The formula in float64 loses two of them: a variance of 0.005 is the difference of two numbers near 0.4
     assert_close(y, want[f"y_rank{world.rank}"], 1e-12, "y")
     assert_close(x.grad, want[f"dx_rank{world.rank}"], 1e-12, "dx")
     assert_close(sum(world.all_gather(layer.gamma.grad)), want["dgamma_sum_over_ranks"], 1e-12, "dgamma")

@@ -202,7 +202,7 @@ def test_gradients_under_ddp_are_those_of_the_whole_batch(world):
     model = nn.Sequential(nn.Linear(4, 3), SyncBatchNormalization(num_features=3, momentum=0.9)).double()
     plain = copy.deepcopy(model)
     whole = torch.randn(2 * world.size, 4, dtype=torch.float64)
-    parallel = DistributedDataParallel(model)  # a variable keeps its hooks until the backward pass
+    parallel = DistributedDataParallel(model)  # kept in a variable, because its hooks must outlive the forward pass
     parallel(whole[2 * world.rank :][:2]).square().mean().backward()
     plain[1].process_group = syncbn.new_group(1)
     plain(whole).square().mean().backward()

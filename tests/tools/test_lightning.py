@@ -94,7 +94,7 @@ def test_process_group_may_be_a_factory(world):
 @pytest.mark.world_size(1)
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_plugin_is_an_instance_of_the_packages_class_imported_before_it_or_after(package, monkeypatch):
-    """Each package has a class of this name, unrelated to the other's."""
+    """Each package has a class LayerSync, unrelated to the other's."""
 
     class Theirs(abc.ABC):
         @abc.abstractmethod

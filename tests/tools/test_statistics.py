@@ -217,7 +217,7 @@ def test_a_compiled_model_gets_its_statistics(compile):
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     compiled = compile(model, backend="eager")
     x = torch.randn(8, 3)
-    for mode in (True, False):  # so that there is a compiled graph without hooks for each mode
+    for mode in (True, False):  # so that each mode has a compiled graph without hooks
         compiled.train(mode)(x)
     update_bn_stats(compiled, [x], progress=False)
     assert_close(model[1].running_mean, model[0](x).double().mean(0).detach(), 2e-6, "running_mean")

@@ -56,7 +56,7 @@ def test_an_error_inside_a_batch_norm_leaves_its_statistics():
 
 
 def interrupted_at(line, function):
-    """Runs `function`, with a KeyboardInterrupt at the line of this number among those of bn_stats.py that it runs. Whether one came."""
+    """Interrupts `function` at the line of this number among those of bn_stats.py that it runs. Returns whether it came so far."""
     lines = itertools.count()
 
     def local(frame, event, _):
