@@ -1,8 +1,8 @@
 """Every use that the package makes of torch's private names: one function, or one name, for each use.
 
-A private name is used if no public one does the same, or if that one is slower. Each use says what happens with a torch that lacks the
-name. The names are in the sources of torch 2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what they
-do in the torch at hand, and each fallback.
+A private name is used if no public one does the same, or if the public one is slower. Each use says what happens with a torch that lacks
+the name. The names are in the sources of torch 2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what
+they do in the torch at hand, and each fallback.
 
 Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `Module._load_from_state_dict`.
 """
@@ -60,7 +60,7 @@ def is_transformed() -> bool:
 def has_tangent(t: Tensor) -> bool:
     """Whether t is a dual number of forward-mode differentiation.
 
-    Outside of `dual_level`, the private level saves the call of `unpack_dual`, 1 µs. Fallback: `unpack_dual`, which is public."""
+    Outside of `dual_level`, `_current_level` saves the call of `unpack_dual`, 1 µs. Fallback: `unpack_dual`, which is public."""
     return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
@@ -93,7 +93,7 @@ def is_traced_by_make_fx() -> bool:
 
 
 # How many dispatch modes see each op before it runs: selective checkpointing's, FakeTensorMode, those of tracers. Fallback: 1, as if there
-# were one. It is torch's function itself, because each step of a layer in a single process asks.
+# were one. The name is torch's function itself, because each step of a layer in a single process asks.
 is_dispatched: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
 
 
@@ -104,8 +104,8 @@ def in_backward() -> bool:
     return _current_graph_task_id is not None and _current_graph_task_id() != -1
 
 
-# Whether a profiler runs: only then is a range worth its microseconds. Fallback: True, ranges are always opened. It is torch's function
-# itself, because each exchange asks.
+# Whether a profiler runs: only then is a range worth its microseconds. Fallback: True, ranges are always opened. The name is torch's
+# function itself, because each exchange asks.
 is_profiling: Callable[[], bool] = _profiler_enabled or (lambda: True)
 
 
@@ -170,7 +170,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def remove_lazy_hooks(module: nn.Module) -> None:
-    """Removes the hooks with which torch's `LazyModuleMixin` builds a module at its first call: it has been built otherwise.
+    """Removes, from a module that has been built, the hooks with which torch's `LazyModuleMixin` builds it at its first call.
 
     Fallback: none is needed. Hooks under other names stay, and find the module built."""
     for hook in ("_load_hook", "_initialize_hook"):
@@ -224,7 +224,7 @@ def set_refusal_of_cpu_by_ddp(refuse: bool) -> None:
 def all_reduce_in_graph(tensor: Tensor, group: Any) -> Tensor:
     """The sum over the ranks of `group`, which is a group or the name of one, in the form that a compiled graph can hold.
 
-    No fallback: a graph cannot hold a collective in place."""
+    No fallback: a graph cannot hold an in-place collective."""
     return functional_collectives.all_reduce(tensor, "sum", group)
 
 
@@ -237,7 +237,7 @@ def constant_in_graphs(function: Callable[[], str]) -> Callable[[], str]:
 
 
 def is_collective_in_graph(op: Any) -> bool:
-    """Whether an op of a graph is a collective such as `all_reduce_in_graph` makes, by its namespace. No fallback: a checkpoint's
+    """Whether an op of a graph has the namespace of collectives such as `all_reduce_in_graph` makes. No fallback: a checkpoint's
     recomputation would exchange again, on all ranks."""
     return op.namespace in ("_c10d_functional", "c10d_functional")
 

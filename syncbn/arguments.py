@@ -1,4 +1,4 @@
-"""Checks of what a caller gives the functions, made before any exchange: if every rank refuses its arguments, none waits.
+"""Checks of what a caller gives the functions, all but `check_count` before any exchange: if every rank refuses its arguments, none waits.
 
 Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`.
 """

@@ -163,7 +163,7 @@ def _exchanged_stats(x: Tensor, exchange: LayerExchanges, options: Options) -> t
 
 
 def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:
-    """`normalize` as a function of x and the residual that leaves the running statistics unchanged."""
+    """`normalize` without the update of the running statistics, as a function of x and the residual."""
     weight, bias = recompute.copy_of(weight), recompute.copy_of(bias)
 
     def normalize(x: Tensor, residual: Tensor | None) -> Tensor:

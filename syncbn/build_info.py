@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, str]:
 
 
 class _Header(NamedTuple):
-    """The fields of ELF's header (Elf64_Ehdr) that are needed: offsets and sizes in bytes, and how many there are."""
+    """The fields of ELF's header (Elf64_Ehdr) that are needed: offsets and sizes in bytes, and how many segments and sections there are."""
 
     machine: int
     segments_at: int

@@ -29,11 +29,11 @@ class Entry(NamedTuple):
 
 
 class Log:
-    """The statistics that the layers inside one checkpoint have exchanged, in order."""
+    """The statistics by which the layers inside one checkpoint have normalized, in order."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
-        self.position = 0  # of the running recomputation
+        self.position = 0  # of the recomputation in progress
 
     def append(self, layer: str, stats: Tensor) -> None:
         """Keeps the statistics of `layer` for recomputations."""

@@ -55,8 +55,8 @@ def differentiable_backward(
         xhat = (x - mean) * invstd,  dz = dy * activation'(weight * xhat + bias + residual)
         dx   = weight * invstd * (dz - sum_dy / n - xhat * sum_dy_xhat / n)
 
-    It exchanges once, as the usual backward pass does, and its derivative twice. `residual` is needed for silu only; the other
-    activations use the `mask` of signs.
+    It exchanges once, as the usual backward pass does, and its derivative twice. `residual` is needed for silu only; for the other
+    activations the `mask` of signs replaces it.
     """
     acc = acc_type(x.dtype)
     dims = [d for d in range(x.dim()) if d != 1]

@@ -47,8 +47,8 @@ def batch_norm_train(
     a function call, for a single process and in a compiled graph.
 
     Raises:
-        TypeError, ValueError, NotImplementedError: see arguments.py; or eps is not positive. Before any exchange.
-        ValueError: each channel has a single value over all ranks. On every rank.
+        TypeError, ValueError, NotImplementedError: see arguments.py; or eps is not positive. Raised before any exchange.
+        ValueError: each channel has a single value over all ranks. Raised on every rank.
     """
     tensors = (input, residual, weight, bias, *running)
     if torch.compiler.is_compiling():
@@ -119,7 +119,7 @@ def batch_norm_eval(
         # Copies, because a training step may update the statistics before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
-        # torch requires all four to have the same dtype: the input's, or float32 for 16 bits.
+        # torch requires all four to have the same dtype: the input's, or float32 for a 16-bit input.
         dtype = acc_type(input.dtype)
         running_mean, running_var = running_mean.to(dtype), running_var.to(dtype)
         weight, bias = None if weight is None else weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -201,8 +201,8 @@ def sync_batch_norm(
         NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
         ValueError: a tensor has the wrong shape, dtype or device, or another argument a value that is not allowed.
             This error and the two above are raised before any exchange.
-        ValueError: while training, each channel has a single value over all ranks. On every rank.
-        RankMismatchError: the other ranks are about to exchange something else. On every rank.
+        ValueError: while training, each channel has a single value over all ranks. Raised on every rank.
+        RankMismatchError: the other ranks are about to exchange something else. Raised on every rank.
         RuntimeError: another rank has not come within the group's timeout.
 
     >>> running_mean, running_var = torch.zeros(4), torch.ones(4)

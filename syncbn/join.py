@@ -163,7 +163,7 @@ class _FinishedRank(JoinHook):
         self.pending = [exchange.answer() for exchange in self.joinable.exchanges]
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Gives every rank of a group the moving statistics of its rank with the most calls."""
+        """Gives every rank of a group the moving statistics of the group's rank with the most calls."""
         self._wait()
         with self.joinable.waiting("at the end, to share the moving statistics"):
             for group in dict.fromkeys(layer.process_group.group for layer in self.joinable.layers):

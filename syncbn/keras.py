@@ -36,7 +36,7 @@ class SyncBatchNormalization(LazyModuleMixin, SyncBatchNorm):  # type: ignore[mi
     rank has equal weight, however large its batch, as in Horovod. The formulas are those of `keras.layers.BatchNormalization`.
 
     Args:
-        axis: the dimension of the features, negative from the end.
+        axis: the dimension of the features; a negative one counts from the end.
         momentum: the decay of the moving values. torch's momentum is 1 minus this one.
         epsilon: added to the variance.
         center, scale: whether the layer has a beta, and a gamma.

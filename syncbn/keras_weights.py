@@ -48,8 +48,8 @@ def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scal
 
 @torch.no_grad()
 def copy_tensors(layer: _BatchNorm, tensors: Mapping[str, Tensor]) -> None:
-    """Copies gamma, beta, moving_mean and moving_variance into `layer`'s weight, bias, running_mean and running_var, and sets those that
-    `tensors` does not have to None."""
+    """Copies gamma, beta, moving_mean and moving_variance into `layer`'s weight, bias, running_mean and running_var, and sets to None
+    those that `tensors` does not have."""
     for name, torch_name in TORCH_NAMES.items():
         if name in tensors:
             getattr(layer, torch_name).copy_(tensors[name])

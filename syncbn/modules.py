@@ -59,7 +59,7 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: an unknown activation, weighting or process_group; an input that does not fit; a training step with a group that
-            this rank is not a member of; a single value per channel over all ranks while training (on every rank).
+            this rank is not a member of; a single value per channel over all ranks while training (raised on every rank).
 
     The state dict is that of `torch.nn.BatchNorm*d`. `SyncBatchNorm1d`, `2d` and `3d` are this layer for code that
     tests for torch's classes.
@@ -118,9 +118,9 @@ class SyncBatchNorm(_BatchNorm):
 
         Raises:
             TypeError: the input is not of a floating-point dtype, or, while training, is a DTensor.
-            ValueError: a tensor does not fit; while training, a single value per channel over all ranks (on every rank).
+            ValueError: a tensor does not fit; while training, a single value per channel over all ranks (raised on every rank).
             NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
-            RankMismatchError: the other ranks are about to exchange something else; on every rank.
+            RankMismatchError: the other ranks are about to exchange something else; raised on every rank.
             RuntimeError: another rank has not come within the group's timeout.
         """
         if type(input) is not Tensor and isinstance(input, torch.fx.Proxy):
@@ -199,7 +199,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def to_keras(self) -> dict[str, Any]:
         """gamma, beta, moving_mean, moving_variance as numpy arrays, those that the layer has, in the order of Keras'
-        `layer.set_weights(list(weights.values()))`. The Keras layer has epsilon = self.eps and momentum = 1 - self.momentum; a
+        `layer.set_weights(list(weights.values()))`. The Keras layer needs epsilon = self.eps and momentum = 1 - self.momentum; a
         `SyncBatchNormalization` has Keras' momentum itself.
 
         >>> [(name, array.shape) for name, array in SyncBatchNorm(3).to_keras().items()]

@@ -153,7 +153,7 @@ def update_running_stats(
 ) -> None:
     """running += momentum * (new - running), in place. If no rank has samples, nothing changes.
 
-    momentum None is the cumulative average, 1 / num_batches_tracked, computed on the device.
+    With momentum None, for the cumulative average, 1 / num_batches_tracked takes its place, computed on the device.
     """
     count = parts(stats).samples
     factor = (count > 0).double()
