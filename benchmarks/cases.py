@@ -49,7 +49,7 @@ class Inputs:
 
 
 class TorchExchanging(nn.SyncBatchNorm):
-    """Torch's layer, which in a group of one rank is plain batch norm, with the collectives of a larger group."""
+    """Torch's layer with the collectives of a larger group; in a group of one rank it would be plain batch norm."""
 
     def forward(self, input: Tensor) -> Tensor:
         self.num_batches_tracked.add_(1)

@@ -72,7 +72,7 @@ def all_reduce(network: Network, hosts: int, gpus: int, size: float) -> float:
 
 
 def all_gather(network: Network, hosts: int, gpus: int, size: float) -> float:
-    """µs of an all-gather of `size` bytes from each rank. NCCL only has the ring for it if a host has several GPUs."""
+    """µs of an all-gather of `size` bytes from each rank. If a host has several GPUs, the ring is all that NCCL has for it."""
     ranks = hosts * gpus
     steps, between_hosts = ranks - 1, hosts - 1
     inside = max(network.gpu_hop, network.overhead if hosts > 1 else 0.0)

@@ -4,8 +4,8 @@
 //   nvcc -std=c++17 -O3 -arch=sm_90 -I csrc/cuda -DSWEPT_OP=stats benchmarks/sweep.cu -o sweep_stats
 //   ./sweep_stats [--pool MB] [--calls N] [--repeats N] [--shape 32x64x112x112]...
 //
-// launch/gpu_build.sh compiles it for each op. The calls of a configuration are captured in a graph, so that the host's part is not in
-// the figures, and take turns in a pool of memory that is larger than any cache.
+// launch/gpu_build.sh compiles it for each op. The calls of a configuration take turns in a pool of memory that is larger than any
+// cache, and are captured in a graph, so that the host's part is not in the figures.
 
 #define SWEPT_CONCATENATE_(a, b) a##b
 #define SWEPT_CONCATENATE(a, b) SWEPT_CONCATENATE_(a, b)

@@ -77,8 +77,8 @@ void leave_core(const Memory& memory) {
   if (sched_getaffinity(0, sizeof(given), &given) || !CPU_EQUAL(&given, &all)) sched_setaffinity(0, sizeof(all), &all);
 }
 
-// A rank on this core cannot run while this one spins, and the scheduler may leave both here for seconds while another core is idle. So
-// the higher rank of the two moves, unless it has just moved; otherwise this one yields.
+// Another rank on this core cannot run while this rank spins, and the scheduler may leave both here for seconds while a core is idle. So
+// the higher rank of the two moves, unless it has just moved; otherwise this rank yields.
 void stay_awake(const Memory& memory, int rank, int other, uint64_t epoch) {
   const Control& control = memory.control(other);
   if (control.core.load(std::memory_order_relaxed) != sched_getcpu()) {

@@ -39,7 +39,7 @@ struct Piece {
       memcpy(values + first, slot, size * sizeof(double));
       return;
     }
-    // The tail is read last, because `write` sends this rank's own with each piece.
+    // The tail is read with the last piece, because `write` sends this rank's own with each.
     if (is_last()) memcpy(values + 3 * channels, slot, kStatsTail * sizeof(double));
     for (int part = 0; part < 3; ++part) {
       memcpy(values + part * channels + first, slot + kStatsTail + part * size, size * sizeof(double));

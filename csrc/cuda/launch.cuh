@@ -39,7 +39,7 @@ constexpr int MAX_BLOCKS_PER_SM = SYNCBN_MAX_BLOCKS_PER_SM;
 struct Config {
   int groups;     // of channels: a block works on one group
   int splits;     // blocks that share a group
-  int width;      // vectors of channels in a tile, of which as many neighbouring threads take one each (Columns); 1 (Planes)
+  int width;      // vectors of channels in a tile, one for each of `width` neighbouring threads (Columns); 1 (Planes)
   int64_t runs;   // of a group: a warp takes one at a time (Planes), or a block (Columns)
   int pieces;     // of a plane
   int piece;      // elements of one
@@ -85,8 +85,8 @@ inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool 
 }
 
 // inner > 1. A group is a channel. A warp takes a piece of a plane: a multiple of 8 elements, at most what its lanes load in one step. If a
-// plane has at most one vector for each lane, and a channel's planes begin equally far from a multiple of 8, the warp takes several. Each
-// plane gets at least 8 lanes, because the edges of more planes would need more steps.
+// plane has at most one vector for each lane, and a channel's planes begin equally far from a multiple of 8, the warp takes several
+// planes. Each gets at least 8 lanes, because the edges of more planes would need more steps.
 inline Config planes_config(const Layout& layout, int vector, int unroll, int blocks_per_sm, bool sums, int sm_count) {
   const int64_t pieces = std::max<int64_t>(1, ceil_div(layout.inner, WARP * vector * unroll));
   const int piece = static_cast<int>(ceil_div(ceil_div(layout.inner, pieces), 8) * 8);

@@ -113,7 +113,7 @@ __device__ bool grid_sum(Pair& total, const Walk& walk, const Workspace& workspa
   __syncthreads();
   SHARED(bool, last, 1);
   if (threadIdx.x == 0) {
-    // One thread orders the whole block's writes and reads, with the barriers around it: the order of memory is cumulative.
+    // One thread orders the whole block's writes and reads, with the barriers around it: memory ordering is cumulative.
     last[0] = arrives_last(&workspace.counters[walk.group], splits);
   }
   __syncthreads();

@@ -78,13 +78,13 @@ struct Walk {
 };
 
 // inner > 1: a block has one channel. A warp takes a piece of a plane in one step or, if a plane is at most a vector for each lane, the
-// planes of several samples, whose edges then share steps, too. Pieces begin and end at multiples of 8 elements, which is the alignment of
-// every vector and a byte of the mask; the edges of a plane are its elements before its first such multiple and after its last.
+// planes of several samples, whose edges then share steps. Pieces begin and end at multiples of 8 elements, where vectors are aligned
+// and a byte of the mask begins; the edges of a plane are its elements before its first such multiple and after its last.
 template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;
   static constexpr int max_sum_bytes = sum_bytes(THREADS / WARP, 1, 1);
-  static constexpr bool shares_bytes = false;  // whether more than a few adjacent lanes have bits in a byte of the mask
+  static constexpr bool shares_bytes = false;  // whether a byte of the mask may have bits of several warps or blocks
   // Independent sums of a thread, which hide the latency of an addition; fewer if vectors take more registers.
   static constexpr int sums = VECTOR_WIDTH == 8 ? 2 : VECTOR_WIDTH < 4 ? VECTOR_WIDTH : 4;
   static constexpr int partials = 2;  // that a thread loads at once in sum_partials(): a channel has few

@@ -1,4 +1,4 @@
-// The memory that a launch's blocks share, on the host's side; its layout is in launch.cuh.
+// The host's side of the memory that a launch's blocks share, whose layout is in launch.cuh.
 #pragma once
 
 #include "../bindings/tensors.h"
