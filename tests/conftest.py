@@ -218,7 +218,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=["alone", "NCCL"])
 def group_of_one(request: pytest.FixtureRequest) -> Iterator[ProcessGroupCommunicator | None]:
-    """None (no communication) and a one-rank NCCL group that really runs the collectives."""
+    """None (no communication), or a one-rank NCCL group that really runs the collectives."""
     if request.param == "alone":
         yield None
     else:

@@ -107,7 +107,7 @@ def test_marks_are_known():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_block_escapes_these_tests(page):
-    """Each is one of the languages that they know, or the output of a program, and begins a line."""
+    """Each is in a language that they know, or is the output of a program, and begins a line."""
     fences = re.findall(r"^[ >]*(?:```|~~~).*$", page.read_text(), re.MULTILINE)
     assert len(fences) % 2 == 0 and set(fences[1::2]) <= {"```"}
     assert set(fences[::2]) <= {"```python", "```bash", "```text"}
@@ -135,7 +135,7 @@ def test_relative_links_lead_to_files(page):
 
 @pytest.mark.parametrize("name", syncbn.__all__)
 def test_every_public_name_is_documented(name):
-    """On the API page, by the module that holds it if a module has its name, too; and in the README or in the guide."""
+    """On the API page, after its module's name if a module has the same name; and in the README, the guide or troubleshooting."""
     api = (ROOT / "docs/api.md").read_text()
     assert re.search(rf"^::: syncbn\.(\w+\.)?{name}$", api, re.MULTILINE)
     told = "".join((ROOT / page).read_text() for page in ("README.md", "docs/guide.md", "docs/troubleshooting.md"))

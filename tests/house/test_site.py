@@ -77,7 +77,7 @@ def test_no_link_is_dead(site):
 
 
 def test_no_page_asks_another_server(site):
-    """For fonts, scripts or pictures: the site works offline, and tells no one who reads it."""
+    """For fonts, scripts or pictures: the site works offline, and no server learns who reads it."""
     pattern = r'<(?:script|img|link rel="stylesheet")[^>]*(?:src|href)="(https?:[^"]+)"'
     asked = {url for path in site.rglob("*.html") for url in re.findall(pattern, path.read_text())}
     assert asked == set()

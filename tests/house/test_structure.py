@@ -46,7 +46,7 @@ FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, those inside functions as well, but for what only type checkers read."""
+    """All nodes, those inside functions as well, except those that only type checkers read."""
     for node in ast.iter_child_nodes(tree):
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             yield node
@@ -79,7 +79,7 @@ def test_imports_go_one_way(name):
 
 def test_there_is_no_circle_of_imports():
     graph = {name: imports_of(name) - {upper for lower, upper in UPWARD if lower == name} for name in FILES}
-    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(FILES)  # else CycleError names the circle
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(FILES)  # a circle raises CycleError, which names it
 
 
 def test_the_list_of_floors_names_what_there_is():
@@ -224,7 +224,7 @@ def pickles(source: str) -> list[str]:
 
 def runs_data(source: str) -> list[str]:
     """Calls that could run what they are given, or what is in a file, as code."""
-    found = sorted(imported(source) & {"torch.load", "os.system", "os.popen"})  # under a name of their own
+    found = sorted(imported(source) & {"torch.load", "os.system", "os.popen"})  # then called without the module's name
     for call in calls(source):
         name, keywords = ast.unparse(call.func), {word.arg: ast.unparse(word.value) for word in call.keywords}
         if name in ("eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"):

@@ -40,7 +40,7 @@ def relative_variance_error(x: Tensor) -> float:
 @pytest.mark.parametrize("shape", [(8, 4, 64, 64), (4000, 5), (64, 40, 7, 7), (4, 40, 7, 7)], ids=str)
 def test_variance_survives_mean_and_outliers(shape, layout):
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert relative_variance_error(layout(noise + 1e4)) < 1e-6  # raw float32 sums of squares are off by 25
+    assert relative_variance_error(layout(noise + 1e4)) < 1e-6  # of raw float32 sums of squares it is 25
     assert relative_variance_error(layout(noise * 1e-6)) < 1e-6
     front = noise + 1e2
     front[(0, slice(None)) + (0,) * (len(shape) - 2)] = 1e4  # in each channel the first value, from which a shift could be taken

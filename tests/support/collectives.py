@@ -14,8 +14,8 @@ from syncbn import environment
 
 @contextmanager
 def collectives():
-    """The collectives that any code calls in this context, as [(operation, elements, dtype)]. Layers that could share memory use their
-    group, and verify nothing."""
+    """The collectives that any code calls in this context, as [(operation, elements, dtype)]. Layers use their
+    group even if they could share memory, and verify nothing."""
     seen = []
     patched = pytest.MonkeyPatch()
     over_the_group(patched)

@@ -20,7 +20,7 @@ from syncbn.layout import samples_per_channel
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 FUSIONS = [(activation, add) for activation in Activation for add in (False, True)]
-RANKS = [(1, False), (3, False), (3, True)]  # number of ranks, each with these samples; whether ranks have equal weight, not samples
+RANKS = [(1, False), (3, False), (3, True)]  # number of ranks, each with the case's samples; do ranks, not samples, have equal weight?
 SLOPE, EPS = 0.1, 1e-5
 
 CPU = native.status()[0]

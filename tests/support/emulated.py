@@ -53,7 +53,7 @@ def compile_kernel(source: Path, target: Path, *flags: str) -> None:
 
 
 def build(folder: Path, *flags: str, kernels: Path = KERNELS) -> Path:
-    """The library of all four ops, from the kernels in this folder; and of the kernel with faults."""
+    """The library of all four ops, from the sources in `kernels`, and of the kernel with faults."""
     for op in OPS:
         compile_kernel(kernels / f"{op}.cu", folder / f"{op}.o", *flags)
     _compile_emulation(folder, EMULATION / "library.cpp", EMULATION / "scheduler.cpp")
@@ -105,7 +105,7 @@ def build_peers(folder: Path) -> Path:
 
 
 def compile_peers(kernels: Path, target: Path, *flags: str) -> None:
-    """tests/kernels/emulation/peers.cu with the headers in this folder."""
+    """tests/kernels/emulation/peers.cu with the headers in `kernels`."""
     compile_kernel(EMULATION / "peers.cu", target, "-U_FORTIFY_SOURCE", "-I", str(kernels), *flags)
 
 

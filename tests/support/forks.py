@@ -63,7 +63,7 @@ class ForkServer:
     def run(
         self, script: Path, *arguments: str, env: Mapping[str, str], timeout: float, ranks: Sequence[Mapping[str, str]] = ({},)
     ) -> list[subprocess.CompletedProcess[str]]:
-        """The script in one process for each of `ranks`, with these further variables, as two_ranks() returns them."""
+        """The script in one process for each of `ranks`: the further variables of that process, as two_ranks() returns them."""
         deadline = time.monotonic() + timeout
         with job(env) as env, ExitStack() as stack:
             files = [[stack.enter_context(tempfile.TemporaryFile("w+")) for _ in ("stdout", "stderr")] for _ in ranks]

@@ -35,7 +35,7 @@ except (ImportError, RuntimeError):  # made for another build of torch: its oper
 
 
 @atexit.register
-def end():  # without it torch 2.13 aborts now and then when the process ends, with its own layers, too
+def end():  # without it torch 2.13 aborts now and then when the process ends, also with torch's own layers
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

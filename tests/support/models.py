@@ -43,7 +43,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """[N, 3, H, W] -> [N, 10]; 9 batch norms, each after a convolution or a linear layer."""
+    """[N, 3, 8, 8] -> [N, 10]; 9 batch norms, each after a convolution or a linear layer."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d, norm1d: Callable[[int], nn.Module] = nn.BatchNorm1d) -> None:
         super().__init__()
@@ -51,5 +51,5 @@ class ResNet(nn.Module):
         self.blocks = nn.Sequential(Block(8, 8, 1, norm), Block(8, 16, 2, norm), Block(16, 16, 1, norm))
         self.head = nn.Sequential(nn.Flatten(), nn.Dropout(), nn.Linear(16 * 16, 12), norm1d(12), nn.ReLU(), nn.Linear(12, 10))
 
-    def forward(self, x: Tensor) -> Tensor:  # 8 x 8 images
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)))

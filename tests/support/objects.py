@@ -1,4 +1,4 @@
-"""Object files of the emulation, compiled once for all workers and runs: build/emulation keeps them by what the compiler reads."""
+"""The emulation's object files, compiled once for all workers and runs: build/emulation keeps them by a hash of what the compiler reads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KEPT_FOR = 7 * 24 * 3600  # seconds since the last use
 def compile_once(command: list[str], target: Path, source: str = "") -> None:
     """Runs `command -c -o target`, unless an earlier run has compiled the same preprocessed source with the same command.
 
-    A source that a test makes is the command's standard input: the name of a temporary file would make each of them another one.
+    A source that a test makes is the command's standard input: with the name of a temporary file, no command would equal an earlier one.
     """
     read = _run([*command, "-E"], source)
     kept = FOLDER / f"{hashlib.sha256(read + repr(command).encode()).hexdigest()}.o"

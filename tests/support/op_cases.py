@@ -50,7 +50,7 @@ VALUE_TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 2e-
 # Of a sum, relative to the sum of the absolute values of its terms: float32 in a thread, float64 after.
 SUM_TOLERANCE = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 EPS, SLOPE = 1e-3, 0.1
-TAG, RANKS = 5, 2  # this rank's tag, and the ranks that should have sent it
+TAG, RANKS = 5, 2  # this rank's tag, and how many ranks should have sent it
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Case:
     inf: bool = False  # dy is infinite where y is 0
     # The biases of the channels go from -reach to reach, and so does z: exp overflows and underflows there.
     reach: float = field(default=0.0, repr=False)
-    tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from each of RANKS
+    tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from RANKS ranks
     # The statistics that the ops get: "others": of this rank and another; "alone": of this rank; "nobody": all are 0; "negative": the
     # variance is negative.
     group: str = "others"
@@ -101,8 +101,7 @@ class Case:
         return keeps_mask(self.fused, self.residual)
 
 
-# What a case has besides shape, layout and dtype: the choices of each axis, one of them written twice if it is more frequent.
-# "own" is the dtype of x.
+# What a case has besides shape, layout and dtype: the choices of each axis, a more frequent one written more than once. "own" is x's dtype.
 AXES: dict[str, tuple] = {
     "fusion": tuple(FUSIONS),
     "weight": (torch.float32, "own", torch.float64, None),
@@ -113,7 +112,6 @@ AXES: dict[str, tuple] = {
     "rank_weighted": (False, False, False, True),
     "shifted": (False, True),
 }
-
 
 ALWAYS = list(itertools.product(SHAPES, (False, True), DTYPES, range(2)))  # every shape in both layouts and every dtype, twice
 
@@ -151,7 +149,7 @@ EXTREMES = [
     Case((300, 9), mean=3e4),
     Case((4, 3, 20, 25), dtype=torch.float64, mean=1e3),
     Case((4, 3, 20, 25), dtype=torch.float64, mean=1e6),
-    Case((4, 3, 20, 25), dtype=torch.float64, mean=1e8, shifted=True),  # about 0, no digit of the variance would be left
+    Case((4, 3, 20, 25), dtype=torch.float64, mean=1e8, shifted=True),  # sums about 0 would leave no digit of the variance
     Case((1, 2, 40, 61), dtype=torch.float64, mean=1e8, shifted=True, rank_weighted=True),
     Case((300, 16), True, torch.float64, mean=1e8, shifted=True, activation="relu", residual=True),
     Case((500, 128), True, torch.float64, mean=1e8, shifted=True),  # many blocks, and one shift
@@ -163,7 +161,7 @@ EXTREMES = [
     Case((300, 16), True, torch.bfloat16, activation="relu", residual=True, inf=True),
 ]
 
-# A channel's z is a few units apart from the next one's, so that no threshold of exp in the type of the computation falls between two.
+# The biases of neighbouring channels are 2 apart, so that some z is close to every threshold of exp in the type of the computation.
 FAR = [
     Case(shape, channels_last, dtype, activation, residual, reach=reach)
     for activation, residual in FUSIONS
@@ -215,8 +213,7 @@ def doubled(t: Tensor | None) -> Tensor | None:
 
 
 def make(case: Case, device: str = "cpu") -> Data:
-    # The same values on every device, but for a layer of real size, whose values are drawn where they are used: float64 of them takes
-    # seconds on the CPU.
+    # The same values on every device; only those of a layer of real size are drawn on it, because on the CPU that takes seconds.
     where = device if math.prod(case.shape) > 1 << 20 else "cpu"
     generator = torch.Generator(where).manual_seed(zlib.crc32(repr(case).encode()))
     c = case.shape[1]

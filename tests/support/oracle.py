@@ -71,7 +71,7 @@ def batch_norm_step(
 
 def rank_weighted_moments(whole: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """mean and biased variance [C] of whole [N, C, *] if all ranks have equal weight: the mean of the ranks' means, and the mean of their
-    mean squares minus the square of that mean. Ranks without samples do not count."""
+    mean squares minus mean². Ranks without samples do not count."""
     dims = [0, *range(2, whole.dim())]
     parts = [part for part in whole.split(counts) if len(part)]
     mean = torch.stack([part.mean(dims) for part in parts]).mean(0)
@@ -89,7 +89,7 @@ def relative_error(got: Tensor, want: Tensor, scale: Tensor | None = None) -> fl
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str, scale: Tensor | None = None) -> None:
-    """relative_error(got, want, scale) <= tolerance, with the first element that is off."""
+    """relative_error(got, want, scale) <= tolerance; the error names the first element that is off."""
     scale = want if scale is None else scale
     greatest = scale.double().abs().max().clamp(min=1e-300) if want.numel() else 0.0
     assert_within(got, want, tolerance * greatest, what)

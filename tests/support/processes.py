@@ -86,7 +86,7 @@ def marked(env: Mapping[str, str]) -> list[int]:
 
 
 def left_behind(env: Mapping[str, str], grace: float = 5) -> list[int]:
-    """What is still there after `grace` seconds: a launcher may end before those that it has told to."""
+    """What is still there after `grace` seconds: a launcher may end before the processes that it has told to end."""
     deadline = time.monotonic() + grace
     while (found := marked(env)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -94,7 +94,7 @@ def left_behind(env: Mapping[str, str], grace: float = 5) -> list[int]:
 
 
 def kill(env: Mapping[str, str], grace: float = 5) -> None:
-    """Returns when they have ended."""
+    """Kills the processes with the mark of `env`, and returns when they have ended, or after `grace` seconds."""
     deadline = time.monotonic() + grace
     while (found := marked(env)) and time.monotonic() < deadline:  # again: one may have started another
         for pid in found:

@@ -8,7 +8,7 @@ from syncbn import native
 from syncbn.comm.meeting import meet
 from syncbn.comm.shared_memory import SharedMemory
 
-WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded, or which of its code runs, if it has no such exchange
+WHY_NOT = native.status()[0].reason  # why the CPU library was not loaded, or, if it lacks this exchange, which of its code runs
 TIMEOUT = 60.0
 
 

@@ -45,7 +45,7 @@ BATCH_NORMS = {
 
 
 def fingerprint(module):
-    """Everything that a module is: class, attributes by identity, hooks, tensors."""
+    """Everything that a module is: class, attributes, tensors by identity, hooks."""
     public = {key: value for key, value in vars(module).items() if not isinstance(value, dict)}
     tensors = {**module._parameters, **module._buffers}
     hooks = {key: dict(value) for key, value in vars(module).items() if "hooks" in key}

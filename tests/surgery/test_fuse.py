@@ -1,4 +1,4 @@
-"""Fusing an activation changes nothing but the number of layers, and reverting the conversion brings it back."""
+"""Fusing an activation changes nothing but the number of layers, and reverting the conversion brings the activation back."""
 
 from __future__ import annotations
 

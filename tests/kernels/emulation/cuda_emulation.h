@@ -102,7 +102,7 @@ struct alignas(16) double2 {
   double x, y;
 };
 inline double2 __ldcg(const double2* p) { return *p; }
-// 0 for a divisor over 2^126, unless it is infinite, as on a GPU.
+// 0 for a finite divisor over 2^126 (NaN if a is infinite), as on a GPU.
 inline float __fdividef(float a, float b) { return std::isfinite(b) && std::fabs(b) > 0x1p126f ? a * 0.0f : a / b; }
 inline float __uint_as_float(unsigned bits) {
   float value;

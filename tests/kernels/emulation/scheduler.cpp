@@ -1,5 +1,5 @@
 // Runs a grid: takes blocks in random order, a few at a time, and runs a random runnable fiber. After most barriers
-// one thread of the block is late: it goes on when no other thread of any block can. Threads that poll all go on when not even that
+// one thread of the block is late: it goes on when no other thread of any block can. All threads that poll go on when not even that
 // one can.
 #include <ucontext.h>
 #include <algorithm>
@@ -48,7 +48,7 @@ struct Meeting {  // of threads at one place in the source
 };
 
 struct Warp {
-  Meeting meetings[2];  // a lane is at most one exchange ahead of the others: two sets of words do
+  Meeting meetings[2];  // a lane is at most one exchange ahead of the others: two sets of words suffice
   uint64_t words[2][32];
 };
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. tests/README.md: what it misses."""
+"""The CUDA kernels, compiled for the CPU by tests/kernels/emulation, against the float64 reference. tests/README.md: what this misses."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def ranks(library) -> Ranks:
 
 
 def values(count: int, lengths: list[int], seed: int) -> list[list[torch.Tensor]]:
-    """What each rank sends in each exchange: magnitudes that make the order of additions visible, and bits like the number's."""
+    """What each rank sends in each exchange: magnitudes that make the order of additions visible, or bits equal to its number's."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(n, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-8, 9, (n,), generator=generator)  # noqa: E731
     return [[draw(n) if e % 3 else draw(n) * 0 + float(e) * 5e-324 for e, n in enumerate(lengths)] for _ in range(count)]
@@ -57,7 +57,7 @@ def check_sums(ranks: Ranks, orders: int = 6) -> None:
 
 
 def check_missing(ranks: Ranks) -> None:
-    """Raises unless all other ranks name the one that leaves out an exchange, and the exchange, and end."""
+    """Raises unless all other ranks end, and name the one that leaves out an exchange, and the exchange."""
     for seed, count, absent in [(0, 2, 1), (1, 3, 0), (2, 4, 2)]:
         sent = values(count, [40] * 4, seed)
         sent[absent] = [part if e < 2 else part[:0] for e, part in enumerate(sent[absent])]

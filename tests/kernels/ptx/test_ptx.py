@@ -60,7 +60,7 @@ def test_ptx_mutant_is_killed(library, tmp_path, op, old, new, message):
 
 # Instructions on which the kernels' results hardly depend: each row leaves its result in %rd0.
 INSTRUCTIONS = [
-    ("fma.rm.f32 %f0, 0fBF800001, 0f3F800001, 0f00000000; mov.b64 %rd0, {%f0, 0};", torch.float32, -(1 + 3 * 2**-23)),  # nearest: 2
+    ("fma.rm.f32 %f0, 0fBF800001, 0f3F800001, 0f00000000; mov.b64 %rd0, {%f0, 0};", torch.float32, -(1 + 3 * 2**-23)),  # nearest: 2, not 3
     ("fma.rn.f32 %f0, 0f3F800800, 0f3F800800, 0fBF801000; mov.b64 %rd0, {%f0, 0};", torch.float32, 2**-24),  # unfused: 0
     ("cvt.sat.f32.f32 %f0, 0f7FC00000; mov.b64 %rd0, {%f0, 0};", torch.float32, 0),  # of NaN
     ("cvt.sat.f32.f32 %f0, 0f40000000; mov.b64 %rd0, {%f0, 0};", torch.float32, 1),

@@ -133,7 +133,7 @@ void selp_(D& d, A a, B b, bool condition) {
 // The lower bits of a, put into b.
 template <class T, class D, class A, class B, class P, class L>
 void bfi_(D& d, A a, B b, P position, L bits) {
-  const T mask = ((T{1} << get<u32>(bits)) - 1) << get<u32>(position);  // `bits` is below T's
+  const T mask = ((T{1} << get<u32>(bits)) - 1) << get<u32>(position);  // fewer `bits` than T has
   set<T>(d, (get<T>(b) & ~mask) | ((get<T>(a) << get<u32>(position)) & mask));
 }
 
