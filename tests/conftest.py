@@ -155,7 +155,7 @@ def _fits(item: pytest.Item, has_gpu: bool) -> bool:
 def time_limit(request: pytest.FixtureRequest) -> Iterator[Callable[..., None]]:
     """Kills this rank and dumps its stacks if a test takes too long; the launcher then kills the others. A call restarts the clock.
 
-    The jobs that a test of the system tier starts have limits of their own, so its limit only ends a test whose own limits do not work."""
+    The jobs that a test of the system tier starts have limits of their own, so this limit only ends a test if those do not work."""
     usual = (10 if request.node.get_closest_marker("system") else 2) * TIMEOUT
 
     def start(seconds: float = usual) -> None:

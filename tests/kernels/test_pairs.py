@@ -35,7 +35,7 @@ def test_one_call_gives_the_bits_of_two(layout, rank_weighted, device):
         assert torch.equal(a, b)
 
 
-STEPS = {  # the ops that a step of a single process calls: (does the input require a gradient, is there a residual, activation)
+STEPS = {  # (does the input require a gradient, is there a residual, activation): the ops that a step of a single process calls
     (True, False, "relu"): ["batch_norm", "batch_norm_backward"],
     (False, False, "relu"): ["batch_norm", "backward_reduce"],
     (True, True, None): ["stats", "normalize", "batch_norm_backward"],

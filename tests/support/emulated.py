@@ -69,7 +69,7 @@ def build_from_ptx(folder: Path) -> Path:
 
 
 def _compile_ptx(op: str, folder: Path) -> None:
-    # No machine code: ptxas has nothing to do. And the PTX is in the object as it is, so that one file is all that is kept.
+    # No machine code: ptxas has nothing to do. And the PTX is in the object, uncompressed, so that one file is all that is kept.
     flags = ["-std=c++17", "-O3", "-gencode", "arch=compute_90,code=compute_90", "--no-compress", *PLANS, "-Xcompiler", "-fPIC"]
     compile_once([NVCC, *flags, str(KERNELS / f"{op}.cu")], folder / f"{op}.o")
     (text,) = re.findall(rb"\.version [^\0]*", (folder / f"{op}.o").read_bytes())
