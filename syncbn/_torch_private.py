@@ -179,7 +179,7 @@ def remove_lazy_hooks(module: nn.Module) -> None:
 
 
 def class_below_parametrization(module: nn.Module) -> Any:
-    """The module's class, without the one that torch.nn.utils.parametrize has put on top: its only base. No fallback."""
+    """The module's class; if torch.nn.utils.parametrize has put one on top of it, the only base of that one. No fallback."""
     return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
 
 

@@ -121,7 +121,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 dx, written = ops.backward_input(dy, sums, *saved, *options.epilogue, options.rank_weighted, *ticket)
                 dx, dz = dx if needs_dx else None, written if needs_dz else dz
             else:
-                exchange.verify(sums, "backward", ticket)  # no kernel uses the sums
+                exchange.verify(sums, "backward", ticket)  # as the kernel that uses the sums would
         return dx, dz, None if weight is None else dweight, None if bias is None else dbias, *_NO_GRADIENTS
 
 

@@ -45,8 +45,8 @@ def normalize(
     """y = activation(weight * xhat + bias + residual), and the moving statistics updated in place.
 
     x, residual, y [N, C, *] of one dtype; stats as returned by `stats`, summed over the ranks; weight, bias [C].
-    Also returns the mask of z > 0 as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is the number of an
-    `Activation`; any other is a ValueError.
+    Also returns the mask of z > 0, or NaN, as bits (`layout.mask_bytes`), empty unless the backward pass needs it. activation is the number
+    of an `Activation`; any other is a ValueError.
 
     alarm [1] int32 on the CPU is set to 1 unless each of the `ranks` has passed this tag to `stats`; if each has, alarm stays as it is.
     Kernels of other devices need it in pinned memory, and set it when they run. The results do not depend on it.
