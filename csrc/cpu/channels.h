@@ -89,7 +89,7 @@ class Output {
   }
 };
 
-// outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in parallel, in forward runs, the last run first.
+// outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in forward runs, a thread's last run first.
 //
 // Packs cross plane and row boundaries, so stores to an aligned output stay aligned and non-temporal stores fill whole lines.
 // If a line is several packs, they are written consecutively: alternating between two outputs would flush half-filled lines.
