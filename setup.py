@@ -4,8 +4,8 @@ They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serv
 library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept next to the Python
 files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
 
-    SYNCBN_BUILD_CPU      0: leave it out; 1: fail if it cannot be built; unset: build it if there is a C++ compiler
-    SYNCBN_BUILD_CUDA     the same for nvcc, whether or not the installed torch has CUDA
+    SYNCBN_BUILD_CPU      0: leave the CPU library out; 1: fail if it cannot be built; unset: build it if there is a C++ compiler
+    SYNCBN_BUILD_CUDA     the same for the CUDA library and nvcc, whether or not the installed torch has CUDA
     SYNCBN_PLANS          a header with other Plans than csrc/cuda/plans.cuh
     TORCH_CUDA_ARCH_LIST  such as "8.0;9.0+PTX"; default: the ARCHITECTURES below that nvcc knows, and PTX for the newest of them
     CXX, NVCC             the compilers
@@ -114,7 +114,7 @@ def torch_flags() -> tuple[list[str], list[str]]:
 def cpu_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
     """([compile command, ...], link command); each compile command ends with the path of its object."""
     cxx, (include, link) = compiler(), torch_flags()
-    # Not platform.machine(): a cross compiler's code is for another processor than the one that runs it.
+    # Not platform.machine(): a cross compiler's code is for another processor than the one that runs the compiler.
     x86 = subprocess.run([*cxx, "-dumpmachine"], capture_output=True, text=True).stdout.startswith("x86_64")
     is_clang = "clang" in subprocess.run([*cxx, "--version"], capture_output=True, text=True).stdout
     optimize = MATHFLAGS if is_clang else [*MATHFLAGS, *GCC_FLAGS]
@@ -248,7 +248,7 @@ def is_stale(command: list[str]) -> bool:
 
 
 def dependencies(made: Path, source: Path) -> list[Path]:
-    """The source of an object and the headers that it includes, as the compiler wrote them down; else all that it might include."""
+    """The source of an object and the headers that it includes, by the compiler's list; if there is none yet, all that it might include."""
     if made.with_suffix(".d").exists():
         return [Path(name) for name in made.with_suffix(".d").read_text().replace("\\\n", " ").partition(":")[2].split()]
     headers = [
@@ -288,7 +288,7 @@ class AnyPython(bdist_wheel):
 
 COMMANDS = {"syncbn.libsyncbn_cpu": cpu_commands, "syncbn.libsyncbn_cuda": cuda_commands}
 SWITCHES = {"syncbn.libsyncbn_cpu": "SYNCBN_BUILD_CPU", "syncbn.libsyncbn_cuda": "SYNCBN_BUILD_CUDA"}
-REASON = ".reason"  # the file next to the Python files that says why a library was not built
+REASON = ".reason"  # suffix of the file next to the Python files that says why a library was not built
 
 # optional: a library that cannot be built, or is turned off, is left out.
 extensions = [Extension(name, [], optional=os.environ.get(switch) != "1") for name, switch in SWITCHES.items()]

@@ -8,7 +8,7 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" mpi,examples test workflows
 source launch/stages.sh
 export OMP_NUM_THREADS=1  # the ranks share the cores
-unset PYTHONDONTWRITEBYTECODE  # some thirty processes would each compile every test, a second each
+unset PYTHONDONTWRITEBYTECODE  # some thirty processes would spend a second each on compiling the tests
 suite=(-m pytest -q --color=no -p no:cacheprovider tests "$@")
 everything=(-m "not nightly") selection=(-m "scales and not nightly")
 stage python "${suite[@]}" "${everything[@]}" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder  # in the order of conftest.py

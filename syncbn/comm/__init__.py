@@ -41,7 +41,7 @@ class Communicator(Protocol):
         """Seconds that a rank waits for the others."""
 
     def among(self, ranks: list[int]) -> Communicator | None:
-        """A communicator of some of this one's ranks, which lives as long as this one. Every rank calls it; the other ranks get None."""
+        """A communicator of `ranks`, some of this one's, which lives as long as this one. Every rank calls it; the others get None."""
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         """The elementwise sum of `tensor` over the ranks, bitwise identical on all of them. Overwrites `tensor` and returns it; in a
@@ -133,7 +133,7 @@ def _warn_if_started_with_others() -> None:
 
 
 def check_type(process_group: Any) -> None:
-    """Raises ValueError for what `resolve` does not accept on any rank. A group that this rank is not a member of passes: a layer
+    """Raises ValueError for what `resolve` accepts on no rank. A group that this rank is not a member of passes: a layer
     with that group may be built, and is an error only if it is used."""
     if process_group is None:
         return

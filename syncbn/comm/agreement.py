@@ -6,11 +6,11 @@ SYNCBN_CHECK says when ranks that do not exchange in one memory compare whole si
     always    at every exchange, to find where a run diverges later on
     off       never
 
-With first and always every eager exchange outside syncbn.join is also verified, by a digest or by a tag (sharing.py, alarms.py). No
-signatures are compared while a graph is traced or captured.
+With `first` and with `always`, every eager exchange outside syncbn.join is also verified, by a digest or by a tag (sharing.py, alarms.py).
+No signatures are compared while a graph is traced or captured.
 
-A comparison takes one all-reduce, of 24 bytes per rank and one more byte, which gathers each signature's digest and the length of its text
-in the error. If the digests differ, a second all-reduce gathers these texts.
+A comparison takes one all-reduce, of 24 R + 1 bytes for R ranks. It gathers each signature's digest and the length of the text that an
+error would show. If the digests differ, a second all-reduce gathers these texts.
 """
 
 from __future__ import annotations

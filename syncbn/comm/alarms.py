@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .agreement import RankMismatchError
 
-CAPACITY = 1024  # words of a page; a page is allocated for as many exchanges
+CAPACITY = 1024  # words of a page, one for each exchange
 _ZEROS = bytes(4 * CAPACITY)
 
 

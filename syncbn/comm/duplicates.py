@@ -1,7 +1,7 @@
 """Duplicates of process groups: the same ranks, whose messages cannot be confused with those of the group itself.
 
-DistributedDataParallel sums its buckets in the default group, whenever a gradient is ready. Two ranks that skip different branches of a
-model reach a bucket and a layer's exchange in different orders; in one group, the bucket of one rank would be added to the sums of
+DistributedDataParallel sums its buckets in the default group, each once its gradients are ready. Two ranks that skip different branches of
+a model reach a bucket and a layer's exchange in different orders; in one group, the bucket of one rank would be added to the sums of
 another rank's layer. So the layers exchange in a duplicate of the default group.
 """
 

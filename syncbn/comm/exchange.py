@@ -55,7 +55,7 @@ class LayerExchanges:
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
         """How an exchange of this many values on x's device is verified. Raises the errors of `all_reduce_`.
 
-        Call it before any value is computed: the tag and `merges` depend on it. A group's first call makes it, if it is a duplicate."""
+        Call it before any value is computed: the tag and `merges` depend on it. A group that is a duplicate is made by its first call."""
         if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
             return NO_TICKET
         try:

@@ -89,7 +89,7 @@ class LayerRecord:
 
 
 def class_and_channels(layer: torch.nn.Module) -> str:
-    """`SyncBatchNorm2d(8)`, or `SyncBatchNorm2d()` if it has not been built."""
+    """`SyncBatchNorm2d(8)`, or `SyncBatchNorm2d()` if its channels are not known yet."""
     return described(None, type(layer).__name__, getattr(layer, "num_features", 0))
 
 

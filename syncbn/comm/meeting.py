@@ -1,10 +1,10 @@
 """The ranks of a group agree on memory that those of a host share, or on the reason why they do not use any.
 
-    gather hosts' identities ──► first rank makes the file ──► gather its name ──► all map it ──► gather random numbers ──► all compare
-    ──► gather the verdicts
+    gather hosts' identities ──► first rank of each makes a file ──► gather names ──► all map theirs ──► gather random numbers
+    ──► all compare ──► gather the verdicts
 
-Each step that gathers is one exchange over the group itself. It also carries this rank's reason to give up: all ranks go on, or none.
-The file has a name only until all ranks have mapped it.
+Each step that gathers is one exchange over the group itself. It also carries any rank's reason to give up: all ranks go on, or none.
+A file has a name only until all ranks have mapped theirs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Hosts(NamedTuple):
 
 
 def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
-    """Every rank calls it. Raises Unusable on every rank if one of them cannot share memory.
+    """Every rank calls it. Raises Unusable on every rank if one of them cannot share memory, or if no two are on one host.
 
     Args:
         gather: takes this rank's bytes, PAYLOAD + REASON of them, and returns those of every rank.
@@ -75,7 +75,7 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         if memory is not None and memory.randoms() != [int.from_bytes(randoms[r][:8], "little") for r in here]:
             why = f"{FOLDER} of the ranks {here} is not the same memory"
         agree(gather, b"", why)
-    finally:  # by now all ranks of the host have mapped the file, or no more will; each removes its name, in case its maker was killed
+    finally:  # all ranks of the host have mapped the file, or no more will; each removes the file's name, in case its maker was killed
         if path is not None and len(here) > 1:
             with suppress(OSError):  # another rank has removed it, or another user made it, whose files stay
                 path.unlink()

@@ -107,7 +107,7 @@ class InFlight:
     """A request, and the memory into which MPI writes until the request has completed.
 
     After a wait that was cut short (by Ctrl-C, a signal handler's exception, or the timeout) MPI continues to write, because late ranks
-    complete the request. So `_in_flight` holds both from before the request is made until it has completed.
+    complete the request. So `_in_flight` holds both from before the request is made until the wait sees it completed.
     """
 
     def __init__(self, buffer: Any = None) -> None:

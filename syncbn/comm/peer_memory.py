@@ -1,5 +1,5 @@
 """Memory of a node's GPUs in which the ranks add a few thousand values: one launch on each, of 3 to 5 µs by prediction, instead of NCCL's
-15 to 20. It has not run on two GPUs yet.
+15 to 20 µs. It has not run on two GPUs yet.
 
 The protocol is in csrc/cuda/peer_all_reduce.cuh: every rank writes its values into the memory of all others, waits for theirs, and adds
 in the order of ranks. A rank that does not come is noticed by the kernel, after the group's timeout; the next exchange raises the error.

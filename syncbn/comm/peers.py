@@ -3,12 +3,12 @@
     gather hosts and GPUs ──► same node? access? ──► gather answers ──► map memory ──► gather random numbers ──► add them ──► compare
     ──► gather verdicts
 
-Each gathering is one exchange over the group itself. It also carries this rank's reason to stay with the group: all ranks go on, or none,
+Each gathering is one exchange over the group itself. It also carries any rank's reason to stay with the group: all ranks go on, or none,
 and all have the same reason. The random numbers are added as a layer's sums are, so no rank relies on memory that it has not tried.
 
-Either way the values of a layer end with a tag and its square, which are added like any value. This process does not verify the sums, since
-it would have to wait for them: the kernels that use them do so, `normalize` and `backward_input`, and the group's next exchange of CUDA
-tensors reads what they have found (alarms.py).
+Either way the values of a layer end with a tag and its square, which are added like any value. This process would have to wait for
+the sums, so the kernels that use them, `normalize` and `backward_input`, verify them, and the group's next exchange of CUDA tensors reads
+what they have found (alarms.py).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _why_not(comm: Communicator) -> str:
 
 
 def _try(memory: PeerMemory, number: float, wanted: float) -> str:
-    """Adds a number of each rank in both turns of the memory. Returns what is wrong; empty if nothing is."""
+    """Adds a number of each rank twice, because exchanges use the memory's halves in turn. Returns what is wrong; empty if nothing is."""
     try:
         for _ in range(2):
             values = torch.full((memory.capacity,), number, dtype=torch.float64, device=memory.device)
@@ -133,7 +133,7 @@ def gpu_digest(device: torch.device) -> bytes:
 
 
 def why_no_access(device: torch.device, gpus: list[bytes]) -> str:
-    """Why this GPU cannot write to another rank's; empty if it can. A GPU that this process cannot see passes, and fails in torch."""
+    """Why this GPU cannot write to another rank's; empty if it can. A GPU that this process cannot see passes here, and fails in torch."""
     seen = {gpu_digest(torch.device("cuda", index)): index for index in range(torch.cuda.device_count())}
     for rank, gpu in enumerate(gpus):
         index = seen.get(gpu, device.index)

@@ -141,7 +141,8 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
 
     A store outlives its process group, and torchrun's store outlives restarted ranks, so ranks would read the addresses of their
     predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the latest generation,
-    or in the next one if a process already has its rank there. So a process that replaces a dead one meets the survivors in their next one.
+    or in the next one if a process already has its rank there. So a process that replaces a dead one meets the survivors in the next
+    generation.
     """
     _check_address()
     deadline = time.monotonic() + timeout.total_seconds()
@@ -200,7 +201,7 @@ def _with_local_rank(here: RankInfo, store: dist.Store) -> RankInfo:
 
 
 def _restarts() -> str:
-    """The job's restart count. On several hosts it is always 0, because their agents count independently; there each restart needs a store
+    """The job's restart count, or 0 on several hosts, because their agents count independently; there each restart needs a store
     of its own, as launch/torchrun.sh provides."""
     counts = environment.get("TORCHELASTIC_RESTART_COUNT") if environment.get("GROUP_WORLD_SIZE") == "1" else None
     return counts or "0"

@@ -1,4 +1,4 @@
-"""Memory that all ranks of a host have mapped, and sums over the ranks in it: these take microseconds, a collective takes hundreds.
+"""Memory that all ranks of a host have mapped. A sum over the ranks takes microseconds there; a collective takes hundreds.
 
 The protocol is in csrc/cpu/shared_memory.h: every rank publishes its values and waits for the others in compiled code, without the
 GIL, in slices of 50 ms. Between slices this file handles signals and the timeout, and checks whether the other ranks are alive. Before any
@@ -74,7 +74,7 @@ class SharedMemory:
     """This rank's place in the memory. The object owns `file`, a descriptor of the memory, and closes it.
 
     Args:
-        file: of `bytes_for(len(names))` bytes, zero before the first rank has called `create`.
+        file: of `bytes_for(len(names))` bytes, which are zero before one rank has called `create`.
         rank: of this process among those of the host.
         names: how messages call each rank of the host.
     """

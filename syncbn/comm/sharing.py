@@ -4,10 +4,10 @@
     several hosts    sums in each host's memory ──► the hosts' first ranks over a group of their own ──► results in each host's memory
     else             over the group, with a tag in the payload
 
-Every eager exchange is verified, at any step, unless SYNCBN_CHECK=off: no rank uses a sum to which another has added something else.
-In memory the ranks compare digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R ranks are
-R * t and R * t * t, then the sum of (t_i - t)^2 is 0, and all ranks have sent t. Two different exchanges have one tag once in a million.
-Every rank gets the same sums, so if the test fails on one rank it fails on all, and all raise.
+Every eager exchange is verified, not only first ones, unless SYNCBN_CHECK=off: no rank uses a sum to which another has added something
+else. In memory the ranks compare digests before they add. Over a group the sums carry each rank's tag t and t * t: if the sums over R
+ranks are R * t and R * t * t, then the sum of (t_i - t)^2 is 0, and all ranks have sent t. Two exchanges have the same tag once
+in a million. Every rank gets the same sums, so if the test fails on one rank it fails on all, and all raise.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Sharing(MemoryOrGroup):
             if self.memory is not None:
                 self.memory.abandon()
             raise
-        payload += 0.0  # makes -0.0 into 0.0, as do the zeros that the other ranks add on a host of several
+        payload += 0.0  # makes -0.0 into 0.0, as do the zeros that the other ranks add on a host with several ranks
 
 
 _RESULTS = digest_of("the sums of all hosts")

@@ -68,7 +68,7 @@ def rank_info(env: Mapping[str, str] | None = None) -> RankInfo:
 
 
 def get(name: str) -> str | None:
-    """A variable of MEETING or DEVICES; None if it is not set or empty."""
+    """A variable of MEETING or DEVICES; None if it is empty or not set."""
     assert name in MEETING or name in DEVICES, name
     return os.environ.get(name) or None
 

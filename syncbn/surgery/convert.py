@@ -123,7 +123,7 @@ def _conflicting_names(child: _BatchNorm) -> set[str]:
 
 
 def _convert(child: _BatchNorm, process_group: Any) -> bool:
-    """Makes `child` synchronized, and sets its group unless that is None. Returns False, changing nothing, if it would lose behaviour."""
+    """Makes `child` synchronized, in `process_group` unless that is None. Returns False, changing nothing, if it would lose behaviour."""
     if not isinstance(child, SyncBatchNorm):
         if _conflicting_names(child) or not (type(child).forward in _TORCH_FORWARDS or tail_of_class(type(child))):
             return False

@@ -44,7 +44,7 @@ class FoldedBatchNorm(nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if isinstance(input, fx.Proxy):
             return record_in_fx_graph(self, input, residual)
-        if self.dim is not None and input.dim() != self.dim:  # else dimension 1 would not be the preceding layer's channels
+        if self.dim is not None and input.dim() != self.dim:  # then dimension 1 is not the preceding layer's channels
             raise ValueError(f"input must have {self.dim} dimensions for a batch norm that has been folded, got {list(input.shape)}")
         return self.activation(input if residual is None else input + residual)
 

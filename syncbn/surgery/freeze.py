@@ -1,7 +1,7 @@
 """`freeze_bn` and `unfreeze_bn`: batch norms that stay in eval mode, whatever `model.train()` asks for.
 
-A frozen layer's class becomes a subclass of itself whose `train` changes nothing. Torch's layers, this package's and a user's are frozen by
-the same means, and stay instances of their class.
+Freezing replaces a layer's class by a subclass whose `train` leaves it in eval mode. Torch's layers, this package's and a user's are frozen
+by the same means, and stay instances of their class.
 """
 
 from __future__ import annotations
