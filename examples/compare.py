@@ -24,7 +24,7 @@ Run = dict[str, Any]
 # Of the test loss, in float64. Rounding alone makes runs differ by 1e-15 at first, and training amplifies it; statistics of two
 # images instead of eight move the loss by more than 1e-2 in the first steps.
 TOLERANCE = 1e-6
-MARGIN = 0.2  # of the intersection over union: synchronized over per rank
+MARGIN = 0.2  # the least difference of the intersections over union, synchronized minus per rank
 
 
 def label(run: Run) -> str:
