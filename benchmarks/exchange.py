@@ -1,9 +1,10 @@
 """Measures an exchange on one host, and what it adds to a step, for each path in one run:  python -m benchmarks.exchange [--quick]
 
 Starts mpirun with 2 and 4 ranks of one thread each. In each run gloo, MPI and shared memory take turns, first with 50 exchanges each, then
-with one training step each: of a small ResNet, and with 4 ranks also of the U-Net of launch/quickstart.sh. Two more variants of each model
-show what a step's time is made of. In "alone" each rank normalizes its own batch by this package's layer. In "BatchNorm2d, meeting" the
-ranks exchange nothing, but wait for each other at each batch norm, both ways, as any synchronized layer must.
+with one training step each: of a small ResNet, and with 4 ranks also of the U-Net of launch/quickstart.sh. Three more variants of each
+model show what a step's time is made of. "BatchNorm2d" has torch's layers. In "BatchNorm2d, meeting" their ranks exchange nothing either,
+but wait for each other at each batch norm, both ways, as any synchronized layer must. In "alone" each rank normalizes its own batch by
+this package's layer.
 Writes benchmarks/results/exchange-MACHINE-N-cores.json.
 """
 

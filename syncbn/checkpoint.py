@@ -3,7 +3,7 @@
     forward     every layer inside logs its summed statistics, in order: 3C + 4 values each
     recompute   replays them in the same order, without an exchange or a second update of the moving statistics
 
-If checkpoints are nested, the inner one logs what the outer one's recomputation replays. Each call of `checkpoint` has a log of its own, so
+A checkpoint inside another logs again what the other's recomputation replays. Each call of `checkpoint` has a log of its own, so
 any number of them can be outstanding, in any order, and a second backward pass (`retain_graph`) replays from the start again.
 """
 

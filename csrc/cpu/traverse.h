@@ -1,5 +1,5 @@
 // How the ops walk [outer, C, inner]: reductions go plane by plane if inner is large, and otherwise add up columns, row by row; elementwise
-// ops follow memory order.
+// ops go by runs of consecutive memory.
 //
 // How a sum is divided does not depend on the number of threads, so results do not either.
 #pragma once

@@ -108,7 +108,7 @@ class _Code:
         return isinstance(parent, ast.Subscript) and not isinstance(parent.slice, ast.Slice) and self._is_called(parent)
 
     def _is_looped_over(self, node: ast.AST) -> bool:
-        """`for element in self.name:`, also with enumerate, where the code only calls `element`."""
+        """`for element in self.name:`, or with enumerate, if the code only calls `element`."""
         loop, iterated = self.parents[node], node
         enumerated = isinstance(loop, ast.Call) and ast.unparse(loop.func) == "enumerate"
         if enumerated:
