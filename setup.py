@@ -91,10 +91,10 @@ def torch_folder() -> Path:
     for environment in [Path(".venv"), *(Path(folder).parent for folder in os.get_exec_path())]:
         folders += sorted(environment.glob("lib/python3*/site-packages"))
     oldest = int(TARGET[2:4], 16), int(TARGET[4:6], 16)
-    for version in (folder / "torch/version.py" for folder in folders):
-        found = re.search(r"^__version__ = '(\d+)\.(\d+)", version.read_text(), re.MULTILINE) if version.exists() else None
-        if found and (int(found[1]), int(found[2])) >= oldest:
-            return version.parent.resolve()
+    for file in (folder / "torch/version.py" for folder in folders):
+        version = re.search(r"^__version__ = '(\d+)\.(\d+)", file.read_text(), re.MULTILINE) if file.exists() else None
+        if version and tuple(map(int, version.groups())) >= oldest:
+            return file.parent.resolve()
     raise NoTorch
 
 

@@ -58,7 +58,7 @@ def update_bn_stats(
 
     During this pass each batch norm normalizes by the statistics of the current batch on this rank, and the rest of the model is in eval
     mode (no dropout). Two other ways are worse. If a layer normalized by the statistics of the group, the ranks would have to step through
-    their batches together, and a rank with fewer batches would make the others wait in vain. If it normalized by the moving statistics,
+    their batches together, and a rank with fewer batches would keep the others waiting. If it normalized by the moving statistics,
     which are about to be replaced, every deeper layer would inherit their error. As it is, the result depends only on the set of batches,
     not on how they are divided among the ranks, and the only exchanges are two sums at the end. Use batches at least as large as those of
     all ranks together in training: without gradients they fit in memory. A batch with a single value per channel has no variance and is

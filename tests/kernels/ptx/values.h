@@ -64,7 +64,7 @@ BINARY(or_, a | b)
 BINARY(xor_, a ^ b)
 BINARY(div_, a / b)
 BINARY(div_rn_, a / b)
-BINARY(div_approx_, std::isfinite(b) && std::fabs(b) > 0x1p126f ? a * 0.0f : a / b)  // of f32 only
+BINARY(div_approx_, __fdividef(a, b))  // of f32 only
 BINARY(rem_, a % b)
 template <class T>
 using Integer = std::enable_if_t<std::is_integral_v<T>, T>;
