@@ -74,7 +74,7 @@ class Case:
     # The biases of the channels go from -reach to reach, and so does z: exp overflows and underflows there.
     reach: float = field(default=0.0, repr=False)
     tags: tuple[int, ...] | None = field(default=None, repr=False)  # what the ranks send; an op expects TAG from RANKS ranks
-    # The statistics that the ops get: "others": of this rank and another; "alone": of this rank; "nobody": all are 0; "negative": the
+    # The statistics that the ops get: "others": of this rank and another; "alone": of this rank; "empty": all are 0; "negative": the
     # variance is negative.
     group: str = "others"
 
@@ -133,11 +133,11 @@ def table() -> list[Case]:
 
 EXTREMES = [
     # Nothing is counted or moved, and nothing becomes NaN
-    Case((0, 3, 4), activation="relu", residual=True, group="nobody"),
-    Case((0, 11), activation="silu", momentum=None, rank_weighted=True, shifted=True, group="nobody"),
-    Case((2, 3, 0), True, torch.bfloat16, rank_weighted=True, group="nobody"),
-    Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="nobody"),  # also when x itself is not empty
-    Case((9, 70), True, torch.float64, momentum=None, rank_weighted=True, group="nobody"),
+    Case((0, 3, 4), activation="relu", residual=True, group="empty"),
+    Case((0, 11), activation="silu", momentum=None, rank_weighted=True, shifted=True, group="empty"),
+    Case((2, 3, 0), True, torch.bfloat16, rank_weighted=True, group="empty"),
+    Case((70, 8, 3, 3), dtype=torch.float64, activation="leaky_relu", residual=True, group="empty"),  # also when x itself is not empty
+    Case((9, 70), True, torch.float64, momentum=None, rank_weighted=True, group="empty"),
     Case((1, 5), group="alone"),  # one sample has no unbiased variance
     Case((2, 5), momentum=None, group="alone"),
     Case((4, 3, 1), momentum=None, rank_weighted=True, group="alone"),
@@ -179,8 +179,8 @@ SENT_TAGS = [
 ]
 TAGGED = [
     *(Case((3, 5, 7), tags=tags) for tags in SENT_TAGS),
-    *(Case((0, 3, 4), tags=tags, group="nobody") for tags in SENT_TAGS),  # a rank without samples verifies, too
-    Case((0, 11), activation="silu", rank_weighted=True, tags=(TAG, 0), group="nobody"),
+    *(Case((0, 3, 4), tags=tags, group="empty") for tags in SENT_TAGS),  # a rank without samples verifies, too
+    Case((0, 11), activation="silu", rank_weighted=True, tags=(TAG, 0), group="empty"),
     Case((9, 70), True, torch.float64, activation="relu", residual=True, tags=(4, 6)),
     Case((37, 8, 7, 7), dtype=torch.bfloat16, activation="leaky_relu", residual=True, momentum=None, tags=(1, 7)),
     Case((500, 128), True, torch.bfloat16, activation="silu", residual=True, tags=(TAG, TAG)),
@@ -233,7 +233,7 @@ def make(case: Case, device: str = "cpu") -> Data:
     stats = reference.stats(x.double(), case.rank_weighted, case.shifted)
     if case.group in ("others", "negative"):
         stats = moments.merge(stats, reference.stats(other, case.rank_weighted, case.shifted))
-    if case.group == "nobody":
+    if case.group == "empty":
         stats.zero_()
     if case.group == "negative":
         s = moments.parts(stats)
