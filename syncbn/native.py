@@ -62,11 +62,13 @@ def load(schemas: Mapping[str, str]) -> tuple[Library, ...]:
 
 
 def warn() -> None:
-    """Gives a FallbackWarning if this machine's device (CUDA if torch is built for it and NVML finds a GPU, else the CPU) has no compiled
+    """Gives a FallbackWarning if this machine's device (CUDA if torch is built for it and a GPU is visible, else the CPU) has no compiled
     kernels, unless SYNCBN_NATIVE=0 asks for that."""
-    device = "cuda" if torch.version.cuda and gpus.capabilities() else "cpu"
+    if not environment.settings.native:
+        return
+    device = "cuda" if torch.version.cuda and _a_gpu_is_visible() else "cpu"
     for library in status():
-        if library.device == device and not library.loaded and environment.settings.native:
+        if library.device == device and not library.loaded:
             warnings.warn(f"syncbn runs its slower reference on {device}: {library.reason}", FallbackWarning, stacklevel=3)
 
 
@@ -99,10 +101,9 @@ def _why_not(device: str, path: Path, digest: str) -> str:
     """
     if not environment.settings.native:
         return "turned off by SYNCBN_NATIVE=0"
-    capabilities = gpus.capabilities() if device == "cuda" and torch.version.cuda else None
     if device == "cuda" and not torch.version.cuda:
         return f"torch {torch.__version__} has no CUDA"
-    if device == "cuda" and (capabilities == () or (capabilities is None and not torch.cuda.is_available())):
+    if device == "cuda" and not _a_gpu_is_visible():
         return "no GPU is visible"
     if not path.exists():
         return _why_not_built(device, path)
@@ -111,7 +112,13 @@ def _why_not(device: str, path: Path, digest: str) -> str:
     info = build_info.read(path)
     if info.get("schemas") != digest:
         return f"{path.name} was built from another version of syncbn, with other ops: {REBUILD}"
-    return _why_a_gpu_cannot_run_it(path.name, info, capabilities or ()) if device == "cuda" else ""
+    return _why_a_gpu_cannot_run_it(path.name, info, gpus.capabilities() or ()) if device == "cuda" else ""
+
+
+def _a_gpu_is_visible() -> bool:
+    """Asks CUDA only if NVML cannot tell."""
+    capabilities = gpus.capabilities()
+    return torch.cuda.is_available() if capabilities is None else bool(capabilities)
 
 
 def _why_not_built(device: str, path: Path) -> str:

@@ -178,15 +178,26 @@ def test_a_cuda_library_newer_than_the_driver_is_refused(monkeypatch, driver, re
     assert reason.startswith("libsyncbn_cuda.so was built with CUDA 13.1, this driver is for 12.8: update it") == refused, reason
 
 
-@pytest.mark.parametrize("capabilities,reason", [((), "no GPU is visible"), ((90,), "libsyncbn_cuda.so is not whole")])
-def test_the_cuda_library_is_looked_at_only_where_a_gpu_is_visible(monkeypatch, tmp_path, capabilities, reason):
-    """And CUDA is not asked, which would initialize it."""
+@pytest.mark.parametrize("capabilities,cuda,reason", [
+    ((), None, "no GPU is visible"),
+    ((90,), None, "libsyncbn_cuda.so is not whole"),
+    (None, False, "no GPU is visible"),
+    (None, True, "libsyncbn_cuda.so is not whole"),
+])  # fmt: skip
+def test_the_cuda_library_is_looked_at_only_where_a_gpu_is_visible(monkeypatch, tmp_path, capabilities, cuda, reason):
+    """Only without NVML, where there are no `capabilities`, does `cuda` count: CUDA initializes itself if it is asked. A warning is of the
+    CPU's library unless a GPU is visible."""
     path = tmp_path / "libsyncbn_cuda.so"
     path.write_bytes(CPU.path.read_bytes()[:-1])
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("CUDA was asked"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("CUDA was asked") if cuda is None else cuda)
     monkeypatch.setattr(gpus, "capabilities", lambda: capabilities)
-    assert native._load("cuda", path, DIGEST).reason.startswith(reason)
+    library = native._load("cuda", path, DIGEST)
+    assert library.reason.startswith(reason)
+    monkeypatch.setattr(native, "_libraries", (native._load("cpu", tmp_path / "none.so", DIGEST), library))
+    warned = reason if capabilities or cuda else "none.so was not built"
+    with pytest.warns(native.FallbackWarning, match=re.escape(warned)):
+        native.warn()
 
 
 # ---- Symbols ------------------------------------------------------------------------------------------------------------------------
