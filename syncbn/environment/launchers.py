@@ -21,7 +21,8 @@ class Launcher(NamedTuple):
         return self[1:]
 
 
-# torchrun's row, the variables that torch's own init reads, is first: another launcher may start torchrun, or a script that sets these.
+# torchrun's row, with the RANK and WORLD_SIZE that torch's own init reads, is first: another launcher may start torchrun, or a script that
+# sets these. PALS and Flux come before MPICH, because they set PMI_RANK and PMI_SIZE, too.
 LAUNCHERS = (
     Launcher("torchrun", ("RANK",), ("WORLD_SIZE",), ("LOCAL_RANK",), ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")),
     Launcher(
@@ -31,8 +32,10 @@ LAUNCHERS = (
         "MVAPICH2", ("MV2_COMM_WORLD_RANK",), ("MV2_COMM_WORLD_SIZE",), ("MV2_COMM_WORLD_LOCAL_RANK",), ("MV2_COMM_WORLD_LOCAL_SIZE",),
     ),
     Launcher("jsrun", ("JSM_NAMESPACE_RANK",), ("JSM_NAMESPACE_SIZE",), ("JSM_NAMESPACE_LOCAL_RANK",), ("JSM_NAMESPACE_LOCAL_SIZE",)),
-    Launcher("PALS", ("PALS_RANKID",), ("PALS_SIZE", "PMI_SIZE"), ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE")),
-    Launcher("Flux", ("FLUX_TASK_RANK",), ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),  # before MPICH: Flux sets PMI_RANK and PMI_SIZE
+    Launcher(
+        "PALS", ("PALS_RANKID",), ("PALS_SIZE", "PMI_SIZE", "WORLD_SIZE"), ("PALS_LOCAL_RANKID",), ("PALS_LOCAL_SIZE", "PMI_LOCAL_SIZE"),
+    ),
+    Launcher("Flux", ("FLUX_TASK_RANK",), ("FLUX_JOB_SIZE",), ("FLUX_TASK_LOCAL_ID",)),
     Launcher("MPICH", ("PMI_RANK",), ("PMI_SIZE",), ("MPI_LOCALRANKID", "PMI_LOCAL_RANK"), ("MPI_LOCALNRANKS", "PMI_LOCAL_SIZE")),
     Launcher("srun", ("SLURM_PROCID",), ("SLURM_STEP_NUM_TASKS",), ("SLURM_LOCALID",), ("SLURM_STEP_TASKS_PER_NODE",)),
     Launcher("PMIx", ("PMIX_RANK",), ("WORLD_SIZE",)),  # sets no size, so the user has to
@@ -45,7 +48,7 @@ STARTED_BY = {
     "PMIx": "PMIx (`prun`)",
 }
 # These identify a job to all of its processes, so that they can agree on a port that another job is unlikely to take.
-JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
+JOB_IDS = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PALS_APID")
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _first_set(env: Mapping[str, str], names: tuple[str, ...]) -> str | None:
 def _check_nothing_is_missing(rows: list[tuple[Launcher, list[str | None]]]) -> None:
     for launcher, names in rows:
         present = names[0] or names[1]
-        # A batch script has a SLURM_PROCID as well, before srun has started any task.
+        # SLURM sets SLURM_PROCID in a batch script, too, but no SLURM_STEP_NUM_TASKS: srun has not started any task.
         if present and launcher.name != "srun":
             missing = " or ".join(launcher.world_size if names[0] else launcher.rank)
             raise ValueError(

@@ -23,6 +23,8 @@ OPEN_MPI = {
 }
 MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
 FLUX = {"FLUX_TASK_RANK": "5", "FLUX_JOB_SIZE": "8", "FLUX_TASK_LOCAL_ID": "1", "PMI_RANK": "5", "PMI_SIZE": "8"}
+PALS = {"PALS_APID": "7f2c", "PALS_RANKID": "5", "PALS_NODEID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "4"}
+PMI = {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}
 BATCH_SCRIPT = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "77"}
 
 RANKS = {
@@ -48,11 +50,9 @@ RANKS = {
         {"JSM_NAMESPACE_RANK": "5", "JSM_NAMESPACE_SIZE": "8", "JSM_NAMESPACE_LOCAL_RANK": "1", "JSM_NAMESPACE_LOCAL_SIZE": "4"},
         RankInfo("jsrun", 5, 8, 1, 4),
     ),
-    "PALS": (
-        {"PALS_RANKID": "5", "PMI_RANK": "5", "PMI_SIZE": "8", "PALS_LOCAL_RANKID": "1", "PMI_LOCAL_SIZE": "4"},
-        RankInfo("PALS", 5, 8, 1, 4),
-    ),
-    "PMI of a Cray": ({"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "4"}, RankInfo("MPICH", 5, 8, 1, 4)),
+    "PALS": (PALS | PMI, RankInfo("PALS", 5, 8, 1, 4)),
+    "PALS with PMIx and a world size": (PALS | {"PMIX_RANK": "5", "WORLD_SIZE": "8"}, RankInfo("PALS", 5, 8, 1, 4)),
+    "PMI of a Cray": (PMI, RankInfo("MPICH", 5, 8, 1, 4)),
     "Flux": (FLUX, RankInfo("Flux", 5, 8, 1, None)),
     "Flux without PMI": ({name: value for name, value in FLUX.items() if "PMI" not in name}, RankInfo("Flux", 5, 8, 1, None)),
     "mpirun in a task of Flux": (FLUX | MPICH | {"PMI_RANK": "1", "PMI_SIZE": "2"}, RankInfo("MPICH", 1, 2, 1, 4)),

@@ -20,7 +20,7 @@ from syncbn import environment
 MARK = "SYNCBN_TEST_JOB"
 LAUNCHERS_NAMES = {name for row in environment.LAUNCHERS for names in row.columns for name in names}
 # Of the other variables of torchrun and of MPI's launchers: an MPI library that saw them would join the job that runs the tests.
-_LAUNCHERS_PREFIXES = ("MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PMI", "MPI_", "OMPI", "HYDRA")
+_LAUNCHERS_PREFIXES = ("MASTER_", "TORCHELASTIC", "GROUP_", "ROLE_", "PMI", "MPI_", "OMPI", "HYDRA", "PALS")
 
 
 def without_launcher(env: Mapping[str, str]) -> dict[str, str]:
