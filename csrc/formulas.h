@@ -1,5 +1,5 @@
 // The arithmetic of a channel, once for CPU and CUDA: from the group's sums to the parameters of the kernels' loops, in double. In plain
-// torch it is in syncbn/moments.py. Comparisons are written so that NaN stays NaN.
+// torch it is in syncbn/moments.py, and in _affine in syncbn/reference.py. Comparisons are written so that NaN stays NaN.
 #pragma once
 
 #include "args.h"

@@ -59,7 +59,8 @@ def batch_norm_train(
         return handle_torch_function(_with_torch_function, tensors, tensors, comm, options, record)
     check_transforms(options.layer, input)
     # A single process keeps no other rank waiting, so it leaves the checks to the ops: here they cost the host as much as an op. It checks
-    # everything if there is a residual, which `dense_like` would broadcast; and the memory of an input that `_step` copies before any op.
+    # everything if no op would refuse wrong tensors, or if there is a residual, because `dense_like` would broadcast one of a wrong shape;
+    # else only the memory of an input that `_step` copies before any op.
     if comm is not LOCAL or residual is not None or not ops.refuse_wrong_tensors(input):
         check_eager(options.layer, tensors)
         return _step(_eager_apply, tensors, comm, options, record, False)

@@ -31,7 +31,8 @@ Tensor empty(const Tensor& x, int64_t numel, int32_t dtype) {
   return empty<Device>(x, 1, &numel, &stride, dtype);
 }
 
-// A tensor whose memory was freed, as FSDP frees parameters, has an empty storage. Its pointer is null plus its place in the storage.
+// A tensor whose memory was freed, as FSDP frees parameters, has an empty storage. Its pointer need not be null: a view's
+// offset is added to it.
 inline const void* readable(const char* name, const Tensor& t) {
   int64_t bytes;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(t.get(), &bytes));

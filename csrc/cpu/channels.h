@@ -64,7 +64,7 @@ class PerChannel {
   operator Coefficients<acc_t, K>() const { return {values_, width_}; }
 };
 
-// The outputs: a call writes to each a pack, or the packs of a memory line.
+// The outputs: a call stores one pack, or the packs of a memory line, in each of them.
 template <typename scalar_t, int OUTPUTS>
 class Output {
   scalar_t* to_[OUTPUTS];

@@ -5,7 +5,8 @@
 
 namespace syncbn::cuda {
 
-// expf and __fdividef are each off by up to 2 ulp: a precise division would make silu in bf16 bound by instructions, not memory.
+// expf and __fdividef are each off by up to 2 ulp, and a quotient by more than 2^126 becomes 0. A precise division would make silu in bf16
+// bound by instructions, not memory.
 __device__ inline float sigmoid(float z) { return __fdividef(1.0f, 1.0f + expf(-z)); }
 __device__ inline double sigmoid(double z) { return 1 / (1 + exp(-z)); }
 
@@ -36,8 +37,8 @@ __device__ inline void activate(acc_t (&z)[WIDTH], Activation activation, acc_t 
   }
 }
 
-// The mask's bytes of a step's vectors, 0 without a mask. They are loaded together, before any store that they could alias; gradient()
-// shifts them, because the compiler puts a shift right after its load, and all later loads would wait for it.
+// The mask's bytes of a step's vectors, 0 without a mask. They are loaded together, before any store that they could alias. Only
+// gradient() shifts them: the compiler puts a shift right after its load, so here all later loads would wait for it.
 template <int UNROLL, class Step>
 __device__ inline void load_bytes(unsigned (&bytes)[UNROLL], const uint8_t* mask, const Step& step) {
 #pragma unroll

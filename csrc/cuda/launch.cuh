@@ -45,8 +45,8 @@ struct Config {
   int piece;      // elements of one
   int lane_bits;  // 2^lane_bits lanes of a warp share one plane
   int samples;    // whose planes a run takes: more than 1 only if planes are not cut
-  // A lane's vectors of one step are this many samples apart if a run takes whole planes of several samples, with along == 0; otherwise
-  // they are `along` elements apart in the same plane, and samples_apart == 0.
+  // A lane's vectors of one step are `samples_apart` samples apart if a run takes whole planes of several samples, with along == 0;
+  // otherwise they are `along` elements apart in the same plane, and samples_apart == 0.
   int samples_apart, along;
   int64_t vector_stride, row_stride;  // in elements, and in rows of the mask
   int64_t sample_stride;              // from an element to the one of the next sample
@@ -77,7 +77,7 @@ inline int splits_for(int64_t resident, int64_t groups, int64_t max_splits) {
 inline int planes_warps(int64_t channels, int64_t runs, int blocks_per_sm, bool sums, int sm_count) {
   const auto resident = [&](int warps) { return resident_blocks(sm_count, blocks_per_sm, warps); };
   int warps = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(THREADS / WARP, runs)));
-  // Blocks without sums wait for nothing at their end: long ones of one wave overlap those of the next.
+  // Without sums, blocks with much work need not shrink: they wait for nothing at their end, so those of the next wave overlap them.
   while (warps > 1 && channels > resident(warps) && (sums || runs < 6 * warps)) warps /= 2;
   const int64_t filled = std::max<int64_t>(1, resident(warps) / channels) * channels;
   if (warps > 1 && filled < resident(warps) * 3 / 4 && runs * channels >= 12 * warps * filled) warps /= 2;
@@ -135,9 +135,9 @@ inline Config peers_config(int64_t numel) {
 }
 
 // The workspace holds a counter for each group whose blocks share sums, and one for num_batches_tracked; then the partial sums,
-// two doubles for each block and column. splits_for() bounds both, whatever the shapes: so it is allocated once. A shared group has two
-// resident blocks or more. A block of Columns has at most 64 columns, and there is space for THREADS; a block of Planes has one column, and
-// an SM may have MAX_RESIDENT such blocks.
+// two doubles for each block and column. splits_for() bounds both, whatever the shapes: so one size serves every launch on a device. A
+// shared group has two resident blocks or more. A block of Columns has at most 64 columns, and there is space for THREADS; a block of
+// Planes has one column, and an SM may have MAX_RESIDENT such blocks.
 inline int64_t max_shared_groups(int sm_count) { return int64_t{sm_count} * MAX_RESIDENT / 2; }
 inline size_t counter_bytes(int sm_count) { return ceil_div((max_shared_groups(sm_count) + 1) * sizeof(unsigned), 16) * 16; }
 inline size_t workspace_bytes(int sm_count) {

@@ -35,7 +35,7 @@ __device__ void update_running_stats(const NormalizeArgs& args, const Moments& m
 }
 
 // Called by one thread of the first block of each group. With a cumulative average each of these blocks arrives here after reading
-// num_batches_tracked, so the last to arrive may update it; otherwise no block reads it.
+// num_batches_tracked, so the last to arrive may update it. With a momentum no block reads it.
 __device__ void count_batch(const NormalizeArgs& args, const Walk& walk, const Workspace& workspace, double count) {
   const bool last = args.cumulative ? arrives_last(workspace.normalize_counter, walk.config.groups) : walk.group == 0;
   if (last && count > 0) *args.num_batches_tracked += 1;

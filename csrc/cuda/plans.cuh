@@ -3,6 +3,7 @@
 //   planes_blocks, columns_blocks   blocks that are resident on an SM: their number bounds a thread's registers, and must not make it
 //                                   spill. 4 blocks leave 64 registers, 3 leave 80, 2 leave 128; sums in double need more.
 //   planes_unroll, columns_unroll   vectors of each tensor that a thread loads in one step, before it uses the first
+//                                   (but for the residual in the backward ops)
 //   columns_width                   vectors of 16 bytes in a tile of channels, at most: a power of 2 up to 8, a memory line
 //   reversed                        the blocks walk from the last element to the first
 //   sums                            the op adds up: its blocks have shared memory for that

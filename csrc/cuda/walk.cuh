@@ -9,8 +9,8 @@
 //      the planes of one channel: one group of blocks                  row 2  |ccccWWWWcccc     channels of one group of blocks
 //                                                                        ...
 //     a plane:  eeVVVVVVVVVVVVVVVVVVVVeee                              a lane stays on its vector of channels and takes every
-//     a warp's run: vectors VVV that begin at multiples of 8           `rows`-th row, so it has a sum for each element of the vector
-//     elements, then the edges ee, element by element
+//     a warp's run: vectors VVV, from a multiple of 8 elements         `rows`-th row, so it has a sum for each element of the vector
+//     on, then the edges ee, element by element
 //
 //   group   the channels that a block works on         run    what a warp (Planes) or a block (Columns) takes at a time
 //   split   a block's number among those of its group  step   the loads of a run that a thread issues before it uses the first
@@ -52,8 +52,8 @@ __device__ inline void load(Vec<scalar_t, STEP_WIDTH> (&to)[UNROLL], const scala
   }
 }
 
-// Prefetches the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Elements at the edges
-// of planes are mostly in the same lines.
+// Prefetches the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. The edges of planes
+// are not prefetched: most lie in memory lines that the vectors bring.
 template <typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNROLL>& step) {
   if (STEP_WIDTH == 1) return;
@@ -77,9 +77,10 @@ struct Walk {
   }
 };
 
-// inner > 1: a block has one channel. A warp takes a piece of a plane in one step or, if a plane is at most a vector for each lane, the
-// planes of several samples, whose edges then share steps. Pieces begin and end at multiples of 8 elements, where vectors are aligned
-// and a byte of the mask begins; the edges of a plane are its elements before its first such multiple and after its last.
+// inner > 1: a block has one channel. A warp takes a piece of a plane in one step or, if a plane has at most one vector for each lane and
+// C * inner is a multiple of 8, the planes of several samples, whose edges then share steps. Pieces begin and end at multiples of 8
+// elements, where vectors are aligned and a byte of the mask begins; the edges of a plane are its elements before its first such multiple
+// and after its last.
 template <int VECTOR_WIDTH, int UNROLL, int BLOCKS, bool reversed>
 struct Planes : Walk {
   static constexpr int vector = VECTOR_WIDTH, channels = 1, max_columns = 1, unroll = UNROLL, blocks_per_sm = BLOCKS;

@@ -133,7 +133,7 @@ def _warn_if_started_with_others() -> None:
 
 
 def check_type(process_group: Any) -> None:
-    """Raises ValueError for what `resolve` accepts on no rank. A group that this rank is not a member of passes: a layer
+    """Raises ValueError for what `resolve` would refuse on every rank. A group that this rank is not a member of passes: a layer
     with that group may be built, and is an error only if it is used."""
     if process_group is None:
         return

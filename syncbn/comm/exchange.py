@@ -101,7 +101,8 @@ class LayerExchanges:
     def all_reduce_stats_(self, stats: Tensor, channels: int, shifted: bool) -> Tensor:
         """`Communicator.all_reduce_stats_`, as the layer's forward exchange. Raises the errors of `all_reduce_`.
 
-        `shifted` is what `merges` returned, perhaps in eager code: the graph may break between it and this call."""
+        `shifted` is what `merges` returned. If a graph begins between it and this call, `merges` may have returned True, although the
+        graph's exchange only adds: then the statistics are first brought to shifts of 0."""
         if torch.compiler.is_compiling():
             return self.comm.all_reduce_stats_(rebase(stats, torch.zeros_like(stats[:channels])) if shifted else stats, channels)
         return self._exchanged(stats, channels, "forward")
