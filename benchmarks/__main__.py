@@ -182,11 +182,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads on the CPU")
     parser.add_argument("--networks", action="store_true", help="also measure the layers of whole networks")
     parser.add_argument("--compile", action="store_true", help="also measure torch's batch norm under torch.compile")
-    parser.add_argument("--processor-time", action="store_true", help="measured instead of elapsed time: for a busy machine, one thread")
+    parser.add_argument("--processor-time", action="store_true", help="measured instead of elapsed time, on one thread: for a busy machine")
     parser.add_argument("--runs", type=int, default=1, help="of everything: the summary has their medians, the rest is from the last run")
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.processor_time and args.threads != 1:
+        parser.error("--processor-time measures one thread: leave out --threads")
+    return args
 
 
 def describe(args: argparse.Namespace, limit: float) -> Row:

@@ -129,7 +129,7 @@ def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small images and one step, to see that it runs")
-    parser.add_argument("--processor-time", action="store_true", help="measure it, not elapsed time: for a busy machine, one thread")
+    parser.add_argument("--processor-time", action="store_true", help="measure it, not elapsed time, on one thread: for a busy machine")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

@@ -20,9 +20,11 @@ now = time.perf_counter
 
 
 def use_processor_time() -> None:
-    """Makes `now` the processor time of this thread, without the time that other programs take, and without the waits of collectives."""
+    """Makes `now` the processor time of this thread, without the time that other programs take, and without the waits of collectives. torch
+    then uses this thread alone, because the time of others would not count."""
     global now
     now = time.thread_time
+    torch.set_num_threads(1)
 
 
 def keep_memory() -> None:

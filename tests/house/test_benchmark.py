@@ -115,6 +115,24 @@ def test_cudnn_is_called_as_torch_declares_it():
     assert [call()[0].shape for call in calls.values()] == [x.shape] * 2 and len(calls) == 2
 
 
+def test_with_processor_time_no_other_thread_computes(monkeypatch, capsys):
+    """The time of other threads would not count."""
+    pytest.importorskip("matplotlib", reason="the benchmark saves a plot")
+    program = importlib.import_module("benchmarks.__main__")
+    monkeypatch.setattr(timing, "now", timing.now)  # restored afterwards
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        timing.use_processor_time()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--processor-time", "--threads", "2"])
+    with pytest.raises(SystemExit):
+        program.parse()
+    assert "--processor-time measures one thread" in capsys.readouterr().err
+
+
 def test_a_card_without_nvidia_smi_has_the_reason_for_its_clocks(monkeypatch):
     assert timing.clocks("cpu", "before") == {}
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
