@@ -3,8 +3,8 @@
 Numerics (each is tested on adversarial data):
   - Raw sums of squares cancel if mean >> std. So each chunk of a channel is summed about a K of its own, the mean of values from all
     over the chunk, in the accumulation type; its sums are then moved to the channel's shift in float64 (`_moved`).
-  - The shift of a channel is one of its values: (shift - mean)² <= count * var, so that at most count * 2^-53 of the variance
-    cancels. If statistics can only be added up, the shift is 0, and (mean / std)² * 2^-53 cancels.
+  - The shift of a channel is one of its values: (shift - mean)² <= count * var, so that cancellation costs at most count * 2^-53 of
+    the variance. If statistics can only be added up, the shift is 0, and it costs (mean / std)² * 2^-53.
   - The mean is used as a pair, mean = hi + lo with hi in the accumulation type, and x - hi is computed before any product.
 """
 
@@ -136,7 +136,7 @@ def finalize(stats: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def split_mean(stats: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The mean as hi of `dtype` and lo of float64, hi + lo == shift + sum / weight. lo is hi's rounding error; float64 has one, too."""
+    """The mean as hi of `dtype` and lo of float64, hi + lo == shift + sum / weight. lo is hi's rounding error, for float64 not 0 either."""
     s = parts(stats)
     offset = s.sum / s.weight.clamp(min=1)
     hi = (s.shift + offset).to(dtype)
@@ -176,7 +176,7 @@ def update_running_stats(
 
 
 def effective_count(stats: Tensor, x: Tensor, rank_weighted: bool) -> Tensor:
-    """The n of the backward formula: the weight of all samples, divided by that of one of this rank's samples. Never 0."""
+    """The n of the backward formula: the group's total weight, in units of the weight of one sample of this rank. Never 0."""
     return (parts(stats).weight * (samples_per_channel(x) if rank_weighted else 1)).clamp(min=1)
 
 

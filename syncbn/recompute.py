@@ -42,9 +42,9 @@ def recompute_outputs() -> Iterator[None]:
     kernel in the backward pass, in eval mode a few.
 
     A separate activation after the layer keeps its own output, so fuse the two first: `convert_sync_batchnorm(model,
-    fuse_activation=True)`. Fused layers take part, and those with a residual, in eval mode or frozen, and the Keras layer; torch's own
-    layers do not, until they are converted. If an output is changed in place before another layer keeps it, that layer keeps the
-    output as usual.
+    fuse_activation=True)`. Fused layers take part, and so do layers with a residual, layers in eval mode, frozen layers and the Keras
+    layer; torch's own layers do not, until they are converted. If an output is changed in place before another layer keeps it, that
+    layer keeps the output as usual.
 
     DistributedDataParallel, FSDP, autocast, `retain_graph` and double backward work in the context as they do without it. torch applies
     only the innermost of nested saved-tensor hooks: a `torch.utils.checkpoint` in the context works as usual, and what layers keep

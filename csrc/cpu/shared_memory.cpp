@@ -69,8 +69,8 @@ void leave_core(const Memory& memory) {
   CPU_CLR(sched_getcpu(), &free);
   for (int rank = 0; rank < memory.ranks(); ++rank) CPU_CLR(memory.control(rank).core.load(std::memory_order_relaxed), &free);
   if (!CPU_COUNT(&free) || sched_setaffinity(0, sizeof(free), &free)) return;
-  // If the cpuset of a thread gains cores, a thread whose mask lists only the old ones does not get the new ones; a thread whose mask has
-  // every bit set does. So this one sets every bit, unless that gives it more cores than before: then someone has pinned it.
+  // A thread whose mask has every bit set gets the cores that its cpuset gains later; one whose mask lists cores does not. So this one sets
+  // every bit. If that gives it more cores than before, someone has pinned it, and it gets its old mask back.
   cpu_set_t every, given;
   std::memset(&every, 0xff, sizeof(every));
   sched_setaffinity(0, sizeof(every), &every);
@@ -78,7 +78,7 @@ void leave_core(const Memory& memory) {
 }
 
 // Another rank on this core cannot run while this rank spins, and the scheduler may leave both here for seconds while a core is idle. So
-// the higher rank of the two moves, unless it has just moved; otherwise this rank yields.
+// this rank moves if it is the higher of the two and has not just moved; otherwise it yields.
 void stay_awake(const Memory& memory, int rank, int other, uint64_t epoch) {
   const Control& control = memory.control(other);
   if (control.core.load(std::memory_order_relaxed) != sched_getcpu()) {

@@ -52,8 +52,8 @@ __device__ inline void load(Vec<scalar_t, STEP_WIDTH> (&to)[UNROLL], const scala
   }
 }
 
-// Prefetches the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. The edges of planes
-// are not prefetched: most lie in memory lines that the vectors bring.
+// Prefetches the vectors of a step, so that they are on their way to L2 while a block reads its channels' parameters. Nothing is
+// prefetched element by element: most edges of planes lie in memory lines that the vectors bring.
 template <typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ inline void prefetch(const scalar_t* from, const Step<STEP_WIDTH, UNROLL>& step) {
   if (STEP_WIDTH == 1) return;
@@ -118,7 +118,7 @@ struct Planes : Walk {
   // A run: a piece of a plane, or the planes of several samples, config.sample_stride elements apart.
   struct Run {
     int64_t first, row;  // element where the vectors begin, in the first sample; and its row of the mask
-    int head, length;    // elements before that, and from there on
+    int head, length;    // elements of the plane before `first`, and from it on
     int samples;
 
     __device__ int body_length() const { return length / 8 * 8; }

@@ -3,7 +3,7 @@
     group        ──► the first exchange makes it, if it is a duplicate, and finds how the ranks exchange: way.py
     compare      ──► agreement.py compares signatures, at first exchanges or always; not in one host's memory, which verifies each exchange
     exchange     ──► in the ranks' memory or over the group
-    count        ──► identity.py: only if all of this has completed
+    count        ──► identity.py: an exchange once it has completed, a layer's number already after its first comparison
 
 SYNCBN_DEBUG=1 logs each exchange through `logging`, at the price of waiting for it; profilers show a range for each.
 """
@@ -133,7 +133,7 @@ class LayerExchanges:
         """The sum of `tensor`, which holds statistics if `channels` is not 0."""
         values = tensor.numel() - channels - TAGS  # the shifts are not counted
         try:
-            state = self._state or self._enter(tensor)  # `ticket` does not enter while it is traced
+            state = self._state or self._enter(tensor)  # while a graph is traced, `ticket` does not enter
             key = self._key(kind, values)
             if not self.way.in_one_memory:
                 self.way.check()

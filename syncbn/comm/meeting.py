@@ -77,7 +77,7 @@ def meet(gather: Gather, rank: int, world_size: int) -> Hosts:
         agree(gather, b"", why)
     finally:  # all ranks of the host have mapped the file, or no more will; each removes the file's name, in case its maker was killed
         if path is not None and len(here) > 1:
-            with suppress(OSError):  # another rank has removed it, or another user made it, whose files stay
+            with suppress(OSError):  # another rank has removed it; or another user made it, and this one may not remove it
                 path.unlink()
     if memory is not None:
         memory.start()

@@ -96,7 +96,7 @@ class Sharing(MemoryOrGroup):
             if self.memory is not None:
                 self.memory.abandon()
             raise
-        payload += 0.0  # makes -0.0 into 0.0, as do the zeros that the other ranks add on a host with several ranks
+        payload += 0.0  # -0.0 becomes 0.0, as where other ranks of the host add zeros: all hosts get the same bits
 
 
 _RESULTS = digest_of("the sums of all hosts")

@@ -2,7 +2,8 @@
 
 It is for modules that torch.fx cannot trace. A submodule that the code only calls is a unit. So is each element of a container, if the code
 only calls the container's elements, in a loop or by index. Only the forward of a unit uses the layers inside, so two layers that are
-adjacent there may be fused. Any use that this file does not recognize counts as access to the layers inside.
+adjacent there may be fused. Any other use of `self` or of a submodule counts as access to the layers inside, as far as it can call them:
+`self.parameters()` cannot.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from torch import nn
 
 # Methods and attributes of nn.Module, and functions, through which code can reach submodules other than as `self.name`.
-_OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "getattr", "vars", "__dict__"}
+_OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "apply", "getattr", "vars", "__dict__"}
 _HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # given `self`, these reach no submodule; `_opens` checks getattr
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may use the layers inside its submodules

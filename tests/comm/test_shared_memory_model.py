@@ -16,11 +16,13 @@ RUNS = {  # (ranks, tags, by segments)
     "3 ranks, of which one differs": (3, [["a", "a", "b"], ["a", "a", "a"]], False),
     "2 ranks by segments": (2, SAME(2, 3), True),
     "3 ranks by segments": (3, SAME(3, 2), True),
+    "2 ranks by segments, which differ once": (2, SWAPPED, True),
 }
 MUTANTS = {  # (protocol, run)
     "one slot": (Protocol(slots=1), "2 ranks"),
     "the epoch before the values": (Protocol(values_first=False), "2 ranks"),
     "no comparison": (Protocol(compares=False), "2 ranks, which differ once"),
+    "no comparison by segments": (Protocol(by_segments=True, compares=False), "2 ranks by segments, which differ once"),
     "waits for one rank": (Protocol(waits_for="next"), "3 ranks"),
     "copies results before all have added": (Protocol(by_segments=True, waits_for_results=False), "2 ranks by segments"),
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 WORDS = 2  # of values in a slot
-Tags = list[list[str]]  # [exchange][rank]: what the rank means
+Tags = list[list[str]]  # [exchange][rank]: what the rank is about to exchange
 
 
 class Protocol(NamedTuple):
@@ -65,7 +65,7 @@ def program(rank: int, ranks: int, tags: Tags, protocol: Protocol) -> list[tuple
             code += [("compare", ("tag", other, slot), tag[rank]) for other in others]
         segment = [word for word in range(WORDS) if not protocol.by_segments or word % ranks == rank]
         code += [("add", ("value", other, slot, word), word) for other in range(ranks) for word in segment]
-        if protocol.by_segments:
+        if protocol.by_segments and len(set(tag)) == 1:  # ranks that differ end the exchange here
             epoch += 1
             before = code[:]
             publish([("store", ("result", word), word) for word in segment])

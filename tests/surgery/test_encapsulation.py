@@ -140,6 +140,13 @@ class ListsItself(Chain):
         return super().forward(x if x.sum() > 0 else -x) + first[0](x)
 
 
+class AppliesToAll(Untraceable):
+    def forward(self, x):
+        layers = []
+        self.apply(layers.append)
+        return self.branch(self.a(x) + next(m for m in layers if isinstance(m, nn.Conv2d))(x))
+
+
 class GetsByName(Untraceable):
     def forward(self, x):
         return self.branch(self.a(x) + getattr(self, "a")[0](x))  # noqa: B009
@@ -228,9 +235,9 @@ class PatchedForward(Calls):
 MODELS = {  # model: how many activations are fused, and batch norms folded
     Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, CallsByName: 2, Nested: 2, Chain: 2,
     SharesABlock: 2,
-    **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, GetsByName), 0),
+    **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, AppliesToAll), 0),
     **dict.fromkeys((GetsByAnotherName, LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
-    **dict.fromkeys((CachedPropertyReachesInside, Shares, PatchedForward), 0),
+    **dict.fromkeys((GetsByName, CachedPropertyReachesInside, Shares, PatchedForward), 0),
 }  # fmt: skip
 
 
