@@ -2,12 +2,15 @@
 
 A rank that waited for the device after each exchange would lose more time than the exchange takes. So each exchange of a layer has a word
 in pinned memory, which the kernel that uses the sums sets if another rank has added something else. The comparison then fails on every
-rank, so every rank raises: at its next exchange, or at a later one if its device has not run the kernel by then.
+rank, so every rank raises: at its next exchange, or at a later one if its device has not run the kernel by then. What no exchange has read
+when the group ends is a warning then.
 """
 
 from __future__ import annotations
 
 import ctypes
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +31,7 @@ class Alarms:
         self._pages: list[Tensor] = []
         self._words: dict[tuple[Any, ...], Tensor] = {}
         self._flags: dict[tuple[Any, ...], Tensor] = {}
+        weakref.finalize(self, _warn, self._pages, self._words, signature)
 
     def word(self, key: tuple[Any, ...]) -> Tensor:
         """[1] int32 on the CPU, in pinned memory if there is a GPU: 0 until ranks have mixed this exchange with another. An exchange has
@@ -54,15 +58,30 @@ class Alarms:
 
     def check(self) -> None:
         """Raises RankMismatchError if a word is set, and clears the words. Does not wait for the device."""
-        if all(ctypes.string_at(page.data_ptr(), len(_ZEROS)) == _ZEROS for page in self._pages):
+        if _are_zero(self._pages):
             return
-        mixed = [key for key, word in self._words.items() if word.item()]
+        message = _message(self._words, self._signature)
         for page in self._pages:
             page.zero_()
         for flag in self._flags.values():
             flag.zero_()
-        raise RankMismatchError(
-            "the ranks have exchanged different things: another rank has added something else to"
-            + "".join(f"\n  {self._signature(*key)}" for key in mixed)
-            + "\nThe sums have been used: go on from a checkpoint. SYNCBN_CHECK=always compares before each exchange, and names each rank's"
-        )
+        raise RankMismatchError(message)
+
+
+def _are_zero(pages: list[Tensor]) -> bool:
+    return all(ctypes.string_at(page.data_ptr(), len(_ZEROS)) == _ZEROS for page in pages)
+
+
+def _message(words: dict[tuple[Any, ...], Tensor], signature: Callable[..., str]) -> str:
+    """Names the exchanges whose word is set."""
+    return (
+        "the ranks have exchanged different things: another rank has added something else to"
+        + "".join(f"\n  {signature(*key)}" for key, word in words.items() if word.item())
+        + "\nThe sums have been used: go on from a checkpoint. SYNCBN_CHECK=always compares before each exchange, and names each rank's"
+    )
+
+
+def _warn(pages: list[Tensor], words: dict[tuple[Any, ...], Tensor], signature: Callable[..., str]) -> None:
+    """Gives a RuntimeWarning if a word is set. Called when the group or the process ends; does not wait for the device."""
+    if not _are_zero(pages):
+        warnings.warn(_message(words, signature), RuntimeWarning, stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
@@ -74,6 +75,23 @@ def test_a_divergence_is_an_error_of_the_next_exchange_on_every_rank(world: Worl
         diverge()
     a.eps = 1e-5
     assert torch.isfinite(a(batch())).all()  # the ranks continue together
+
+
+@several
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "right"])
+def test_a_divergence_in_the_last_exchange_is_a_warning_when_the_group_ends(world: World, mixed: bool, recwarn) -> None:
+    group = another_group(world)
+    a, b = (named(name, dataclasses.replace(world, group=group)) for name in "ab")
+    for layer in (a, b):
+        layer(batch())
+    (b if mixed and world.rank == world.size - 1 else a)(batch())
+    assert not recwarn.list
+    torch.distributed.destroy_process_group(group) if world.group is None else group.Free()
+    del a, b, layer, group
+    gc.collect()
+    said = [str(warning.message) for warning in recwarn if warning.category is RuntimeWarning]
+    assert len(said) == mixed
+    assert all("added something else to\n  forward of layer " in text for text in said)
 
 
 @several
@@ -215,3 +233,5 @@ def test_a_comparison_of_other_sums_is_not_undone_by_a_later_one() -> None:
     for sums in ([2.0, 5.0], [2.0, 4.0]):
         alarms.compare(("a",), torch.tensor(sums).double(), (2.0, 4.0))
         assert alarms.word(("a",)).item() == 1
+    with pytest.raises(RankMismatchError):
+        alarms.check()
