@@ -91,9 +91,9 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         if isinstance(child, SyncBatchNorm):
             unfuse(child)
             with thawed(child):
-                if isinstance(child, nn.SyncBatchNorm):  # torch's own layer, which replace_torch makes a SyncBatchNorm
+                if isinstance(child, nn.SyncBatchNorm) and not _is_converted(child):  # torch's, which replace_torch makes a SyncBatchNorm
                     continue
-                if options_of_ours(child) or _is_of_a_users_class(child):
+                if options_of_ours(child) or not (_is_converted(child) or class_below_parametrization(child) in SYNCHRONIZED.values()):
                     left_alone.append(name or type(child).__name__)
                 else:
                     _revert(child)
@@ -103,10 +103,9 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_of_a_users_class(child: SyncBatchNorm) -> bool:
-    """Whether the layer was built rather than converted, and its class is the user's own."""
-    converted = child._conversion is not None and child._conversion.original_class is not None
-    return not converted and class_below_parametrization(child) not in SYNCHRONIZED.values()
+def _is_converted(child: SyncBatchNorm) -> bool:
+    """Whether the layer was converted rather than built."""
+    return child._conversion is not None and child._conversion.original_class is not None
 
 
 def _batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

@@ -39,14 +39,19 @@ class LazySquares(nn.LazyBatchNorm2d):
     cls_to_become = OnlySquares
 
 
+class Synchronized(nn.SyncBatchNorm):
+    """A user's subclass of torch's synchronized layer."""
+
+
 CLASSES = {  # plain class: class after conversion, None if conversion makes one
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
     Described: None,
     OnlySquares: None,
+    Synchronized: None,
 }
-SHAPES = {nn.BatchNorm1d: (3, 4, 5), nn.BatchNorm2d: (3, 4, 5, 5), nn.BatchNorm3d: (3, 4, 2, 3, 2)}
+SHAPES = {nn.BatchNorm1d: (3, 4, 5), nn.BatchNorm2d: (3, 4, 5, 5), nn.BatchNorm3d: (3, 4, 2, 3, 2), nn.SyncBatchNorm: (3, 4, 5)}
 BUILT = {SyncBatchNorm1d: nn.BatchNorm1d, SyncBatchNorm2d: nn.BatchNorm2d, SyncBatchNorm3d: nn.BatchNorm3d}
 LAZY = {
     nn.LazyBatchNorm1d: nn.BatchNorm1d,
