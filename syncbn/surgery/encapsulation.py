@@ -17,7 +17,11 @@ from typing import Any
 from torch import nn
 
 # Methods and attributes of nn.Module, and functions, through which code can reach submodules other than as `self.name`.
-_OPENERS = {"children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "apply", "getattr", "vars", "__dict__"}
+_OPENERS = {
+    "children", "named_children", "modules", "named_modules", "_modules", "get_submodule", "apply",
+    "getattr", "__getattr__", "vars", "__dict__",
+}  # fmt: skip
+_ELEMENTS = {"items", "values", "pop", "__iter__", "__getitem__"}  # the same in a subclass of a container
 _HARMLESS = {"hasattr", "isinstance", "type", "super", "getattr"}  # given `self`, these reach no submodule; `_opens` checks getattr
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _KNOWN_BASES = (*_CONTAINERS, nn.Module, object)  # the forward of any other class of torch may use the layers inside its submodules
@@ -33,13 +37,20 @@ def units(module: nn.Module) -> list[tuple[str, nn.Module]]:
         code = _Code(type(module))
     except (OSError, TypeError, SyntaxError):  # a class without a source file, such as one typed into an interpreter
         return []
+    if any(_holds_modules(value) for name, value in vars(module).items() if name in code.names):
+        return []
     result: list[tuple[str, nn.Module]] = []
     for name, child in module.named_children():
-        if code.only_calls(name) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        if code.only_calls(name) and has_forward(child):
             result.append((name, child))
         elif code.only_calls_elements(name) and isinstance(child, _CONTAINERS):
             result += [(f"{name}.{element}", unit) for element, unit in child.named_children()]
     return result
+
+
+def has_forward(module: nn.Module) -> bool:
+    """False for a list or dictionary of modules, unless it is of a subclass with a forward."""
+    return type(module).forward is not nn.Module.forward
 
 
 class _Code:
@@ -49,14 +60,17 @@ class _Code:
         self.parents: dict[ast.AST, ast.AST] = {}
         self.nodes: list[ast.AST] = []
         bases = [base for base in cls.__mro__ if base not in _KNOWN_BASES]
+        self.openers = _OPENERS | (_ELEMENTS if issubclass(cls, _CONTAINERS) else set())
         # Whether the code may reach any submodule: then none is a unit.
         self.opened = any(base.__module__.startswith("torch.") for base in bases)
         pending = ["forward"]
         for name in pending:  # grows during the loop
             for base in bases:
                 for node in self._read(vars(base).get(name)):
-                    if isinstance(node, ast.Attribute) and node.attr not in pending and any(node.attr in vars(b) for b in bases):
-                        pending.append(node.attr)
+                    used = _name(node)
+                    if used not in pending and any(used in vars(b) for b in bases):
+                        pending.append(used)
+        self.names = {_name(node) for node in self.nodes}
         self.opened = self.opened or any(self._opens(node) for node in self.nodes)
 
     def _read(self, method: Any) -> list[ast.AST]:
@@ -84,8 +98,8 @@ class _Code:
         if isinstance(node, ast.Name) and node.id == "self":
             parent = self.parents[node]
             return not isinstance(parent, ast.Attribute) and not (isinstance(parent, ast.Call) and ast.unparse(parent.func) in _HARMLESS)
-        name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        return name in _OPENERS and not (name == "getattr" and _literal(self.parents[node]) is not None)
+        name = _name(node)
+        return name in self.openers and not (name == "getattr" and _literal(self.parents[node]) is not None)
 
     def _uses(self, name: str) -> Iterator[ast.AST]:
         """`self.name` and `getattr(self, "name")`."""
@@ -125,11 +139,23 @@ class _Code:
         return all(self._is_called(use) for use in uses)
 
 
+def _name(node: ast.AST) -> str:
+    """The name in `x.name`, `name` and `getattr(self, "name")`, "" for anything else."""
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else _literal(node) or ""
+
+
 def _literal(node: ast.AST) -> str | None:
     """The name in `getattr(self, "name")`, None for anything else."""
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "getattr" and len(node.args) > 1 and _is_self(node.args[0]):
         return str(node.args[1].value) if isinstance(node.args[1], ast.Constant) else None
     return None
+
+
+def _holds_modules(value: Any) -> bool:
+    """Whether an attribute that is no submodule leads to modules: a collection of them, or a method of one."""
+    if isinstance(value, (list, tuple, set, dict)):
+        return any(map(_holds_modules, value.values() if isinstance(value, dict) else value))
+    return isinstance(getattr(value, "__self__", value), nn.Module)
 
 
 def _is_self(node: ast.AST) -> bool:

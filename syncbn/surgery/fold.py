@@ -115,7 +115,6 @@ def _is_scale_and_shift(batch_norm: nn.Module, inputs: int) -> bool:
     return (
         isinstance(batch_norm, _BatchNorm)
         and (type(batch_norm).forward in _FORWARDS or tail_of(batch_norm) != ())
-        and "forward" not in vars(batch_norm)
         and batch_norm.running_mean is not None
         and batch_norm.running_var is not None
         and (inputs == 1 or not isinstance(batch_norm, SyncBatchNormalization))  # a second input would be `training`

@@ -53,7 +53,7 @@ def _in_every_graph(region: Region) -> list[Fusible]:
 def fuse(pair: Fusible) -> None:
     """Moves the activation into the batch norm, if that is a `SyncBatchNorm` without one. The activation module becomes an identity."""
     batch_norm, activation = pair
-    if not isinstance(batch_norm, SyncBatchNorm) or type(batch_norm).forward not in _FORWARDS or "forward" in vars(batch_norm):
+    if not isinstance(batch_norm, SyncBatchNorm) or type(batch_norm).forward not in _FORWARDS:
         return
     if batch_norm.activation is not None:
         return

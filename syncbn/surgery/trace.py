@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from .._torch_private import _BatchNorm, has_hooks
-from .encapsulation import units
+from .encapsulation import has_forward, units
 
 _LIBRARIES = tuple(str(Path(path).parent) for path in (torch.__file__, __file__))
 
@@ -54,9 +54,9 @@ def _regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], li
         if not any(isinstance(m, _BatchNorm) for m in module.modules() if m is not module):
             continue
         try:
-            graphs = [graph for mode in modes for graph in _traces(module.train(mode))]
+            graphs = [graph for mode in modes for graph in _traces(module, mode)]
         except Exception as error:  # the model's code may raise anything when it gets a traced value
-            if not isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # these have no forward
+            if has_forward(module):
                 line = _line(error)
                 failures[line] = f"{type(module).__name__}{line}: {str(error).partition(chr(10))[0]}"
             pending += [unit for _, unit in units(module)]
@@ -79,8 +79,10 @@ def _count_uses(root: nn.Module) -> Counter[nn.Module]:
     return Counter(m for _, m in root.named_modules(remove_duplicate=False))
 
 
-def _traces(module: nn.Module) -> list[fx.Graph]:
+def _traces(module: nn.Module, mode: bool) -> list[fx.Graph]:
     """Graphs of `module`, traced with all arguments and again with only the required ones, because code may test `if y is None`."""
+    for m in module.modules():
+        m.training = mode  # not by train(), which classes override: a frozen layer would remember the mode
     if "forward" in vars(module):
         raise ValueError("torch.fx would trace the forward of its class, but this instance replaces it")
     parameters = inspect.signature(module.forward).parameters.values()
@@ -112,5 +114,5 @@ def producer(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether hooks, or code compiled by torch.jit, see the module's input or output, which fusing two layers would change."""
-    return has_hooks(module) or isinstance(module, torch.jit.ScriptModule)
+    """Whether hooks, the instance's own forward, or code compiled by torch.jit see the input or output, which fusing would change."""
+    return has_hooks(module) or "forward" in vars(module) or isinstance(module, torch.jit.ScriptModule)

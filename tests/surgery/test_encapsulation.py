@@ -99,6 +99,23 @@ class Chain(nn.Sequential):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+class Dictionary(nn.ModuleDict):
+    def __init__(self):
+        super().__init__({"a": block(), "b": block()})
+
+    def forward(self, x):
+        return self["b"](self["a"](x))
+
+
+class CallsADictionary(Untraceable):
+    def __init__(self):
+        super().__init__()
+        self.inner = Dictionary()
+
+    def forward(self, x):
+        return self.branch(self.inner(x))
+
+
 # ---- The code looks inside ------------------------------------------------------------------------------------------------------------
 
 
@@ -172,10 +189,12 @@ class SlicesAList(Untraceable):
         return self.branch(x)
 
 
-class HelperReachesInside(Untraceable):
+class Helper(Untraceable):
     def helper(this, x):
         return this.a[0](x)
 
+
+class HelperReachesInside(Helper):
     def forward(self, x):
         return self.branch(self.a(x) + self.helper(x))
 
@@ -201,6 +220,43 @@ class CachedPropertyReachesInside(Untraceable):
 
     def forward(self, x):
         return self.branch(self.a(x) + self.first(x))
+
+
+class HelperByNameReachesInside(Helper):
+    def forward(self, x):
+        return self.branch(self.a(x) + getattr(self, "helper")(x))  # noqa: B009
+
+
+class KeepsAList(Untraceable):
+    """The list of stages is no submodule."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = [(self.a, self.b)]
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.stages[0][0][0](x))
+
+
+class KeepsAMethod(Helper):
+    def __init__(self):
+        super().__init__()
+        self.chosen = self.helper
+
+    def forward(self, x):
+        return self.branch(self.a(x) + self.chosen(x))
+
+
+class ListsValues(Dictionary):
+    def forward(self, x):
+        for layer in self.values():
+            x = layer(x) + layer[0](x)
+        return x if x.sum() > 0 else -x
+
+
+class ReachesByDunder(Untraceable):
+    def forward(self, x):
+        return self.branch(self.a(x) + self.__getattr__("a")[0](x))
 
 
 class Shares(Untraceable):
@@ -234,10 +290,11 @@ class PatchedForward(Calls):
 
 MODELS = {  # model: how many activations are fused, and batch norms folded
     Calls: 2, CallsTwice: 2, ComparesWithNone: 2, Loops: 2, Enumerates: 2, Indexes: 2, CallsByName: 2, Nested: 2, Chain: 2,
-    SharesABlock: 2,
+    SharesABlock: 2, CallsADictionary: 2,
     **dict.fromkeys((ReachesByIndex, ReachesByName, ReachesAWeight, Aliases, PassesOn, Lists, ListsItself, AppliesToAll), 0),
     **dict.fromkeys((GetsByAnotherName, LoopReachesInside, SlicesAList, HelperReachesInside, BaseReachesInside, PropertyReachesInside), 0),
-    **dict.fromkeys((GetsByName, CachedPropertyReachesInside, Shares, PatchedForward), 0),
+    **dict.fromkeys((GetsByName, CachedPropertyReachesInside, Shares, PatchedForward, HelperByNameReachesInside, KeepsAList), 0),
+    **dict.fromkeys((KeepsAMethod, ListsValues, ReachesByDunder), 0),
 }  # fmt: skip
 
 

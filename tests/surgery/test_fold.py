@@ -186,6 +186,13 @@ def hooked(i, *between):
     return model
 
 
+def replaced(i, *between):
+    """One instance has a forward of its own."""
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), *between, nn.BatchNorm1d(3))
+    model[i].forward = torch.sin
+    return model
+
+
 STAYS = {  # (model, names of the batch norms that stay)
     "batch norm before": (lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Conv1d(3, 3, 1)), ["0"]),
     "activation between": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), nn.ReLU(), nn.BatchNorm1d(3)), ["2"]),
@@ -194,6 +201,9 @@ STAYS = {  # (model, names of the batch norms that stay)
     "forward of its own": (lambda: nn.Sequential(nn.Conv1d(3, 3, 1), OwnForward(3)), ["1"]),
     "hook on the layer": (lambda: hooked(0), ["1"]),
     "hook on the batch norm": (lambda: hooked(1), ["1"]),
+    "forward of the layer replaced": (lambda: replaced(0), ["1"]),
+    "forward of the batch norm replaced": (lambda: replaced(1), ["1"]),
+    "forward of an identity between replaced": (lambda: replaced(1, nn.Identity()), ["2"]),
     "hook on an identity between": (lambda: hooked(1, nn.Identity()), ["2"]),
     "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 5, 1), SyncBatchNormalization(num_features=5)), ["1"]),
     "weights computed from others": (

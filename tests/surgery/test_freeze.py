@@ -121,6 +121,8 @@ def test_unfreezing_restores_class_mode_and_parameters(name):
 def test_unfreezing_gives_the_mode_that_was_asked_for_last():
     assert not unfreeze_bn(freeze_bn(nn.BatchNorm2d(4)).eval()).training
     assert unfreeze_bn(freeze_bn(nn.BatchNorm2d(4).eval()).train()).training
+    traced = convert_sync_batchnorm(freeze_bn(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU())), fuse_activation=True)
+    assert unfreeze_bn(traced)[0].training
 
 
 @pytest.mark.world_size(1)

@@ -63,6 +63,13 @@ def hooked(i=0, *between):
     return model
 
 
+def replaced(i, *between):
+    """One instance has a forward of its own."""
+    model = nn.Sequential(nn.BatchNorm2d(4), *between, nn.ReLU())
+    model[i].forward = torch.sin
+    return model
+
+
 FUSED = {  # model: number of activations that become part of their batch norm
     **{name: (lambda name=name: nn.Sequential(nn.BatchNorm2d(4), module_of(name, 0.3)), 1) for name in NAMES},
     "in place": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(inplace=True)), 1),
@@ -77,6 +84,9 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "a hook on an identity in between": (lambda: hooked(1, nn.Identity()), 0),
     "a feature tap on an identity in between": (TappedIdentity, 0),
     "a path for an optional argument": (OptionalTap, 0),
+    "a batch norm whose forward is replaced": (lambda: replaced(0), 0),
+    "an activation whose forward is replaced": (lambda: replaced(1), 0),
+    "an identity in between whose forward is replaced": (lambda: replaced(1, nn.Identity()), 0),
 }
 
 
