@@ -27,6 +27,15 @@ def build(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=60)
 
 
+def test_the_installed_package_is_found_from_a_folder_that_contains_a_clone_of_its_name(tmp_path):
+    """To Python a folder without __init__.py is a namespace package, which hides an editable install by a finder."""
+    (tmp_path / "syncbn").mkdir()
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", "from importlib.util import find_spec; print(find_spec('syncbn').origin)"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert Path(done.stdout.strip()).name == "__init__.py", done
+
+
 @pytest.mark.parametrize("library,compiler", [("CPU", "CXX"), ("CUDA", "NVCC")])
 def test_without_a_compiler_a_library_is_left_out_with_its_reason(library, compiler, tmp_path):
     others = {"SYNCBN_BUILD_CPU": "0", "SYNCBN_BUILD_CUDA": "0"}
