@@ -1,7 +1,7 @@
 """Measures syncbn against torch in one run:  python -m benchmarks [--device cuda] [--threads 1] [--networks] [--compile]
 
-Writes benchmarks/results/MACHINE.json and .png. It runs in one process with an initialized group of one rank: nothing is exchanged,
-except in the columns that say so, where NCCL adds up the values of one rank.
+Writes benchmarks/results/MACHINE.json and .png, on the CPU MACHINE-N-threads. It runs in one process with an initialized group of one rank:
+nothing is exchanged, except in the columns that say so, where NCCL is called for the values of one rank.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def summary_cuda(ops: list[Row], networks: list[Row], host: list[Row]) -> list[R
 
 
 def summary(layers: list[Row], networks: list[Row], ops: list[Row], host: list[Row]) -> list[Row]:
-    """The project's targets on a CPU, and two figures that explain them."""
+    """The project's targets on a CPU, and figures without a target: the networks, and the ops alone, which explain the layers'."""
 
     def speedups(layer: str, direction: str, kinds: list[str]) -> list[float]:
         wanted = (layer, direction)
@@ -187,8 +187,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few repeats, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    if args.processor_time and args.threads != 1:
-        parser.error("--processor-time measures one thread: leave out --threads")
+    if args.processor_time and (args.threads != 1 or args.device == "cuda"):  # on a GPU autograd has a thread of its own
+        parser.error("--processor-time measures one thread, on the CPU: leave out --threads, and use --device cpu")
     return args
 
 

@@ -2,7 +2,7 @@
 
 Four variants of each network take turns: torch's batch norms; the same with every block but the last in `torch.utils.checkpoint`;
 synchronized layers with fused activations, in a single process; and those in `syncbn.recompute_outputs()`. Memory is counted by storages
-that the step's operators make, so the figures are the same on every machine and device. Writes benchmarks/results/memory-MACHINE.json.
+that the step's operators make, so the figures do not depend on an allocator. Writes benchmarks/results/memory-MACHINE.json.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def variants(build: Callable[[], nn.Sequential], x: Tensor) -> dict[str, Step]:
     return {name: lambda called=called, recompute=recompute: step(called, recompute) for name, (called, recompute) in calls.items()}  # type: ignore[misc]
 
 
-def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
+def measure(name: str, steps: dict[str, Step], repeats: int, device: str) -> list[Row]:
     rows: dict[str, Row] = {}
     for variant, step in steps.items():
         with Counted() as counted:
@@ -117,11 +117,9 @@ def measure(name: str, steps: dict[str, Step], repeats: int) -> list[Row]:
     times: dict[str, list[float]] = {variant: [] for variant in steps}
     for _ in range(repeats):
         for variant, step in steps.items():
-            began = timing.now()
-            step().backward()
-            times[variant].append(timing.now() - began)
+            times[variant].append(timing.clock(lambda step=step: step().backward(), device, 1))  # type: ignore[misc]
     for variant, row in rows.items():
-        row["step, ms"] = statistics.median(times[variant]) * 1e3
+        row["step, ms"] = statistics.median(times[variant])
         row["time / BatchNorm2d's"] = statistics.median(a / b for a, b in zip(times[variant], times["BatchNorm2d"], strict=True))
     return list(rows.values())
 
@@ -138,7 +136,7 @@ def main() -> None:
     rows: list[Row] = []
     for name, (build, (n, channels, *size)) in NETWORKS.items():
         x = torch.randn(n, channels, *((32, 32) if args.quick else size), device=args.device)
-        rows += measure(name, variants(build, x), 1 if args.quick else 5)
+        rows += measure(name, variants(build, x), 1 if args.quick else 5, args.device)
     header = {
         "machine": timing.machine(args.device),
         "threads": torch.get_num_threads(),

@@ -72,7 +72,7 @@ def all_reduce(network: Network, hosts: int, gpus: int, size: float) -> float:
 
 
 def all_gather(network: Network, hosts: int, gpus: int, size: float) -> float:
-    """µs of an all-gather of `size` bytes from each rank. If a host has several GPUs, the ring is all that NCCL has for it."""
+    """µs of an all-gather of `size` bytes from each rank. In LL the ring is all that NCCL has for it."""
     ranks = hosts * gpus
     steps, between_hosts = ranks - 1, hosts - 1
     inside = max(network.gpu_hop, network.overhead if hosts > 1 else 0.0)
@@ -106,7 +106,7 @@ _FORWARD, _BACKWARD = lambda c: stats_numel(c) - c, sums_numel  # the shifts are
 WAYS = (
     Way("syncbn, one all-reduce", _sums(all_reduce, _FORWARD, FLOAT64), _sums(all_reduce, _BACKWARD, FLOAT64)),
     Way("syncbn, by host", _sums(by_host, _FORWARD, FLOAT64), _sums(by_host, _BACKWARD, FLOAT64)),
-    Way("torch, all-gather", _sums(all_gather, lambda c: 2 * c + 1, FLOAT32), _sums(all_reduce, _BACKWARD, FLOAT32)),
+    Way("torch, all-gather", _sums(all_gather, lambda c: 2 * c + 1, FLOAT32), _sums(all_reduce, lambda c: 2 * c, FLOAT32)),
 )
 
 

@@ -20,7 +20,7 @@ now = time.perf_counter
 
 
 def use_processor_time() -> None:
-    """Makes `now` the processor time of this thread, without the time that other programs take, and without the waits of collectives. torch
+    """Makes `now` the processor time of this thread, without the time that other programs take, and without waits in which it sleeps. torch
     then uses this thread alone, because the time of others would not count."""
     global now
     now = time.thread_time
@@ -122,7 +122,8 @@ def clocks(device: str, when: str) -> dict[str, str]:
     if device != "cuda":
         return {}
     query = "clocks.sm,clocks.mem,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={torch.cuda.current_device()}"]
+    card = f"GPU-{torch.cuda.get_device_properties().uuid}"  # nvidia-smi numbers cards in its own way, without CUDA_VISIBLE_DEVICES
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={card}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
         return {f"SM clock, memory clock, °C {when}": (done.stdout or done.stderr).strip()}

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 pytest.importorskip("rich", reason="the benchmark prints tables")
 
-from benchmarks import cases, exchange, host, launches, timing
+from benchmarks import cases, exchange, host, launches, memory, timing
 from syncbn import ops
 from syncbn.comm.exchange import LayerExchanges
 
@@ -127,18 +127,36 @@ def test_with_processor_time_no_other_thread_computes(monkeypatch, capsys):
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(threads)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--processor-time", "--threads", "2"])
-    with pytest.raises(SystemExit):
-        program.parse()
-    assert "--processor-time measures one thread" in capsys.readouterr().err
+    for others in (["--threads", "2", "--device", "cpu"], ["--device", "cuda"]):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "--processor-time", *others])
+        with pytest.raises(SystemExit):
+            program.parse()
+        assert "--processor-time measures one thread" in capsys.readouterr().err
+
+
+def test_the_time_of_a_step_is_the_devices(monkeypatch):
+    """On a GPU a step has not ended when its backward pass returns."""
+    monkeypatch.setattr(timing, "clock", lambda call, device, times: {"cuda": 7.0}[device])
+    (row,) = memory.measure("a network", {"BatchNorm2d": lambda: torch.ones(2, requires_grad=True).sum()}, 1, "cuda")
+    assert row["step, ms"] == 7
 
 
 def test_a_card_without_nvidia_smi_has_the_reason_for_its_clocks(monkeypatch):
     assert timing.clocks("cpu", "before") == {}
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="b5-1"))
     monkeypatch.setenv("PATH", "")
     ((when, reading),) = timing.clocks("cuda", "before").items()
     assert when.endswith("before") and "nvidia-smi" in reading
+
+
+def test_the_clocks_are_those_of_the_card_that_cuda_uses(monkeypatch, tmp_path):
+    """With CUDA_VISIBLE_DEVICES=1 CUDA's number 0 is nvidia-smi's number 1."""
+    (tmp_path / "nvidia-smi").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="b5-1"))
+    assert "--id=GPU-b5-1" in timing.clocks("cuda", "before").popitem()[1].split()
 
 
 @pytest.mark.parametrize("runs", [1, 2])

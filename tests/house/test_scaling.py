@@ -40,6 +40,15 @@ def test_an_all_reduce_grows_with_the_logarithm_of_the_hosts_and_an_all_gather_w
     assert gathered[2] - gathered[1] == pytest.approx(2 * (gathered[1] - gathered[0]), rel=0.01)
 
 
+def test_each_layer_sends_what_the_docs_say():
+    def of_128_channels(way):
+        return way.forward(NVLINK, 8, 8, 128), way.backward(NVLINK, 8, 8, 128)
+
+    syncbn, _, torch = WAYS
+    assert of_128_channels(syncbn) == tuple(all_reduce(NVLINK, 8, 8, 8 * values) for values in (2 * 128 + 4, 2 * 128 + 2))
+    assert of_128_channels(torch) == (all_gather(NVLINK, 8, 8, 4 * (2 * 128 + 1)), all_reduce(NVLINK, 8, 8, 4 * 2 * 128))
+
+
 def test_going_by_host_saves_time_inside_one_host_only():
     assert by_host(NVLINK, 1, 8, 1000) < all_reduce(NVLINK, 1, 8, 1000) / 3
     assert by_host(NVLINK, 8, 8, 1000) > 0.9 * all_reduce(NVLINK, 8, 8, 1000)
