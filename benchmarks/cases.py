@@ -63,7 +63,7 @@ def layers(inputs: Inputs, after: str, compiled: bool = False) -> dict[str, nn.M
     plain = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(inputs.shape)](channels).to(device)
     made = {"syncbn": syncbn.SyncBatchNorm(channels, **options).to(device), "torch": plain}
     if device == "cuda":
-        # A layer that is given a communicator exchanges even in a group of one rank. This costs as much as an exchange without waiting.
+        # A layer that is given a communicator exchanges even in a group of one rank: it pays for all but NCCL's kernel.
         exchanging = ProcessGroupCommunicator(dist.group.WORLD)
         made["syncbn, exchanging"] = syncbn.SyncBatchNorm(channels, process_group=exchanging, **options).to(device)
         made["torch SyncBatchNorm, exchanging"] = TorchExchanging(channels).to(device)
@@ -105,7 +105,7 @@ def rotations(inputs: Inputs) -> int:
 
 
 def op_calls(inputs: Inputs) -> tuple[Calls, dict[str, float]]:
-    """(calls of our ops and of torch's, how many tensors of x's size each has to read or write)."""
+    """(calls of our ops and of torch's, how many tensors of x's size each reads or writes if no cache keeps one)."""
     x, dy, c = inputs.x.detach(), inputs.dy, inputs.shape[1]
     weight, bias, mean, var = (torch.ones(c, device=x.device) for _ in range(4))
     tracked = torch.zeros((), dtype=torch.long, device=x.device)

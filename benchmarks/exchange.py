@@ -74,7 +74,8 @@ Samples = dict[str, list[float]]
 
 
 def exchanges(made: dict[str, Any], channels: int, turns: int) -> Samples:
-    """Microseconds of a plain sum of 2 * channels + 1 values, about as many as a layer exchanges. They include verification and waiting."""
+    """Microseconds of a plain sum of 2 * channels + 1 values, about as many as a layer exchanges backward. They include verification and
+    waiting."""
     layers = {name: LayerExchanges(resolve(group), "benchmark", torch.float32, "samples", 1e-5, None) for name, group in made.items()}
     payloads = {name: _payload(exchange, channels) for name, exchange in layers.items()}
     samples: Samples = {name: [] for name in layers}

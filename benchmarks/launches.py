@@ -1,7 +1,7 @@
 """What a layer costs apart from its kernels:  python -m benchmarks.launches [--device cpu]
 
 On a GPU it counts a layer's launches, and times a layer in a CUDA graph and an op whose input the previous op has left in the cache. On
-both devices it times, on the host, a layer so small that its kernels take no time, and splits that into the ops, the exchanges and the
+both devices it times, on the host, a layer so small that its kernels take little time, and splits that into the ops, the exchanges and the
 rest. It runs in one process with an initialized group of one rank, in which layers named "exchanging" run their collectives all the same.
 """
 

@@ -2,7 +2,7 @@
 // before the activation.
 //
 // Traffic: dy, x, dx, and if there are any the mask, the residual (silu) and dz, once each. Per channel dx is
-// dz * scale + (x - hi) * of_x + shift, so that one thread per channel and block does all divisions, in double. The walk is reversed: the
+// dz * scale + (x - hi) * of_x + shift, so that one thread per channel and block does its divisions, in double. The walk is reversed: the
 // last dy and x that backward_reduce() read are still in L2.
 
 #include "activation.cuh"

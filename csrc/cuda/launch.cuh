@@ -30,7 +30,7 @@ constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr size_t SHARED_BYTES = 48 * 1024;  // of a block that has not asked for more
 constexpr int MAX_RESIDENT = 32;            // blocks on an SM, however small; fewer on some GPUs
 
-// No Plan may ask for more blocks of THREADS threads on an SM: the workspace has space for the partial sums of no more.
+// No Plan may ask for more blocks of THREADS threads on an SM: the workspace (at the end of this file) has space for that many.
 #ifndef SYNCBN_MAX_BLOCKS_PER_SM
 #define SYNCBN_MAX_BLOCKS_PER_SM 4
 #endif

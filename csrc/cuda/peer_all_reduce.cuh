@@ -2,7 +2,7 @@
 //
 //   number    how often this value has been exchanged, kept in device memory, so that a captured graph can be replayed
 //   send      to every other rank: 16 bytes, {low half, number, high half, number}, into this rank's place in that rank's memory
-//   receive   from each rank's place in this rank's memory, until both of its numbers are the wanted one
+//   receive   from each other rank's place in this rank's memory, until both of its numbers are the wanted one
 //   add       in the order of ranks: the same additions, hence bitwise identical sums, on every rank
 //
 // No fence, no barrier, no reset: 8 bytes are written and read at once, so each half arrives together with its number (as in NCCL's LL
@@ -10,8 +10,8 @@
 // received n + 1 from every rank, and each rank sends n + 1 in a launch after the one in which it has received n. So no place is
 // overwritten before it has been read. Launches of one rank must therefore follow each other, on whatever streams.
 //
-// A rank that waits too long writes into `missing` whom it waited for, and from then on sends and receives nothing: the others miss
-// it in turn, and launches that the host has already issued end at once. Sums of values that have not arrived are NaN. Ranks that add
+// A rank that waits too long writes into `missing` whom it waited for, and in later launches sends and receives nothing: the others
+// miss it in turn, and launches that the host has already issued end at once. Sums of values that have not arrived are NaN. Ranks that add
 // different things are not noticed here: the values end with a tag, which the kernel that uses the sums compares (verify.cuh).
 #pragma once
 

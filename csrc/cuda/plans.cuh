@@ -10,7 +10,7 @@
 //
 // Little's law asks for 18 KB (H100) to 25 KB (H200) in flight per SM. An SM can have blocks x 256 threads x unroll x 16 B in flight for
 // each tensor that an op reads. In Columns a thread keeps the parameters of up to 8 channels in registers, so fewer blocks fit.
-// An op that reads the sums of another runs in reverse: the elements that the other read last are still in L2.
+// normalize and backward_input run in reverse: the elements that the reduction before them read last are still in L2.
 //
 // A build can take other Plans from a header that defines SYNCBN_PLANS and the four templates below, and SYNCBN_MAX_BLOCKS_PER_SM
 // (launch.cuh) if one of them asks for more than 4 blocks. The environment variable SYNCBN_PLANS names that header to setup.py and to the

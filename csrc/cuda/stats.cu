@@ -4,10 +4,11 @@
 // mean of the first few of the next n values that it reads, sums d = x - K and d * d in acc_t, and brings them in double to the channel's
 // shift, which all blocks share: with k = K - shift, sum = n k + s1 and sumsq = s2 + k (2 s1 + n k). Then it takes another K.
 //
-// The position of zeros or outliers does not matter. Say that a thread reads w values for K, and that K is D away from the channel's mean.
-// Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add D^2 or more
-// on average, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about this K
-// lose at most a rounding of D^2 each. So the result loses at most n / (w - 1) roundings: 21 if n is 64 and w is 4.
+// The position of zeros or outliers does not matter. Say that a thread reads w values for K, more than 2, and that K is D away from the
+// channel's mean. Then these w values alone add (w - 1) D^2 or more to the sum of squares about that mean: the w - 2 whose mean is K add
+// D^2 or more on average, and the greatest adds as much if K is above the channel's mean, or the least if K is below it. The n values about
+// this K lose at most a rounding of D^2 each. So the result loses at most n / (w - 1) roundings: 21 if n is 64 and w is 4. If w is 1 or 2,
+// as at the edges of planes or in float64, K is the plain mean, and the result loses at most n / w.
 //
 // Traffic: x once.
 
@@ -25,8 +26,9 @@ __device__ scalar_t shift_of(const StatsArgs& args, int64_t c) {
   return has_value ? static_cast<const scalar_t*>(args.x)[c * args.layout.inner] : scalar_t{};
 }
 
-// Computes for each channel the mean of a few values without the least and the greatest, either of which may be an outlier. The values are
-// the elements of the first vector, if it has several of a channel; otherwise they are one element from each of `count` vectors.
+// Computes for each channel the mean of a few values; of three or more, without the least and the greatest, either of which may be an
+// outlier. The values are the elements of the first vector, if it has several of a channel; otherwise they are one element from each of
+// `count` vectors.
 template <typename acc_t, int CHANNELS, typename scalar_t, int STEP_WIDTH, int UNROLL>
 __device__ void trimmed_mean(acc_t (&mean)[CHANNELS], const Vec<scalar_t, STEP_WIDTH> (&in)[UNROLL], int count) {
   constexpr bool within = STEP_WIDTH > CHANNELS;

@@ -118,7 +118,7 @@ struct Planes : Walk {
   // A run: a piece of a plane, or the planes of several samples, config.sample_stride elements apart.
   struct Run {
     int64_t first, row;  // element where the vectors begin, in the first sample; and its row of the mask
-    int head, length;    // elements of the plane before `first`, and from it on
+    int head, length;    // elements of the run before `first` and from it on, in each sample
     int samples;
 
     __device__ int body_length() const { return length / 8 * 8; }
