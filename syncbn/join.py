@@ -97,7 +97,7 @@ class _SyncBatchNorms(Joinable):
 
     def call(self) -> None:
         """Runs before each call of the model: notifies the finished ranks and starts a new list of exchanges."""
-        if not any(layer.training for layer in self.layers):
+        if not any(module.training for module in (self.model, *self.layers)):
             return
         with self.waiting(f"before call {self.calls + 1} of the model"):
             work = Join.notify_join_context(self)

@@ -33,9 +33,9 @@ def batches(numbers: tuple[int, ...]) -> list[list[torch.Tensor]]:
     return [[torch.randn(ROWS, 2, 5, dtype=torch.float64) + rank for _ in range(n)] for rank, n in enumerate(numbers)]
 
 
-def train_together(numbers: tuple[int, ...], world_size: int, epochs: int) -> nn.Module:
+def train_together(numbers: tuple[int, ...], world_size: int, epochs: int, model: nn.Module | None = None) -> nn.Module:
     """The oracle: one process, each step on the batches of the ranks that still have some; gradients averaged over all ranks."""
-    model, data = net(), batches(numbers)
+    model, data = model or net(), batches(numbers)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     for step in [*range(max(numbers))] * epochs:
         optimizer.zero_grad()
@@ -72,6 +72,19 @@ def test_ddp_with_uneven_numbers_of_batches_trains_like_one_process(world, numbe
                 optimizer.step()
         check_same(model.module, train_together(numbers, world.size, epochs))
         assert [model.module[1].process_group, model.module[4].process_group] == groups
+
+
+@each_split
+def test_if_every_layer_is_frozen_ddp_still_trains_like_one_process(world, numbers):
+    """The layers exchange nothing, but DDP's collectives need the finished ranks."""
+    model = DistributedDataParallel(syncbn.freeze_bn(syncbn.convert_sync_batchnorm(net())))
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    with syncbn.join(model):
+        for x in batches(numbers)[world.rank]:
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+    check_same(model.module, train_together(numbers, world.size, 1, syncbn.freeze_bn(net())))
 
 
 @each_split
