@@ -1,4 +1,4 @@
-"""What a compiled library was built for, read from its file before it is loaded: loading a damaged library would end the process.
+"""What a compiled library was built for, read from its file before it is loaded: loading a damaged library can end the process.
 
 csrc/bindings/build_info.cpp puts the text `schemas=...;cuda=13000;archs=75 80;` into a section of its own. The file's format is ELF,
 of 64 bits and little-endian (man 5 elf). setup.py runs this module without torch.
@@ -42,7 +42,7 @@ def read(path: Path) -> dict[str, str]:
             text = _section(file, _header(file, size), size)
     except OSError as error:
         raise Unusable(f"cannot be read ({error})") from None
-    except struct.error:
+    except (struct.error, ValueError):  # ValueError: an offset that no file can have
         raise Unusable("is damaged") from None
     return dict(part.split("=", 1) for part in text.rstrip(b"\0").decode(errors="replace").split(";") if "=" in part)
 

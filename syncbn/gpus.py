@@ -9,16 +9,22 @@ import functools
 from . import environment
 
 
+# What `Nvml.devices` calls: old drivers lack some of these.
+_NEEDED = "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetCudaComputeCapability"
+
+
 class Nvml:
     """libnvidia-ml.so.1. Its functions return 0 on success, and write their result through a pointer.
 
     Raises:
         OSError: the library is not installed, or finds no driver.
-        AttributeError: the library is too old to have one of the functions.
+        AttributeError: the library is too old to have one of the functions that are needed.
     """
 
     def __init__(self) -> None:
         self.library = ctypes.CDLL("libnvidia-ml.so.1")
+        for function in _NEEDED:
+            getattr(self.library, function)
         if self.library.nvmlInit_v2():
             raise OSError("nvmlInit_v2")
 
@@ -74,7 +80,7 @@ def driver_version() -> int:
 
 
 def capabilities() -> tuple[int, ...] | None:
-    """The compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves to this process, such as (90, 90); None without NVML.
+    """The compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, or may leave, to this process, such as (90, 90); None without NVML.
 
     How CUDA reads the variable: CUDA C++ Programming Guide, "CUDA Environment Variables"."""
     driver = nvml()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from syncbn import gpus
@@ -102,4 +104,11 @@ def test_without_the_management_library_nothing_is_known(monkeypatch, driver):
 
     monkeypatch.setattr(gpus.ctypes, "CDLL", missing)
     gpus.nvml.cache_clear()
+    assert gpus.capabilities() is None and gpus.driver_version() == 0
+
+
+@pytest.mark.parametrize("function", [name for name in vars(Library) if re.match(r"nvmlDevice(?!.*(Mig|ByUUID))", name)])
+def test_a_management_library_that_lacks_a_function_tells_nothing(monkeypatch, driver, function):
+    monkeypatch.delattr(Library, function)
+    driver()
     assert gpus.capabilities() is None and gpus.driver_version() == 0

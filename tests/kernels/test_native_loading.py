@@ -46,6 +46,7 @@ DAMAGED = {
     "its first bytes": (lambda: CPU.path.read_bytes()[:40], "is no library, or not a whole one: it has 40 bytes"),
     "its header": (lambda: CPU.path.read_bytes()[:64], "is damaged|is not whole"),
     "half of it": (lambda: CPU.path.read_bytes()[: CPU.path.stat().st_size // 2], "is not whole: it has [0-9,]+ of [0-9,]+ bytes"),
+    "an offset in its header": (lambda: patched(32, b"\xff" * 8), "is damaged"),
     "all but a byte": (lambda: CPU.path.read_bytes()[:-1], "is not whole: it has [0-9,]+ of [0-9,]+ bytes"),
     "zeros at the end": (lambda: CPU.path.read_bytes()[:-8192] + bytes(8192), "is damaged: its last part is not what a linker writes"),
     "another processor": (lambda: patched(18, b"\x16\0"), "is for another kind of processor, this machine is"),
