@@ -1,8 +1,8 @@
 """Builds the compiled kernels next to the Python files: syncbn/libsyncbn_cpu.so and syncbn/libsyncbn_cuda.so.
 
-They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. Without a compiler a
-library is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept next to the Python
-files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
+They use torch's stable ABI and no Python, so one wheel (py3-none-PLATFORM) serves every Python and torch >= 2.11. A library that
+cannot be compiled is left out, and the reference runs in its place: the reason is printed (`pip install -v` shows it) and kept next to the
+Python files, for the warning when syncbn is imported. A build that has a compiler and sees no torch fails.
 
     SYNCBN_BUILD_CPU      0: leave the CPU library out; 1: fail if it cannot be built; unset: build it if there is a C++ compiler
     SYNCBN_BUILD_CUDA     the same for the CUDA library and nvcc, whether or not the installed torch has CUDA
@@ -142,7 +142,7 @@ def build_info(cxx: list[str], temp: Path, *flags: str) -> list[str]:
 
 
 def cuda_commands(temp: Path) -> tuple[list[list[str]], list[str]]:
-    """As cpu_commands. The kernels need nvcc alone, the bindings the C++ compiler alone."""
+    """As cpu_commands. nvcc compiles the kernels, without torch's headers; the C++ compiler compiles the bindings."""
     nvcc = chosen("NVCC") or first_of("nvcc", what="nvcc")
     kernels, bindings = sorted(Path("csrc/cuda").glob("*.cu")), sorted(Path("csrc/cuda").glob("*.cpp"))
     if not kernels:
@@ -208,9 +208,9 @@ class BuildLibraries(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         in_source = Path(self.get_ext_filename(ext.name))
-        reasons = [path.with_suffix(REASON) for path in (target, *([in_source] if self.next_to_sources else []))]
+        places = [target, *([in_source] if self.next_to_sources else [])]
         # Remove the old libraries: if this build leaves one out, an older one must not take its place.
-        for old in (target, *([in_source] if self.editable_mode else []), *reasons):
+        for old in (*places, *(place.with_suffix(REASON) for place in places)):
             old.unlink(missing_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -221,8 +221,8 @@ class BuildLibraries(build_ext):
         except NoTorch as reason:
             sys.exit(f"syncbn: {target.name} is not built: {reason}")
         except CannotBuild as reason:
-            for path in reasons:
-                path.write_text(str(reason))
+            for place in places:
+                place.with_suffix(REASON).write_text(str(reason))
             print(f"syncbn: {target.name} is not built: {reason}", file=sys.stderr)
             raise CompileError(str(reason)) from None
 

@@ -48,6 +48,20 @@ def test_without_a_compiler_a_library_is_left_out_with_its_reason(library, compi
     assert done.returncode != 0 and reason in done.stderr
 
 
+def test_a_build_in_place_that_leaves_a_library_out_removes_the_old_one(setup, monkeypatch, tmp_path):
+    monkeypatch.setenv("SYNCBN_BUILD_CPU", "0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "syncbn").mkdir()
+    old = tmp_path / "syncbn/libsyncbn_cpu.so"
+    old.touch()
+    extension = Extension("syncbn.libsyncbn_cpu", [], optional=True)
+    command = setup["BuildLibraries"](Distribution({"packages": ["syncbn"], "ext_modules": [extension]}))
+    command.inplace = True
+    command.ensure_finalized()
+    command.run()
+    assert not old.exists() and old.with_suffix(".reason").read_text() == "SYNCBN_BUILD_CPU was 0"
+
+
 def test_a_build_with_a_compiler_that_sees_no_torch_fails_and_says_which_flag_cures_it(setup, monkeypatch, tmp_path):
     """Installers show the output of a build only if it fails: a build without kernels would look like any other."""
     monkeypatch.setattr(sys, "path", [])
