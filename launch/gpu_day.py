@@ -118,7 +118,9 @@ def check(part: Part, command: tuple[str, ...]) -> tuple[str, list[str]]:
         ranks = int(command[command.index("--nproc-per-node") + 1]) if "--nproc-per-node" in command else 1
         return check_selection(command[command.index("pytest") + 1 :], ranks)
     if command[0] == sys.executable:
-        return "", check_options(command[2], command[3:])
+        starts = [at for at, word in enumerate(command) if word == sys.executable]  # a launcher's, and that of its ranks
+        ends = [*starts[1:], None]
+        return "", [p for at, end in zip(starts, ends, strict=True) for p in check_options(command[at + 2], command[at + 3 : end])]
     if "/" not in command[0]:
         return "  (comes with the driver)", []
     if not os.access(program, os.X_OK):

@@ -19,7 +19,7 @@ class Part:
     """Commands that share a limit and a file of results.
 
     The summary has the last `lines` lines of their output that `shows`, a regular expression, matches. The part has failed if a command
-    exits with another status than 0, if the limit ends it, or if its output has no match of `requires`.
+    cannot start or exits with another status than 0, if the limit ends it, or if its output has no match of `requires`.
     """
 
     name: str

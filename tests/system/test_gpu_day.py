@@ -90,6 +90,9 @@ def test_the_build_makes_a_library_and_a_sweep_of_each_op_and_revision(tmp_path,
     assert done.returncode == 2 and "no-such-compiler is not on PATH" in done.stderr
 
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+
+
 @pytest.mark.parametrize(
     ("command", "env", "problem"),
     [
@@ -101,6 +104,8 @@ def test_the_build_makes_a_library_and_a_sweep_of_each_op_and_revision(tmp_path,
         (("python3", "-m", "pytest", "tests/no_such_file.py"), {}, "pytest collects no test for tests/no_such_file.py"),
         ((sys.executable, "-m", "syncbn.check", "--no-such-option"), {}, "-m syncbn.check has no --no-such-option"),
         ((sys.executable, "-m", "syncbn.no_such_module"), {}, "No module named syncbn.no_such_module"),
+        ((*TORCHRUN, sys.executable, "-m", "benchmarks.no_such_module"), {}, "No module named benchmarks.no_such_module"),
+        ((*TORCHRUN, "--no-such-option", sys.executable, "-m", "syncbn.check"), {}, "-m torch.distributed.run has no --no-such-option"),
         ((".gpu/sweep_of_no_op",), {}, ".gpu/sweep_of_no_op is missing: run launch/gpu_build.sh"),
         (("launch/no_such_script.sh",), {}, "launch/no_such_script.sh is no program"),
         (("launch/sanitize.sh",), {"CASES": "repetition", "NO_SUCH": "1"}, "launch/sanitize.sh reads no NO_SUCH"),
