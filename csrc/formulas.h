@@ -1,4 +1,4 @@
-// The arithmetic of a channel, once for CPU and CUDA: from the group's sums to the parameters of the kernels' loops, in double. In plain
+// The arithmetic of a channel that CPU and CUDA share: from the group's sums to the parameters of the kernels' loops, in double. In plain
 // torch it is in syncbn/moments.py, and in _affine in syncbn/reference.py. Comparisons are written so that NaN stays NaN.
 #pragma once
 

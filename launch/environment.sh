@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: a virtual environment with syncbn. $1: syncbn's extras, comma-separated; further arguments:
-# dependency groups of pyproject.toml. An active environment is reused; otherwise .venv is created. PYTHON and TORCH choose the interpreter
-# and torch.
+# dependency groups of pyproject.toml. An active environment is reused; otherwise .venv is, which the interpreter PYTHON creates if it is
+# missing. TORCH is the torch to install if there is none.
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
   [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
@@ -9,7 +9,8 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
 fi
 python - <<'EOF' || exit 1
 import sys
-sys.exit(0 if sys.version_info >= (3, 10) else f"syncbn needs Python 3.10 or newer, this is {sys.version.split()[0]}: set PYTHON")
+cure = "deactivate the environment or remove .venv, then set PYTHON"
+sys.exit(0 if sys.version_info >= (3, 10) else f"syncbn needs Python 3.10 or newer, this is {sys.version.split()[0]}: {cure}")
 EOF
 if ! python -c 'import torch' 2>/dev/null; then
   # Without a GPU, install the version that is known to work. From PyPI it takes several gigabytes on Linux, for it brings CUDA.

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by test.sh and .ci/run, whose stages leave cores idle: ranks wait for each other, and most tools use one core.
+# Sourced by test.sh and .ci/run, most of whose stages leave cores idle: ranks wait for each other, and most tools use one core.
 #
 #   stage COMMAND ...    starts it, once fewer than STAGES (2 if not set) others run, and shows its output when it ends
 #   finish               waits for all stages; ends the script with 1 if one has not passed, and names it

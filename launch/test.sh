@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs all but the nightly ones: without a launcher, under torchrun with 1 to 4 ranks, and under mpirun
 # with 2 and 3. Two ranks run everything. One rank under torchrun runs only the tests that need torch.distributed, three and four ranks
-# only those that depend on the number of ranks: see tests/README.md. Two stages run at a time, and a stage's output is shown when it ends:
-# see stages.sh.
+# only those that depend on the number of ranks: see tests/README.md. At most two stages run at a time, and the output of one is
+# shown when it ends: see stages.sh.
 #
 #   launch/test.sh                  launch/test.sh -k convert
 set -euo pipefail

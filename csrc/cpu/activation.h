@@ -48,7 +48,7 @@ INLINE Pack<T> activate(Pack<T> z, Pack<T> negative_slope) {
   return z;
 }
 
-// How dz follows from dy. relu is leaky_relu with slope 0, except that an infinite dy also becomes 0.
+// How dz follows from dy. relu is leaky_relu with slope 0, except that an infinite dy and NaN also become 0.
 enum class Backward { identity, sloped, sloped_by_mask, silu };
 
 template <typename T>
@@ -75,7 +75,7 @@ INLINE Pack<T> gradient(Pack<T> dy, Pack<T> z, uint32_t bits, const Slope<T>& sl
   return dy;
 }
 
-// Computes dz for one pack: z is recomputed by the expression of the forward pass, or its sign comes from the mask.
+// Computes dz for one pack. If that needs z, it is recomputed by the expression of the forward pass, or its sign comes from the mask.
 template <typename scalar_t, Backward way, bool has_residual>
 class ActivationGradient {
   using acc_t = acc_type<scalar_t>;

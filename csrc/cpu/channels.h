@@ -41,7 +41,7 @@ struct Coefficients {
   }
 };
 
-// Owns the parameters, expanded to one entry per column and tiled up to `width`.
+// Owns the parameters: each channel's are repeated `inner` times, and the whole is repeated up to `width`.
 template <typename acc_t, int K>
 class PerChannel {
   int64_t width_;
@@ -92,7 +92,8 @@ class Output {
 // outputs[k] = f(element, lanes, coefficients, position in the mask).v[k] for all packs, in forward runs, a thread's last run first.
 //
 // Packs cross plane and row boundaries, so stores to an aligned output stay aligned and non-temporal stores fill whole lines.
-// If a line is several packs, they are written consecutively: alternating between two outputs would flush half-filled lines.
+// If a line is several packs, they are written consecutively, unless a plane ends in it: alternating between two outputs would flush
+// half-filled lines.
 template <typename scalar_t, int K, int OUTPUTS, typename Set, typename F>
 void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficients, F f) {
   using acc_t = acc_type<scalar_t>;
@@ -136,7 +137,7 @@ void map_packs(Layout layout, scalar_t* const (&outputs)[OUTPUTS], Set coefficie
         return here;
       };
       for (int64_t start = e - e % width; e < end; start += width) {
-        // If a row's coefficients overflow L1, several rows share each load of coefficients.
+        // If a row's coefficients fill most of L1, several rows share each load of coefficients.
         for (; wide && e == start && end - e >= WIDE_ROWS * C; e = start += WIDE_ROWS * C, position.row += WIDE_ROWS)
           for (int64_t c = 0; c < C; c += LONGEST)
             for (int64_t r = 0; r < WIDE_ROWS; ++r) {

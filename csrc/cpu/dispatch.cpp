@@ -29,7 +29,8 @@ const Kernels* const tables[] = {
 #endif
     &baseline::table};
 
-// avx512 is for Zen 4, Sapphire Rapids and later: they convert to bfloat16 in one instruction, and AVX-512 does not slow their clock.
+// avx512 is for CPUs that convert to bfloat16 in one instruction: AVX-512 does not slow the clock of Zen 4, Sapphire Rapids and later
+// ones. Cooper Lake is the only other one.
 bool runs_here([[maybe_unused]] const Kernels& table) {
 #if defined(SYNCBN_X86)
   bool v3 =

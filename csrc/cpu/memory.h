@@ -182,7 +182,7 @@ INLINE double sum(Pack<T> a) {
   return total[0];
 }
 
-// ---- The dtype switch: outermost, once ----------------------------------------------------------------------------------------
+// ---- The dtype switch, outside of all loops -------------------------------------------------------------------------------------
 
 template <typename F>
 void with_dtype(DType dtype, F f) {

@@ -1,4 +1,4 @@
-// Sums over planes, for a long `inner`: how a channel is divided into units and chunks, and how a run is added up.
+// Sums over planes, unless by_columns() says otherwise: how a channel is divided into units and chunks, and how a run is added up.
 #pragma once
 
 #include "traverse.h"

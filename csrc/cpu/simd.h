@@ -14,7 +14,7 @@
 
 #define INLINE inline __attribute__((always_inline))
 #define INLINED __attribute__((always_inline))     // placed after a lambda's parameter list
-#define NOINLINE inline __attribute__((noinline))  // keeps cold code out of the loops
+#define NOINLINE inline __attribute__((noinline))  // keeps cold or long code out of the loops
 #if defined(__AVX512F__)
 #define INLINE_IF_ONE_REGISTER INLINE  // a pack of floats is one register, so inlining a long function is cheap
 #else

@@ -27,7 +27,7 @@ void set_origins(Layout layout, const scalar_t* x, double* origins) {
   for (int64_t c = 0; c < layout.C; ++c) origins[c] = to_double(x[c * layout.inner]);
 }
 
-// The packs of a chunk that K averages: `each` packs from every `step`th plane, at a different place in each plane.
+// The packs of a chunk that K averages: `each` packs from every `step`th plane, at places that move from plane to plane.
 struct Sample {
   int64_t step, each, spacing;
 
@@ -90,7 +90,7 @@ template <typename scalar_t>
 void sum_columns(Layout layout, const scalar_t* x, const double* origins, double* total) {
   using acc_t = acc_type<scalar_t>;
   using P = Pack<acc_t>;
-  constexpr int ROW_STREAMS = 2 * STREAMS;  // twice those of backward_reduce, which reads two tensors; stats reads one
+  constexpr int ROW_STREAMS = 2 * STREAMS;  // twice as many, because stats reads one tensor, backward_reduce two or more
   Columns columns(layout, false);
   Buffer<double> origin(columns.slots);
   memcpy(origin, origins, layout.C * sizeof(double));

@@ -1,5 +1,5 @@
-// How the ops walk [outer, C, inner]: reductions go plane by plane if inner is large, and otherwise add up columns, row by row; elementwise
-// ops go by runs of consecutive memory.
+// How the ops walk [outer, C, inner]: reductions add up columns, row by row, if by_columns() says so, and otherwise go plane by plane;
+// elementwise ops go by runs of consecutive memory.
 //
 // How a sum is divided does not depend on the number of threads, so results do not either.
 #pragma once
@@ -32,11 +32,11 @@ constexpr int64_t MAX_GROUP = 32;     // planes: channels reduced together so th
 constexpr int64_t MIN_MAP_PLANE = PACK;  // shorter planes are walked as columns, also by sums unless the mask forbids it
 constexpr int64_t MIN_SUM_PLANE = 100;   // sums: shorter planes are reduced as columns if there are at least MIN_SUM_ROWS samples
 constexpr int64_t MIN_SUM_ROWS = 8;      // columns: fewer samples do not pay, because a plane's columns are added up at the end
-constexpr int64_t SUM_WIDTH = 512;       // columns: short samples are joined to rows of at least this
+constexpr int64_t SUM_WIDTH = 512;       // columns: short samples are joined to rows of at least this, if there are enough
 constexpr int64_t STRIP = 2048;  // columns: columns of a strip at most; its sums and coefficients exceed L1, but reads of a row are longer
 constexpr int64_t CHUNK_ROWS = 512;  // columns: rows of a chunk at most
-constexpr int64_t MIN_ROWS = 128;    // columns: rows that one partial sum covers at least
-constexpr int64_t MIN_UNITS = 16;    // columns: minimum number of work units, if there are enough rows
+constexpr int64_t MIN_ROWS = 128;    // columns: rows that one partial sum covers at least, if there are as many
+constexpr int64_t MIN_UNITS = 16;    // columns: work units at least, about, if there are enough rows
 constexpr int64_t MAX_BLOCKS = 64;   // columns: blocks of rows at most
 
 static_assert(STRIP / MIN_SUM_PLANE >= PACK, "a strip has a pack of channels");
@@ -111,8 +111,8 @@ INLINE bool non_temporal(const scalar_t* p, int64_t n) {
 // values [C] -> [width] in place: each value repeated `inner` times, then the whole sequence repeated.
 template <typename T>
 void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
-  // From the end, so that values are read before they are overwritten. A pack that ends where a short channel ends also covers the end of
-  // the channel before it, which is written next; it is stored only if it covers no value that is yet to be read.
+  // From the end, so that values are read before they are overwritten. A pack that ends where a short channel ends may also cover
+  // channels before it, which are written next; it is stored only if it covers no value that is yet to be read.
   for (int64_t c = C - 1; inner > 1 && c >= 0; --c) {
     const int64_t end = (c + 1) * inner;
     const T value = values[c];
@@ -122,7 +122,8 @@ void unfold(int64_t C, int64_t inner, int64_t width, T* values) {
   for (int64_t i = C * inner; i < width; ++i) values[i] = values[i - C * inner];
 }
 
-// f(i, lanes, k) for packs that cover [0, n), with k cycling through [0, TURNS). The last pack may overlap its predecessor.
+// f(i, lanes, k) for packs that cover [0, n), with k cycling through [0, TURNS) while TURNS packs are left. The last pack may overlap its
+// predecessor.
 template <int TURNS = 1, typename F>
 INLINE void for_packs(int64_t n, F f) {
   if (n < PACK) return f(0, Partial{int(n)}, 0);
