@@ -1,6 +1,6 @@
 """The documents are true: every block of Python in README.md and docs/ runs, commands name what exists, and relative links lead somewhere.
 
-A comment before a block says how it runs, if not in this process:
+A block runs in this process, and always, unless a comment before it says otherwise:
 
     <!-- run: torchrun -->           on two ranks, as a script, with torchrun's variables
     <!-- run: mpirun -->             on two ranks, as a script
@@ -176,7 +176,7 @@ def test_tests_named_on_the_pages_exist(page):
 
 @pytest.mark.parametrize("page", ["docs/architecture.md", "csrc/README.md", "tests/README.md"])
 def test_files_named_in_the_maps_exist(page):
-    """A page names them by the end of their path, or by their path from the page."""
+    """A page names them by the end of their path, or by their path from the repository or from the page."""
     names = re.findall(r"`([\w/.]+\.(?:py|md|h|cpp|cu|cuh)|[\w/]+/)`", (ROOT / page).read_text())
     folders = ("syncbn", "csrc", "tests", "docs", "benchmarks")
     paths = "\n".join(f"/{path.relative_to(ROOT)}" for folder in folders for path in (ROOT / folder).rglob("*.*")) + "\n"

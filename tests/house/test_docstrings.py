@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, and it runs."""
+"""Every public class and function has an example in its docstring, and it runs; an exception needs none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 import syncbn
 
 pytestmark = pytest.mark.world_size(1)
-MODULES = [
+MODULES = [  # without MPI, which would start, a program, and the libraries, which are no modules
     name
     for _, name, _ in pkgutil.walk_packages(syncbn.__path__, "syncbn.")
-    if not name.endswith((".mpi", "__main__", ".libsyncbn_cpu", ".libsyncbn_cuda"))  # MPI would start; the libraries are no modules
+    if not name.endswith((".mpi", "__main__", ".libsyncbn_cpu", ".libsyncbn_cuda"))
 ]
 GLOBALS = {"torch": torch, "nn": torch.nn, "syncbn": syncbn, **{name: getattr(syncbn, name) for name in syncbn.__all__}}
 FINDER = doctest.DocTestFinder(exclude_empty=True)

@@ -1,4 +1,5 @@
-"""A converted layer keeps its class as a base: code that selects layers by class finds it, and that class checks the input's dimensions."""
+"""A converted layer keeps its class as a base, but for torch's SyncBatchNorm: isinstance finds it, and that class checks the input's
+dimensions."""
 
 from __future__ import annotations
 

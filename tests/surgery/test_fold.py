@@ -49,7 +49,7 @@ NORMS = {
 
 
 def randomized(model, dtype=torch.float32):
-    """Statistics and parameters far from 0 and 1, so that a mistake in any of them shows."""
+    """Statistics and parameters other than 0 and 1, so that a mistake in any of them shows."""
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
@@ -213,7 +213,7 @@ STAYS = {  # (model, names of the batch norms that stay)
     "training=True": (TrainingArgument, ["bn"]),
     "alone": (lambda: nn.BatchNorm1d(3), [""]),
     **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("used again", "twice the same input", "layer called twice")},
-    "batch norm called twice": (lambda: Tapped("batch norm called twice"), ["bn"]),
+    **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("batch norm called twice", "function between")},
 }
 
 

@@ -1,4 +1,4 @@
-"""A layer's name is its path in the model that was converted, unless the user has named it."""
+"""A layer's name is its path in the largest model that was converted, unless the user has named it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import syncbn
 from syncbn import SyncBatchNorm, convert_sync_batchnorm
 
 pytestmark = pytest.mark.world_size(1)
-BUILT = {  # layers that have no name until they are converted
+BUILT = {  # layers that have no name until a model with them is converted
     "SyncBatchNorm": lambda: SyncBatchNorm(4),
     "SyncBatchNorm2d": lambda: syncbn.SyncBatchNorm2d(4),
     "Keras": lambda: syncbn.SyncBatchNormalization(num_features=4),

@@ -199,25 +199,24 @@ except RuntimeError as error:
     raise
 """
 DDP = "nn.parallel.DistributedDataParallel(model)"
-LEFT = {  # how the ranks join, what rank 1 does after two batches: the words of rank 0's error
-    "raises inside syncbn.join": (
-        "syncbn.join(model)",
-        f"time.sleep({2 * TIMEOUT}); raise KeyError",
-        ["after", "s: syncbn.join: ", "\nrank 0 of 2 could not reach the other ranks before call 3"],
-    ),
+LOST = ["after", "s: syncbn.join: ", "\nrank 0 of 2 could not reach the other ranks before call 3"]
+MISSING = {  # how the ranks join, what rank 1 does after two batches, the words of rank 0's error, whether it comes at once
+    "raises inside syncbn.join": ("syncbn.join(model)", "raise KeyError", LOST, True),
+    "is late inside syncbn.join": ("syncbn.join(model)", f"time.sleep({2 * TIMEOUT}); raise KeyError", LOST, False),
     "has no batch left inside DDP's join": (
         f"(model := {DDP}).join()",
         "break",
         [*names("1", "forward")[1:], "(syncbn.join(model), not model.join(), lets ranks have different numbers of batches)"],
+        False,
     ),
 }
 
 
-@pytest.mark.parametrize("name", LEFT)
-def test_a_rank_that_has_left_a_join_ends_the_other_with_an_error_that_names_join(name, tmp_path, forks, subprocess_env):
-    joined, fault, words = LEFT[name]
+@pytest.mark.parametrize("name", MISSING)
+def test_a_rank_that_is_missing_from_a_join_ends_the_other_with_an_error_that_names_join(name, tmp_path, forks, subprocess_env):
+    joined, fault, words, at_once = MISSING[name]
     script = tmp_path / "job.py"
     script.write_text(JOINED.format(joined=joined, fault=fault))
     ended = forks.run(script, str(tmp_path), env=subprocess_env, timeout=LIMIT, ranks=two_ranks())
     assert all(rank.returncode != 0 for rank in ended), outputs(ended)
-    assert_says(tmp_path / "0.error", words, at_once=False)
+    assert_says(tmp_path / "0.error", words, at_once)

@@ -1,4 +1,4 @@
-"""Several hosts: sums inside each host, first ranks over the network, results inside each host."""
+"""With several hosts, the ranks of each host sum in shared memory, and the first ranks add these sums over the network."""
 
 from __future__ import annotations
 

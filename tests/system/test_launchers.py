@@ -1,4 +1,4 @@
-"""Each launcher runs the same example, and the synchronized run follows the one-process run."""
+"""launch/torchrun.sh and mpirun.sh run the same example, and the synchronized run follows the one-process run."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="counts by /proc"),
 ]
 WARM_UP, STEPS = 2_000, 10_000
-# For each: well above normal fluctuation, well below one small object per step.
+# Memory and objects: above normal fluctuation, and below what one more tensor in each step would add.
 ALLOWED = {
     "resident bytes": 64 * STEPS,
     "bytes of malloc": 8 * STEPS,

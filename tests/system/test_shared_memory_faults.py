@@ -69,8 +69,6 @@ try:
     exchange(4)
 except Exception as error:
     (folder / f"{{rank}}.error").write_text(f"{{type(error).__name__}} after {{time.time() - began:.2f}} s: {{error}}")
-    if rank == 1 and "lives on" in fault:
-        time.sleep(3 * {TIMEOUT})
     raise
 """
 ENDED = r"SharedExchangeError after ([\d.]+) s: rank 1: the process has ended"

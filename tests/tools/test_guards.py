@@ -47,7 +47,7 @@ def test_an_activation_that_is_not_a_name_is_refused_with_the_name_to_write(name
 
 
 # ---- Other converters -----------------------------------------------------------------------------------------------------------------
-# Each makes a new layer of the old one's tensors and then asks for the old one's children, as the project named in its docstring does.
+# Each makes a new layer of the old one's tensors and asks for the old one's children, as the converter of the project in its name does.
 
 
 def torchs_converter(model):

@@ -51,7 +51,7 @@ def test_worked_example_on_one_process(world, dtype):
 
 @pytest.mark.world_size(1)
 def test_worked_example_of_the_fused_operation(world):
-    """By torch's convention, which SyncBatchNorm has, the moving variance takes the Bessel-corrected one."""
+    """By torch's convention, which SyncBatchNorm has, the moving variance averages the Bessel-corrected variances."""
     x, printed = tensor(EXAMPLE["single_process"]["x_step0"]).movedim(-1, 1), EXAMPLE["single_process"]["fused_printed"]
     layer = SyncBatchNorm(3, eps=1e-3, momentum=0.5)
     nn.init.ones_(layer.running_mean)

@@ -62,7 +62,7 @@ def frozen_later(**options):
 @pytest.mark.parametrize("num_features", [None, 3], ids=["lazy", "built"])
 @pytest.mark.parametrize("make", [frozen_at_once, frozen_later])
 def test_a_frozen_layer_runs_in_inference_mode_and_does_not_train(world, make, num_features, training):
-    """As in Keras: trainable=False prevails over training=True. Only rank 0 calls the layer: an exchange would wait for the others."""
+    """As in Keras: trainable=False prevails over training=True. Only rank 0 calls the frozen layer: an exchange would wait for others."""
     layer = make(num_features=num_features, moving_mean_initializer="ones", process_group=world.group)
     x = torch.randn(8, 3, requires_grad=True)
     if world.rank == 0:
@@ -213,7 +213,7 @@ def test_gradients_under_ddp_are_those_of_the_whole_batch(world):
 
 @pytest.mark.world_size(1)
 def test_torchs_tools_treat_it_as_a_batch_norm():
-    """torch's tools take it for a batch norm. This package's find it synchronized already, and leave it: torch has no class like it."""
+    """torch's tools take it for a batch norm. This package's leave it as it is: it is synchronized, and torch has no class like it."""
     model = nn.Sequential(SyncBatchNormalization(num_features=3, name="bn"))
     assert isinstance(model[0], nn.modules.batchnorm._BatchNorm) and model[0].layer_name == "bn"
     state = vars(model[0]).copy()

@@ -36,7 +36,7 @@ def test_weights_from_keras_and_back(form, center, scale):
             assert np.array_equal(back[name], array) and back[name].dtype == array.dtype
     assert torchs.momentum == pytest.approx(0.1) and torchs.eps == keras.epsilon == 1e-2 and keras.momentum == 0.9
     x = torch.randn(4, 3, 5)
-    for mode in (True, False, False):  # the second eval sees the statistics of one more training step
+    for mode in (False, True, False):  # first with the given statistics, finally with those of one more training step
         assert_close(torchs.train(mode)(x), keras.train(mode)(x).double().detach(), 2e-6, "y")
     assert_close(torchs.running_var, keras.moving_variance.double(), 1e-7, "running_var")
 

@@ -134,12 +134,13 @@ def test_keras_layer_called_with_training():
 def test_each_argument_does_what_it_says():
     """num_iters, forward, batches with labels, layers without statistics, layers that no batch reached."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False))
-    model.unused = None
+    model[0].unused = nn.BatchNorm1d(2)
     x = torch.randn(3, 4, 2)
     loader = iter([(batch, "labels") for batch in x])
     update_bn_stats(model, loader, 2, progress=False)
     assert_close(model[0].running_mean, x[:2].double().mean((0, 1)), 2e-6, "running_mean")
     assert len(list(loader)) == 1  # no batch more than asked for is taken
+    assert torch.equal(model[0].unused.running_mean, torch.zeros(2)) and torch.equal(model[0].unused.running_var, torch.ones(2))
     update_bn_stats(model, [{"image": x[2]}], forward=lambda m, batch: m(batch["image"]), progress=False)
     assert_close(model[0].running_mean, x[2].double().mean(0), 2e-6, "running_mean")
     with pytest.raises(ValueError, match="1 has not been built: run the model on one batch first"):
