@@ -1,6 +1,6 @@
-// The exchange in shared memory with threads as ranks, for ThreadSanitizer: random lengths, sums and statistics, mismatches, and random
+// The exchange in shared memory with threads as ranks, for sanitizers: random lengths, sums and statistics, mismatches, and random
 // delays. The slots are NaN at first, so that nothing is read before it was written. The ranks meet on cores of a machine that has 16, as
-// Linux would tell; half of them are pinned.
+// Linux would tell; every second rank is pinned to eight of them.
 //
 //   shared_memory_threads RANKS BY_SEGMENTS EXCHANGES
 #include <sched.h>
@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "../../csrc/args.h"
 #include "../../csrc/cpu/shared_memory.h"
 
 namespace shared = syncbn::shared_memory;
@@ -47,7 +48,7 @@ void run(int rank) {
     const int64_t lengths[] = {1, 5, 129, 8192, 8193, 20000};
     core = exchange % 2 ? rank : 0;
     const bool statistics = same() % 2;
-    const int64_t n = lengths[same() % 6], channels = statistics ? n : 0, count = statistics ? 3 * n + 2 : n;
+    const int64_t n = lengths[same() % 6], channels = statistics ? n : 0, count = statistics ? syncbn::stats_numel(n) : n;
     const bool differs = same() % 16 == 0;
     const uint64_t digest = exchange + (differs && rank == ranks - 1);
     std::vector<double> values(count);

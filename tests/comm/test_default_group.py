@@ -32,7 +32,7 @@ class Net(nn.Module):
         self.double()
 
     def stages(self, use_branch: bool):
-        """The parts between which the batches of all ranks meet: in one process, each runs on one rank's rows."""
+        """The parts around the batch norms, where the ranks' batches meet. In one process the first two run on each rank's rows."""
         yield self.first
         yield lambda x: x + self.branch(x) if use_branch else self.second(x)
         yield self.head

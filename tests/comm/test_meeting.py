@@ -96,7 +96,7 @@ def test_a_problem_is_the_same_reason_on_every_rank(world, folder, name, everywh
 
 def test_two_hundred_groups_leave_no_file_no_mapping_and_no_descriptor(world, folder):
     if world.size > 2:
-        pytest.skip("two ranks are enough for 1,600 gloo collectives, which take long")
+        pytest.skip("two ranks are enough for 800 collectives of gloo, which take long")
 
     def resources() -> tuple[int, int, set[str]]:
         gc.collect()

@@ -158,7 +158,7 @@ if not fresh:
     syncbn.init_process_group("gloo", timeout=20)
     dist.barrier()  # or a rank might leave while the other still connects to it
     dist.destroy_process_group()
-    if rank == 1:  # another process takes the place of this one
+    if rank == 1:  # starts afresh, as a process that replaces this one
         os.environ["FRESH"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.argv])
 syncbn.init_process_group("gloo", timeout=20)

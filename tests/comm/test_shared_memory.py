@@ -107,18 +107,18 @@ def test_equal_weights_are_merged_by_the_weight_not_by_the_samples(world, memory
     assert stats[7] == 6 * world.size
 
 
-DISAGREEMENTS = {  # (words, length, channels) of the last rank, where the others have ("a", 8, 0)
-    "what they mean": ("b", 8, 0),
+DISAGREEMENTS = {  # (words, length, channels) of the last rank, where the others have ("a", 10, 0)
+    "what they mean": ("b", 10, 0),
     "length": ("a", 9, 0),
     "number of pieces": ("a", 20000, 0),
-    "sums and statistics": ("a", 8, 2),
+    "sums and statistics": ("a", 10, 2),
 }
 
 
 @pytest.mark.parametrize("name", DISAGREEMENTS)
 def test_a_mismatch_is_found_on_every_rank_and_the_next_exchange_works(world, memory, name):
     for _ in range(2):
-        words, length, channels = DISAGREEMENTS[name] if world.rank == world.size - 1 else ("a", 8, 0)
+        words, length, channels = DISAGREEMENTS[name] if world.rank == world.size - 1 else ("a", 10, 0)
         values = torch.ones(length, dtype=torch.float64)
         with pytest.raises(Mismatch):
             memory.all_reduce_(values, digest(words), TIMEOUT, channels)

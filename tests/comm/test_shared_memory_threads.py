@@ -1,4 +1,4 @@
-"""The exchange in shared memory under ThreadSanitizer, with threads as ranks. Its mutants must be noticed."""
+"""The exchange in shared memory under sanitizers, with threads as ranks. Its mutants must be noticed."""
 
 from __future__ import annotations
 
@@ -43,15 +43,16 @@ def compiler() -> list[str]:
     path = shutil.which("g++") or shutil.which("clang++")
     if path is None:
         pytest.skip("no C++ compiler is on PATH")
-    return [path, "-std=c++17", "-O1", "-g", "-fsanitize=thread"]
+    return [path, "-std=c++17", "-O1", "-g"]
 
 
-def build(compiler: list[str], source: Path, folder: Path) -> Path:
+def build(compiler: list[str], source: Path, folder: Path, sanitizer: str = "thread") -> Path:
     program = folder / "threads"
     threads = ROOT / "tests/comm/shared_memory_threads.cpp"
-    made = subprocess.run([*compiler, source, threads, "-o", program, "-lpthread"], capture_output=True, text=True)
-    if "libtsan" in made.stderr:
-        pytest.skip(f"no ThreadSanitizer here: {made.stderr.splitlines()[-1]}")
+    command = [*compiler, f"-fsanitize={sanitizer}", source, threads, "-o", program, "-lpthread"]
+    made = subprocess.run(command, capture_output=True, text=True)
+    if f"lib{sanitizer[0]}san" in made.stderr:
+        pytest.skip(f"no sanitizer here: {made.stderr.splitlines()[-1]}")
     assert made.returncode == 0, made.stderr
     return program
 
@@ -60,8 +61,9 @@ def run(program: Path, case: tuple[int, int, int], timeout: float = 120) -> subp
     return subprocess.run([program, *map(str, case)], capture_output=True, text=True, timeout=timeout)
 
 
-def test_there_is_no_data_race_and_every_sum_is_right(compiler, tmp_path):
-    program = build(compiler, SOURCE, tmp_path)
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+def test_nothing_races_or_leaves_its_memory_and_every_sum_is_right(sanitizer, compiler, tmp_path):
+    program = build(compiler, SOURCE, tmp_path, sanitizer)
     for case in CASES:
         done = run(program, case)
         assert (done.returncode, done.stdout) == (0, "ok\n"), f"{case}: {done.stderr[:3000]}"

@@ -1,6 +1,6 @@
-"""Bad input, on any number of ranks: an error on every rank, before any exchange, or the right result. Other failures: docs/faults.md.
+"""Bad input, on any number of ranks: an error that leaves no rank out of step, or the right result. Other failures: docs/faults.md.
 
-After each error the ranks exchange once more, to show that none of them is out of step.
+After most errors the ranks exchange once more, to show that none of them is out of step.
 """
 
 from __future__ import annotations

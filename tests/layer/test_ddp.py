@@ -24,7 +24,7 @@ TOLERANCE = 1e-9  # float64: three steps of training
 
 
 class Net(nn.Module):
-    """Batch norm after a matrix product and after an activation."""
+    """Two batch norms, each between a matrix product or a convolution and an activation."""
 
     def __init__(self, affine: bool = True, shape: tuple[int, ...] = ()):
         super().__init__()
@@ -138,12 +138,18 @@ def test_layers_normalize_within_their_own_group(world):
     with collectives() as seen:
         y = model.module(x)
     assert seen == []
-    assert_close(y, Net()(x).detach(), TOLERANCE, "y")
+    plain = Net()
+    want = plain(x)
+    assert_close(y, want.detach(), TOLERANCE, "y")
+    want.square().sum().backward()
+    model(x).square().sum().backward()
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert_close(q.grad, torch.stack(world.all_gather(p.grad)).mean(0), TOLERANCE, "gradient")
 
 
 @several
 def test_a_whole_ddp_model_saved_and_loaded_trains_on(world):
-    """As PyTorch's own tests do it; the loaded layers exchange in the default group again."""
+    """As PyTorch's own tests do it; the loaded layers synchronize again."""
     model = DistributedDataParallel(syncbn.convert_sync_batchnorm(Net()))
     x = torch.randn(4, 2, dtype=torch.float64) + world.rank
     model(x).sum().backward()

@@ -81,7 +81,7 @@ def test_second_derivative_is_that_of_the_whole_batch(world, counts, activation,
 @pytest.mark.parametrize("weighting", ["samples", "ranks"])
 @pytest.mark.parametrize("activation", [None, *NAMES])
 def test_second_derivative_is_that_of_finite_differences_across_ranks(world, counts, activation, weighting):
-    """Nudging one rank's x, residual or parameters changes the sum of the ranks' penalties as the gradient says."""
+    """If x, the residual and the parameters move on all ranks, the sum of the ranks' penalties changes as their gradients say."""
     whole, direction = torch.randn(2, sum(counts), 2, 3, dtype=torch.float64)
     parameters, coefficients = torch.randn(2, 2, dtype=torch.float64), torch.randn(sum(counts), 2, 3, dtype=torch.float64)
     parameter_direction = torch.randn(2, 2, dtype=torch.float64)
@@ -175,7 +175,7 @@ def test_differentiable_backward_gives_the_same_gradients(world, counts, dtype):
         results.append(torch.autograd.grad(layer(x), inputs, world.mine(dy, counts), create_graph=create_graph))
     for usual, differentiable in zip(*results, strict=True):
         scale = torch.stack(world.all_gather(F.pad(usual.abs().flatten(), (0, 1)).max().view(1))).max()
-        # float64: the sums on the wire are about 0, which costs (mean/std)² 2⁻⁵³ = 1e-10.
+        # float64: over a group the sums are about 0, which costs (mean/std)² 2⁻⁵³ = 1e-10.
         assert_close(differentiable, usual.double(), 1e-9 if dtype == torch.float64 else 1e-5, "gradient", scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import pytest
@@ -161,7 +162,7 @@ def test_what_has_changed_and_is_right_is_used(change):
     changed().sum().backward()
     for call in (changed, built):
         call.layer.reset_running_stats()
-        method, *arguments = change
+        method, *arguments = copy.deepcopy(change)  # the two must not share a buffer
         getattr(call, method)(*arguments)
     assert torch.equal(changed(), built())
     for name, buffer in changed.layer.named_buffers():

@@ -215,10 +215,10 @@ def test_state_dict_is_torchs(world):
     ours, torchs = syncbn.SyncBatchNorm(6), nn.BatchNorm2d(6)
     describe = lambda m: {key: (t.shape, t.dtype) for key, t in m.state_dict().items()}  # noqa: E731
     assert describe(ours) == describe(torchs)
-    torchs(torch.randn(4, 6, 2, 2))
-    ours.load_state_dict(torchs.state_dict())
-    torchs.load_state_dict(ours.state_dict())
-    assert torch.equal(ours.running_var, torchs.running_var)
+    for source, target in ((torchs, ours), (ours, torchs)):
+        source(torch.randn(4, 6, 2, 2))
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(target.running_var, source.running_var)
 
 
 @pytest.mark.process_group

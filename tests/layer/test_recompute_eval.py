@@ -1,7 +1,7 @@
 """`syncbn.recompute_outputs` where a layer normalizes by its running statistics: in eval mode, and frozen.
 
 The layer then runs torch's operators, each of which saves what its own backward pass needs. In the context they keep nothing as large as
-the output."""
+the output but the input."""
 
 from __future__ import annotations
 

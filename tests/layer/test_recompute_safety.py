@@ -84,7 +84,7 @@ def test_a_call_without_a_graph_is_as_without_the_context(mode: Callable) -> Non
 
 
 def test_an_inference_tensor_may_be_a_residual() -> None:
-    """The recipe of the output keeps it, and asks for its version, which an inference tensor does not have."""
+    """The recipe of the output keeps it without its version, which an inference tensor does not have."""
     with torch.inference_mode():
         residual = torch.randn(2, 4, 5, 5)
     conv, x, gradients = nn.Conv2d(4, 4, 3), torch.randn(2, 4, 5, 5, requires_grad=True), []
