@@ -36,8 +36,8 @@ class Forked(RuntimeError):
 
 
 class SharedExchangeError(Incomplete):
-    """An exchange in shared memory cannot be completed. The message says which rank is missing and whether its process is alive, or which
-    rank has given up."""
+    """An exchange in shared memory cannot be completed. The message says which rank is missing and whether its process is alive, which
+    rank has given up, or that another thread of this process is exchanging."""
 
 
 class Mismatch(Exception):
@@ -149,6 +149,8 @@ class SharedMemory:
         deadline = time.monotonic() + timeout
         while (status := self._all_reduce(*call)) == _WAITING:
             presence = self._presence()
+            if _GAVE_UP in presence.values():  # the missing rank may be another one, and come much later
+                return _ABANDONED
             if _ENDED in presence.values():
                 raise SharedExchangeError(self._missing(presence))
             if time.monotonic() > deadline:
@@ -188,7 +190,7 @@ def bytes_for(ranks: int) -> int:
 
 
 def slots_offset(ranks: int) -> int:
-    """Where the values begin. Memory from here on is never read before it is written."""
+    """Where the slots begin. Memory from here on is never read before it is written."""
     functions = library()
     assert functions is not None
     return functions.syncbn_shared_slots_offset(ranks)

@@ -144,6 +144,14 @@ def test_a_late_rank_is_named_after_the_timeout_and_hears_of_it(world, memory):
             memory.all_reduce_(torch.ones(1).double(), digest("a"), TIMEOUT)
 
 
+@pytest.mark.world_size(3, 4)
+def test_a_rank_that_waits_for_a_late_one_hears_of_another_that_gave_up(world, memory):
+    if world.rank < world.size - 1:
+        with pytest.raises(SharedExchangeError, match="rank 0.* gave up an exchange" if world.rank else "not there yet"):
+            memory.all_reduce_(torch.ones(1).double(), digest("a"), TIMEOUT if world.rank else 0.2)
+    gather(world, b"the last rank never came")
+
+
 def test_ctrl_c_ends_the_wait(world, memory):
     def interrupt(*_):
         raise KeyboardInterrupt
