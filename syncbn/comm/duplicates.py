@@ -2,7 +2,7 @@
 
 DistributedDataParallel sums its buckets in the default group, each once its gradients are ready. Two ranks that skip different branches of
 a model reach a bucket and a layer's exchange in different orders; in one group, the bucket of one rank would be added to the sums of
-another rank's layer. So the layers exchange in a duplicate of the default group.
+another rank's layer. So layers with process_group=None exchange in a duplicate of the default group.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def all_gather(number: int) -> list[int]:
 def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
     """The group's timeout, for a new group, which would otherwise get torch's default. None for a backend that has none."""
     assert group is not None
-    return timeout_of_backend(group, torch.device(_device()))
+    return timeout_of_backend(group, torch.device("cpu")) or timeout_of_backend(group, torch.device("cuda"))  # NCCL's is for CUDA only
 
 
 def _device() -> str:

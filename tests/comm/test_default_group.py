@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+from datetime import timedelta
 
 import pytest
 import torch
@@ -114,6 +115,16 @@ def test_the_duplicate_has_the_timeout_of_the_default_group():
     cpu = torch.device("cpu")
     timeouts = [group._get_backend(cpu).options._timeout for group in (dist.group.WORLD, resolve().group)]
     assert timeouts[0] == timeouts[1] != dist.default_pg_timeout
+
+
+@with_groups
+@several
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_group_has_its_own_timeout_whichever_device_it_serves(device):
+    group = dist.new_group(timeout=timedelta(seconds=77), backend=f"{device}:gloo")
+    assert resolve(group).timeout == 77
+    dist.barrier()  # or a rank might leave while the other still connects to it
+    dist.destroy_process_group(group)
 
 
 LEFT_BEHIND = """
