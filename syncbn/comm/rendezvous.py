@@ -35,7 +35,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
     Raises:
         ValueError: an environment variable is missing or has a value that is not allowed, mpi4py belongs to another MPI than mpirun,
             or torch.distributed has been initialized with another backend.
-        RuntimeError: the ranks did not meet within the timeout.
+        RuntimeError: the ranks did not meet within the timeout, or rank 0 cannot listen on MASTER_PORT.
 
     If torch.distributed is initialized already, this only checks the backend and the package's variables, and returns the current device.
     Under a launcher that does not set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, this function does, for
@@ -157,10 +157,11 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
                     raise
                 time.sleep(0.1)
     except dist.DistError as error:
-        address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
+        address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')} (timeout {timeout.total_seconds():g} s)"
+        missing, cannot = ("rank 0", "be reached") if here.rank else ("another rank", "be used by this one")
         raise RuntimeError(
-            f"{error}\nrank {here.rank} of {here.world_size} could not meet the others at {address} within {timeout.total_seconds():g} s:"
-            " rank 0 has not started or has failed, or the address cannot be reached"
+            f"{error}\nrank {here.rank} of {here.world_size} could not meet the others at {address}:"
+            f" {missing} has not started or has failed, or the address cannot {cannot}"
         ) from error
 
 
@@ -178,7 +179,7 @@ def _check_address() -> None:
     """Raises ValueError unless MASTER_ADDR and MASTER_PORT say where the ranks meet."""
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if environment.get(name) is None:
-            raise ValueError(f"environment variable {name} is not set, but RANK and WORLD_SIZE are: set it to where rank 0 listens")
+            raise ValueError(f"environment variable {name} is not set: set MASTER_ADDR and MASTER_PORT to where rank 0 listens")
     port = environment.get("MASTER_PORT") or ""
     if not (port.isdecimal() and int(port) < 65536):
         raise ValueError(f"environment variable MASTER_PORT is {port!r}: it must be a port, 0 to 65535")

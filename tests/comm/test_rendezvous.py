@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -149,6 +150,19 @@ def test_a_missing_address_is_named(monkeypatch):
         monkeypatch.setenv(name, value)
         with pytest.raises(ValueError, match=f"environment variable {words}"):
             syncbn.init_process_group()
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(("rank", "cause"), [(0, "another rank has"), (1, "rank 0 has")])
+def test_ranks_that_do_not_meet_suspect_another_rank(rank, cause, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(environment, "settings", environment.settings)
+    with socket.socket() as s:
+        s.bind(("", 0))  # and does not listen: rank 0 cannot use the port, and nobody answers rank 1
+        for name, value in (two_ranks()[rank] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RuntimeError, match=rf"rank {rank} of 2 could not meet the others at .* \(timeout 1 s\): {cause} not started"):
+            syncbn.init_process_group("gloo", timeout=1)
 
 
 NEWCOMER = """
