@@ -38,8 +38,8 @@ class RankMismatchError(RuntimeError):
 
 
 def verify(comm: Communicator, signature: str, details: str, device: torch.device) -> None:
-    """Returns if `signature` is the same on every rank, and if all ranks have replaced torch's layer or none has; else raises
-    RankMismatchError on every rank.
+    """Returns if `signature` and the number of earlier verifications are the same on every rank, and if all ranks have replaced torch's
+    layer or none has; else raises RankMismatchError on every rank.
 
     `details`, such as the shapes of the inputs, may differ between ranks; only the error shows them.
     """

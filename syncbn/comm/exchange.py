@@ -5,7 +5,7 @@
     exchange     ──► in the ranks' memory or over the group
     count        ──► identity.py: an exchange once it has completed, a layer's number already after its first comparison
 
-SYNCBN_DEBUG=1 logs each exchange through `logging`, at the price of waiting for it; profilers show a range for each.
+SYNCBN_DEBUG=1 logs each eager exchange through `logging`, at the price of waiting for it; profilers show a range for each.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class LayerExchanges:
     def ticket(self, x: Tensor, kind: str, values: int) -> Ticket:
         """How an exchange of this many values on x's device is verified. Raises the errors of `all_reduce_`.
 
-        Call it before any value is computed: the tag and `merges` depend on it. A group that is a duplicate is made by its first call."""
-        if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph makes no group and verifies nothing
+        Call it before any value is computed: the tag and `merges` depend on it. The first call makes a group that is a duplicate."""
+        if self.comm is LOCAL or torch.compiler.is_compiling():  # a graph verifies nothing
             return NO_TICKET
         try:
             self._enter(x)

@@ -60,8 +60,8 @@ class LayerRecord:
         self.memberships: WeakKeyDictionary[Any, Membership] = WeakKeyDictionary()
 
     def identity_in(self, state: GroupState | None) -> str:
-        """What the layer would be called in a group that it has not joined: equal on all ranks, different for different layers. `state`
-        is None if the group has not been made yet."""
+        """What the layer would be called in a group that it has not joined: equal on all ranks, different for different layers of a
+        model. `state` is None if the group has not been made yet."""
         if self.name is not None:
             return self.name
         name = self._layer_name()
@@ -94,8 +94,8 @@ def class_and_channels(layer: torch.nn.Module) -> str:
 
 
 def description_of(layer: torch.nn.Module) -> str:
-    """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. Every message about a layer
-    begins with this."""
+    """`layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `SyncBatchNorm2d(8)` if it has no name. A message about a layer
+    begins with this, unless it is about an exchange, where an unnamed layer has a number."""
     return described(getattr(layer, "layer_name", None), type(layer).__name__, getattr(layer, "num_features", 0))
 
 

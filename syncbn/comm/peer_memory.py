@@ -47,7 +47,7 @@ class Missing(Incomplete):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled side; None if it was not built or not loaded."""
+    """The compiled side; None if it was not built or not loaded, or is of another version."""
     cuda = native.status()[1]
     return declared(ctypes.CDLL(str(cuda.path))) if cuda.loaded else None
 

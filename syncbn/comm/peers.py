@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 CAPACITY = 2 * 4096 + 4  # values of an exchange: those of 4096 channels, with weight, samples and tag; more go over the group
 HOST, GPU = 32, 16  # bytes of a rank's row
-FIRST_TIMEOUT = 60.0  # seconds, at most, of the exchange that tries the memory
+FIRST_TIMEOUT = 60.0  # seconds, at most, of each exchange that tries the memory
 
 
 class PeerExchange(MemoryOrGroup):

@@ -32,7 +32,7 @@ class Note(NamedTuple):
 class RecordedCommunicator(ProcessGroupCommunicator):
     exchanges: list[Note]
     outside: Any  # the layer's process_group outside of join, which a copy of the layer gets
-    compares = False  # ranks compare at first exchanges only, but a finished rank answers every call with the exchanges of its last call
+    compares = False  # a finished rank answers with zeros, and with the exchanges of its last call, so it cannot take part in a comparison
 
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():

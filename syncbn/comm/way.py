@@ -4,8 +4,8 @@
     Sharing           CPU tensors, in shared memory: sharing.py
     PeerExchange      CUDA tensors, in each other's memory: peers.py
 
-A group's first eager exchange of such tensors, if no graph is captured, decides this on all ranks together: all use the memory, or none,
-and then all have the same reason.
+A group's first exchange of such tensors that is eager, not captured and outside syncbn.join decides this on all ranks together: all use
+the memory, or none, and then all have the same reason.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def get(name: str) -> str | None:
 
 
 def visible_devices() -> str | None:
-    """CUDA_VISIBLE_DEVICES: empty if it hides all GPUs; None if it is not set, which hides none."""
+    """CUDA_VISIBLE_DEVICES: an empty text hides all GPUs; None if it is not set, which hides none."""
     return os.environ.get("CUDA_VISIBLE_DEVICES")
 
 

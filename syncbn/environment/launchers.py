@@ -69,7 +69,8 @@ def read_rank_info(env: Mapping[str, str]) -> RankInfo:
     """The rank and world size by a launcher's variables in `env`; a single process if no launcher has set its variables.
 
     Raises:
-        ValueError: a variable is not a number, a rank is set without a world size or the reverse, or a rank is not below its world size.
+        ValueError: a variable is not a number, a rank is set without a world size or the reverse (except srun's), or a rank is not below
+            its world size.
     """
     rows = [(launcher, [_first_set(env, names) for names in launcher.columns]) for launcher in LAUNCHERS]
     usable = [(launcher, names) for launcher, names in rows if names[0] and names[1]]

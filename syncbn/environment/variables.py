@@ -73,8 +73,9 @@ VARIABLES = (
     ),
     Variable(
         "check", "first", "first, always or off", _one_of("first", "always", "off"),
-        "when ranks that exchange over their group compare whole signatures: at a layer's first exchange in each direction, or at every"
-        " one; in both cases every eager exchange outside syncbn.join is also verified by a digest; off: neither; the same on all ranks",
+        "when ranks that do not exchange in one host's memory compare whole signatures: at a layer's first exchange in each direction, or"
+        " at every one; in both cases every eager exchange outside syncbn.join is also verified by a digest; off: neither; the same on all"
+        " ranks",
     ),
     Variable("debug", "0", "0 or 1", _switch, "1: log every exchange of an eager layer, at the price of waiting for it"),
     Variable("mpi_timeout", "1800", "a positive number of seconds", _seconds, "how long a rank waits for the others over MPI, in seconds"),
