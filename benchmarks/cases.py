@@ -19,7 +19,7 @@ from syncbn.comm import ProcessGroupCommunicator
 from .timing import Calls
 
 SHAPES = [(8, 64, 112, 112), (2, 256, 56, 56), (8, 512, 14, 14), (16, 2048, 7, 7)]
-LARGE = [(32, 64, 112, 112), (32, 256, 56, 56)]  # for a GPU: tensors that its cache cannot hold
+LARGE = [(32, 64, 112, 112), (32, 256, 56, 56)]  # for a GPU: x and y together do not fit in an H100's cache
 TINY = (2, 64, 2, 2)  # its time is that of the host
 KINDS = ["contiguous float32", "channels-last float32", "contiguous bfloat16", "channels-last bfloat16"]
 EPS = 1e-5

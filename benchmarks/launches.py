@@ -68,7 +68,7 @@ def graph_microseconds(call: Callable[[], object], repeats: int, layers: int = 2
 
 
 def graph_rows(device: str, repeats: int, shapes: Iterable[tuple[int, ...]]) -> list[Row]:
-    """Forward and backward. If a layer cannot be captured, the row has the first line of the reason."""
+    """Forward and backward. If a layer cannot be captured, the row has the beginning of the reason."""
     rows = []
     for shape in shapes:
         for layout in LAYOUTS:

@@ -65,8 +65,8 @@ __device__ Pair block_sum(const Pair (&lane_sums)[CHANNELS], int width) {
 }
 
 // Thread t gets the sum of column t over the partial sums [splits, C] of the blocks that share the columns from `first` on.
-// Neighbouring threads read neighbouring columns, whole memory lines together; then thread t adds up the sums of its column. BATCH loads
-// are issued together, and share one latency: the compiler would not move an __ldcg() up across other statements.
+// Neighbouring threads read neighbouring columns, of a wide tile whole memory lines; then thread t adds up the sums of its column. BATCH
+// loads are issued together, and share one latency: the compiler would not move an __ldcg() up across other statements.
 template <int BATCH>
 __device__ Pair sum_partials(const Pair* partials, int splits, int64_t C, int64_t first, int columns) {
   const int column = threadIdx.x % columns, row = threadIdx.x / columns, rows = blockDim.x / columns;
