@@ -7,7 +7,7 @@ import gc
 import itertools
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -169,13 +169,14 @@ class Alone:
 
     world_size: int
     rank: int = 0
+    sent: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def group(self) -> Alone:
         return self
 
     def all_reduce_(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.sent = tensor
+        self.sent.append(tensor)
         return tensor
 
 
@@ -186,7 +187,7 @@ def test_agreement_message_never_has_the_size_of_a_layers_sums(ranks):
     comm = Alone(ranks)
     with pytest.raises(RankMismatchError):
         agreement.verify(comm, "forward of a", "", torch.device("cpu"))
-    assert comm.sent.nbytes % torch.float64.itemsize
+    assert len(comm.sent) == 2 and all(tensor.nbytes % torch.float64.itemsize for tensor in comm.sent)
 
 
 @several

@@ -98,7 +98,7 @@ def memory(peer_library, monkeypatch):
 
 @alone
 def test_another_stream_waits_for_the_one_before_it(memory, monkeypatch):
-    """A captured stream waits only for streams of the same capture: a graph has no edge to anything outside of it."""
+    """But a captured stream and one that is not do not wait for each other: a graph has no edge to anything outside of it."""
     a, b, captured, forked = Stream("a"), Stream("b"), Stream("captured", True), Stream("forked", True)
     for stream in (a, a, b, b, a, captured, forked, captured, b):
         monkeypatch.setattr(peer_memory, "current_stream", lambda device, stream=stream: stream)

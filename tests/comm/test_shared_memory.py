@@ -1,4 +1,4 @@
-"""Sums in memory that the ranks of a host share: bitwise identical on every rank, never a mixture, and nothing left afterwards."""
+"""Sums in memory that the ranks of a host share: bitwise identical on every rank, and never a mixture."""
 
 from __future__ import annotations
 

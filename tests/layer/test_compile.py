@@ -208,11 +208,13 @@ def op_arguments():
         (ops.backward_reduce, (dy, x, stats, weight, bias, None, mask, 1e-5, Activation.relu, 0.0)),
         (ops.backward_input, (dy, sums, x, stats, weight, None, None, None, 1e-5, Activation.none, 0.0)),
         (ops.backward_input, (dy, sums, x, stats, weight, bias, residual, None, 1e-5, Activation.silu, 0.0)),
+        (ops.batch_norm, (x, weight, None, *running, None, True, 1e-5, Activation.leaky_relu, 0.01)),
+        (ops.batch_norm_backward, (dy, x, stats, weight, None, 1e-5, Activation.leaky_relu, 0.01)),
     ]
 
 
 @pytest.mark.world_size(1)
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(10))
 def test_opcheck_passes(case):
     """Schema, fake kernel and traceability of every op, as torch.library.opcheck sees them."""
     op, arguments = op_arguments()[case]

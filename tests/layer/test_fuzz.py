@@ -52,7 +52,7 @@ def test_any_layer_equals_batch_norm_of_the_whole_batch(world, device, time_limi
         samples = sum(counts)
         for size in shape[1:]:
             samples *= size
-        # With two or three values xhat is always near ±1 and dx cancels almost completely.
+        # dx is orthogonal to 1 and to xhat: of two values nothing but rounding is left, and of three one direction.
         assume(samples >= 4)
         error = None
         try:
