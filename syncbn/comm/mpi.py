@@ -115,7 +115,8 @@ class InFlight:
         self.request: MPI.Request | None = None
 
     def run(self, start: Callable[[], MPI.Request]) -> None:
-        """Starts the request and waits for it. Raises Incomplete after SYNCBN_MPI_TIMEOUT seconds; MPI itself has no timeout."""
+        """Starts the request and waits for it. Raises Incomplete if MPI reports an error, and after SYNCBN_MPI_TIMEOUT seconds; MPI
+        itself has no timeout."""
         _in_flight.add(self)
         try:
             self.request = start()

@@ -141,7 +141,7 @@ def _store_of_this_group(here: RankInfo, timeout: datetime.timedelta) -> dist.St
 
     A store outlives its process group, and torchrun's store outlives restarted ranks, so ranks would read the addresses of their
     predecessors (pytorch issue 135712). Therefore rank 0 opens a generation, and any other rank takes part in the latest generation,
-    or in the next one if this rank has already been taken there, by this process or by one before it. So a process that replaces a dead
+    or in the next one if this rank's place there is taken, by this process or by one before it. So a process that replaces a dead
     one meets the survivors in the next generation.
     """
     _check_address()
