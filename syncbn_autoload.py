@@ -1,4 +1,4 @@
-"""torch calls `autoload` at the end of every `import torch`, by the entry point of this package in the group `torch.backends`.
+"""torch calls `autoload` at the end of `import torch`, by the entry point of this package in the group `torch.backends`.
 
 A module of its own: it must import nothing unless SYNCBN_REPLACE_TORCH is set, and `import syncbn.anything` would import all of syncbn.
 """

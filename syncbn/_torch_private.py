@@ -93,7 +93,7 @@ def is_traced_by_make_fx() -> bool:
 
 
 # How many dispatch modes see each op before it runs: selective checkpointing's, FakeTensorMode, those of tracers. Fallback: 1, as if there
-# were one. The name is torch's function itself, because each step of a layer in a single process asks.
+# were one. The name is torch's function itself, because most steps of a layer in a single process ask.
 is_dispatched: Callable[[], int] = _private("_C._len_torch_dispatch_stack") or (lambda: 1)
 
 

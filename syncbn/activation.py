@@ -45,7 +45,7 @@ def parse(name: str | None) -> Activation:
 
 
 def needs_only_sign(activation: int) -> bool:
-    """Whether the derivative depends on nothing but the sign of z."""
+    """Whether the derivative depends on the sign of z and on nothing else."""
     return activation in (Activation.relu, Activation.leaky_relu)
 
 

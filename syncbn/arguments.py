@@ -1,6 +1,6 @@
 """Checks of what a caller gives the functions, all but `check_count` before any exchange: if every rank refuses its arguments, none waits.
 
-Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, or `sync_batch_norm`.
+Messages begin with `layer`: `layer "encoder.bn1" (SyncBatchNorm2d(8))`, without a name `SyncBatchNorm2d(8)`, or `sync_batch_norm`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def check(layer: str, tensors: Tensors) -> None:
     """Raises unless the tensors fit each other: input and residual [N, C, *], num_batches_tracked one int64, the others [C].
 
     Raises:
-        TypeError: the input is not of a floating-point dtype.
+        TypeError: the input's dtype is not one of FLOATING.
         ValueError: a tensor has the wrong shape, dtype or device.
     """
     if not _are_usual(tensors):

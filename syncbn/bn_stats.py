@@ -54,9 +54,9 @@ def update_bn_stats(
         TypeError: a batch is neither a tensor nor a tuple or list that begins with one, and there is no `forward`.
         RuntimeError: another rank has not called this within the group's timeout.
 
-    Warns if the model has no running statistics, or if no rank has a batch; then nothing changes.
+    Warns if the model has no running statistics to update, or if no rank has a batch; then nothing changes.
 
-    During this pass each batch norm normalizes by the statistics of the current batch on this rank, and the rest of the model is in eval
+    During this pass each batch norm to be updated normalizes by this rank's current batch, and the rest of the model is in eval
     mode (no dropout). Two other ways are worse. If a layer normalized by the statistics of the group, the ranks would have to step through
     their batches together, and a rank with fewer batches would keep the others waiting. If it normalized by the moving statistics,
     which are about to be replaced, every deeper layer would inherit their error. As it is, the result depends only on the set of batches,

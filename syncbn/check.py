@@ -123,7 +123,7 @@ def relative_error(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def time_exchanges(device: torch.device, repeats: int = 20) -> tuple[float, str]:
-    """(median milliseconds of a layer's forward exchange of 256 channels, how the ranks exchange and why). A single rank has none: 0."""
+    """(median milliseconds of exchanging two sums for each of 256 channels, how the ranks exchange and why). A single rank has none: 0."""
     comm = resolve()
     if comm.world_size == 1:
         return 0.0, "none: a single rank"

@@ -1,6 +1,6 @@
 """Activation checkpointing: a recomputation takes the group's statistics from the forward pass that it repeats.
 
-    forward     every layer inside logs its summed statistics, in order: 3C + 4 values each
+    forward     every layer that normalizes by the batch logs its summed statistics, in order: 3C + 4 values each
     recompute   replays them in the same order, without an exchange or a second update of the moving statistics
 
 A checkpoint inside another logs again what the other's recomputation replays. Each call of `checkpoint` has a log of its own, so
@@ -42,7 +42,7 @@ class Log:
     def replay(self, layer: str, channels: int) -> Tensor:
         """The statistics that `layer` has to use again."""
         if self.position >= len(self.entries):
-            raise RuntimeError(f"recomputation of a checkpoint: {layer} was not called in the forward pass ({_ADVICE})")
+            raise RuntimeError(f"recomputation of a checkpoint: {layer} is called more often than in the forward pass ({_ADVICE})")
         logged, stats = self.entries[self.position]
         if logged != layer or channels_of(stats) != channels:
             raise RuntimeError(
@@ -73,7 +73,8 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     Returns:
         the contexts of the forward pass and of the recomputation.
 
-    If checkpoints are nested, give it to each of them.
+    If checkpoints are nested, give it to each of them. In a compiled graph another `context_fn` alone decides what is kept: unless it keeps
+    the exchanges, they are repeated.
 
     >>> layer, x = syncbn.SyncBatchNorm(3), torch.randn(4, 3, requires_grad=True)
     >>> y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)

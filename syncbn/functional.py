@@ -76,7 +76,7 @@ def batch_norm_train(
 def _step(
     apply: Callable[..., Tensor], tensors: Tensors, comm: Communicator, options: Options, record: LayerRecord | None, in_one_call: bool
 ) -> Tensor:
-    """One training step. `apply` calls the autograd function. `in_one_call` says that the step is one op each way."""
+    """One training step. `apply` calls the autograd function. `in_one_call` says that the forward pass is one op."""
     input, residual, weight, bias, *running = tensors
     eps = options.epilogue.eps
     if not eps > 0:
@@ -194,11 +194,11 @@ def sync_batch_norm(
     Returns:
         y [N, C, *] of the input's type and memory format.
 
-    The ranks verify every eager exchange of a function call. They compare whole signatures only with SYNCBN_CHECK=always:
+    The ranks verify every eager exchange of a function call. Over a group they compare whole signatures only with SYNCBN_CHECK=always:
     unlike a layer, a function call has no identity whose first exchange could be remembered.
 
     Raises:
-        TypeError: the input is not of a floating-point dtype, or, while training, is a DTensor.
+        TypeError: the input is not float32, float64, float16 or bfloat16, or, while training, is a DTensor.
         NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
         ValueError: a tensor has the wrong shape, dtype or device, or another argument a value that is not allowed.
             This error and the two above are raised before any exchange.

@@ -8,7 +8,6 @@ import functools
 
 from . import environment
 
-
 # What `Nvml.devices` calls: old drivers lack some of these.
 _NEEDED = "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetUUID", "nvmlDeviceGetCudaComputeCapability"
 
@@ -80,7 +79,7 @@ def driver_version() -> int:
 
 
 def capabilities() -> tuple[int, ...] | None:
-    """The compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, or may leave, to this process, such as (90, 90); None without NVML.
+    """The compute capability of each GPU that CUDA_VISIBLE_DEVICES leaves, or may leave, to this process; None without NVML.
 
     How CUDA reads the variable: CUDA C++ Programming Guide, "CUDA Environment Variables"."""
     driver = nvml()

@@ -38,8 +38,8 @@ def recompute_outputs() -> Iterator[None]:
 
     Where other layers would keep a synchronized layer's output for their backward passes, they keep how to compute it: from the layer's
     input and statistics, which the layer keeps anyway, and its residual. Gradients are bitwise identical to those without the context.
-    The recomputation exchanges nothing, and leaves the running statistics as they are. In training mode each output costs one elementwise
-    kernel in the backward pass, in eval mode a few.
+    The recomputation exchanges nothing, and leaves the running statistics as they are. To compute an output again costs one elementwise
+    kernel in training mode, in eval mode a few.
 
     A separate activation after the layer keeps its own output, so fuse the two first: `convert_sync_batchnorm(model,
     fuse_activation=True)`. Fused layers take part, and so do layers with a residual, layers in eval mode, frozen layers and the Keras

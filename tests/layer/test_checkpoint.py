@@ -198,5 +198,5 @@ def test_another_order_of_layers_is_an_error():
     loss = ours(forward, x).sum()
     with pytest.raises(RuntimeError, match=r"call 0 is SyncBatchNorm\(5\) with 5 channels, but was SyncBatchNorm\(3\) with 3"):
         loss.backward()
-    with pytest.raises(RuntimeError, match="not called in the forward pass"):
+    with pytest.raises(RuntimeError, match="layer is called more often than in the forward pass"):
         Log().replay("layer", 3)
