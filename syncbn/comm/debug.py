@@ -21,7 +21,7 @@ def log() -> logging.Logger:
 
 
 def now(tensor: Tensor) -> float:
-    """Seconds, once `tensor` has been computed."""
-    if tensor.is_cuda:
+    """Seconds, once `tensor` has been computed. While a graph is captured it cannot wait for that."""
+    if tensor.is_cuda and not torch.cuda.is_current_stream_capturing():
         torch.cuda.synchronize(tensor.device)
     return time.perf_counter()

@@ -41,7 +41,7 @@ def duplicate_of(group: dist.ProcessGroup) -> dist.ProcessGroup:
     """A duplicate of this rank's group, made once. Every rank of the default group calls this, with its own group."""
     duplicate = _duplicates.get(group)
     if duplicate is None:
-        duplicate = _duplicates[group] = split(all_gather(min(dist.get_process_group_ranks(group))))
+        duplicate = _duplicates[group] = split(all_gather(min(dist.get_process_group_ranks(group))), group)
         destroy_with(group, duplicate)
     return duplicate
 
@@ -56,12 +56,13 @@ def _destroy(group: dist.ProcessGroup) -> None:
         dist.destroy_process_group(group)
 
 
-def split(colours: list[int]) -> dist.ProcessGroup:
-    """The group of the ranks that have this rank's colour. Every rank of the default group calls it, with the colours of all."""
+def split(colours: list[int], like: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group of the ranks that have this rank's colour, with backend and timeout of the group `like`. Every rank of the default group
+    calls it, with the colours of all."""
     groups = {}
     for colour in dict.fromkeys(colours):  # torch requires every rank to make every group in the same order
         ranks = [rank for rank, other in enumerate(colours) if other == colour]
-        groups[colour] = dist.new_group(ranks, timeout=timeout_of(dist.group.WORLD))
+        groups[colour] = dist.new_group(ranks, timeout_of(like), dist.get_backend(like))
     return groups[colours[dist.get_rank()]]
 
 

@@ -38,4 +38,4 @@ def new_group(ranks_per_group: int | str) -> dist.ProcessGroup:
         raise ValueError(
             f'ranks_per_group must be "node", "world" or a positive divisor of the world size {world_size}, got {ranks_per_group!r}'
         )
-    return split(colours)
+    return split(colours, dist.group.WORLD)

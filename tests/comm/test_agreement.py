@@ -8,6 +8,7 @@ import itertools
 import logging
 import re
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +237,17 @@ def test_debug_logs_each_collective_with_the_layer(world, monkeypatch, caplog, g
     assert [compared, compared_again] == [f"rank {world.rank}  0  {kind}  compared" for kind in ("forward", "backward")]
     assert forward.startswith(f"rank {world.rank}  0  forward  8 x float64") and forward.endswith(" ms")
     assert backward.startswith(f"rank {world.rank}  0  backward  6 x float64")
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("capturing", [True, False])
+def test_the_clock_of_the_log_waits_for_the_device_unless_a_graph_is_captured(monkeypatch, capturing):
+    """To wait would invalidate the capture."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    debug.now(SimpleNamespace(is_cuda=True, device="cuda:0"))
+    assert waits == ([] if capturing else ["cuda:0"])
 
 
 @several

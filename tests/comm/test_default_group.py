@@ -16,6 +16,7 @@ import syncbn
 from support.oracle import assert_close
 from support.processes import outputs, two_ranks
 from syncbn.comm import resolve
+from syncbn.comm.duplicates import duplicate_of
 
 several = pytest.mark.world_size(2, 3, 4)
 with_groups = pytest.mark.process_group
@@ -120,9 +121,12 @@ def test_the_duplicate_has_the_timeout_of_the_default_group():
 @with_groups
 @several
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_group_has_its_own_timeout_whichever_device_it_serves(device):
+def test_a_group_has_its_own_timeout_and_backend_as_has_its_duplicate(device):
+    """Whichever device it serves; `syncbn.join` uses the duplicate."""
     group = dist.new_group(timeout=timedelta(seconds=77), backend=f"{device}:gloo")
-    assert resolve(group).timeout == 77
+    for g in (group, duplicate_of(group)):
+        assert resolve(g).timeout == 77
+        assert dist.get_backend(g) == f"{device}:gloo"
     dist.barrier()  # or a rank might leave while the other still connects to it
     dist.destroy_process_group(group)
 
