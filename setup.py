@@ -41,8 +41,8 @@ ARCHITECTURES = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 CXXFLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # The kernels use neither errno nor floating-point traps, and both would prevent the vectorization of sqrt and comparisons.
 MATHFLAGS = ["-fno-math-errno", "-fno-trapping-math"]
-# GCC's -O2 vectorizes no loop that may need a second version or a tail; clang has neither the flag nor the restriction.
-GCC_FLAGS = ["-fvect-cost-model=dynamic"]
+# GCC's -O2 vectorizes no loop before GCC 12, and later none that may need a second version or a tail; clang's has no such restriction.
+GCC_FLAGS = ["-ftree-vectorize", "-fvect-cost-model=dynamic"]
 ONCE = ("bindings", "dispatch", "shared_memory", "shared_memory_exports")  # files of csrc/cpu that are compiled for the baseline only
 ISAS = {"avx512": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"], "baseline": []}
 

@@ -174,6 +174,16 @@ def test_the_compiler_says_for_which_processor_the_kernels_are_compiled(setup, m
     assert {"-DSYNCBN_X86", "-DSYNCBN_ISA=avx512", "-march=x86-64-v4"} < isas["x86_64-linux-gnu"]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not on PATH")
+def test_a_gcc_whose_level_of_optimization_vectorizes_nothing_is_told_to(setup, monkeypatch, tmp_path):
+    """As GCC 11's: the option that is inserted makes another version's the same."""
+    monkeypatch.setenv("CXX", "g++")
+    (command,) = (command for command in setup["cpu_commands"](tmp_path)[0] if command[-1].endswith("stats.baseline.o"))
+    command.insert(command.index("-O2") + 1, "-fno-tree-vectorize")
+    done = subprocess.run([*command, "-fopt-info-vec"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "loop vectorized" in done.stderr, done.stderr[:500]
+
+
 @needs_cross_compiler
 def test_the_cpu_kernels_compile_for_aarch64_without_a_warning(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", FOR_ARM)
