@@ -1,6 +1,6 @@
-"""Builds the wheel, with the CUDA library if nvcc is on PATH, and installs it where the source tree cannot be imported. Runs a layer with
-its compiled kernels, and torch.nn.SyncBatchNorm as the wheel's entry point replaces it. Then builds the source distribution, and checks
-that it has what a build and the tests need. Both must have the license."""
+"""Builds the wheel, with the CUDA library if nvcc is on PATH, and installs it in a folder of its own, ahead of the source tree. Runs a
+layer with its compiled kernels, and torch.nn.SyncBatchNorm as the wheel's entry point replaces it. Then builds the source distribution,
+and checks that it has what a build and the tests need. Both must have the license."""
 
 import email
 import os
