@@ -41,7 +41,7 @@ from support.step import SPLITS
 from support.world import HERE, TIMEOUT, UNDER_MPI, World
 from syncbn.comm import ProcessGroupCommunicator
 
-ONE_RANK = [ROOT / "tests" / wing for wing in ("house", "kernels", "surgery")]
+ONE_RANK = {ROOT / "tests" / wing for wing in ("house", "kernels")}  # wings in which every test is for a single process
 QUICK = "not nightly and not system"
 _STDERR = pytest.StashKey[int]()
 
@@ -100,7 +100,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
-    """Ranks do not import the folders in which every test is for a single process: that takes seconds on each rank."""
+    """Ranks do not import the folders of ONE_RANK: that takes seconds on each rank."""
     ranks = HERE.world_size > 1 or HERE.launcher == "torchrun"
     return True if ranks and collection_path in ONE_RANK else None
 
@@ -119,6 +119,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     has_gpu = torch.cuda.is_available() or config.option.assume_gpu
     kept, left_out = [], []
     for item in items:
+        if not ONE_RANK.isdisjoint(item.path.parents) and _sizes(item) != [1]:
+            raise pytest.UsageError(f"{item.nodeid} needs the mark world_size(1): ranks do not import its folder")
         if _scales(item):
             item.add_marker("scales")
         if item.path.is_relative_to(ROOT / "tests" / "system") or "subprocess_env" in item.fixturenames:

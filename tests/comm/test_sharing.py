@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,6 +42,14 @@ def test_there_is_no_collective_after_the_first_exchange(world):
         for _ in range(2):
             layer(batch()).sum().backward()
     assert seen == []
+
+
+@pytest.mark.process_group
+def test_a_barrier_and_an_all_gather_would_be_seen(world):
+    with collectives() as seen:
+        dist.barrier()
+        dist.all_gather([torch.zeros(3) for _ in range(world.size)], torch.ones(3))
+    assert seen == [("barrier", 0, None), ("allgather", 3 * world.size, torch.float32)]
 
 
 @pytest.mark.parametrize("weighting", ["samples", "ranks"])

@@ -1,4 +1,4 @@
-"""What the compiled ops refuse: the error names the argument and shows its value."""
+"""What the compiled ops refuse, and what the errors say."""
 
 from __future__ import annotations
 

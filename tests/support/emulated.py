@@ -48,7 +48,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 
 
 
 def compile_kernel(source: Path, target: Path, *flags: str) -> None:
-    """One csrc/cuda/*.cu, with the headers next to it, by g++."""
+    """A source with kernels, by g++: it sees the headers next to it."""
     _compile(["-O1", "-fsanitize=alignment", "-I", str(EMULATION / "include"), *flags, "-x", "c++", str(source)], target)
 
 
@@ -204,8 +204,8 @@ class Emulated:
         return Emulated(library)
 
     def varied(self, op: str, case: object) -> Emulated:
-        """Varies thread order and number of multiprocessors (1, 2 or 7: one block per channel, some, and more than there is work
-        for) with op and case; one case in 4 has only misaligned tensors."""
+        """Varies thread order and number of multiprocessors (1, 2 or 7: with more of them, more blocks share a channel's sums) with op
+        and case; in one case in 4 all tensors of OPS are misaligned."""
         seed = zlib.crc32(repr((op, case)).encode())
         return replace(self, seed=seed, sm_count=(1, 2, 7)[seed % 3], misaligned=OPS[op] if seed // 3 % 4 == 3 else ())
 

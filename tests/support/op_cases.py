@@ -26,7 +26,7 @@ SHAPES = [
     (3, 2, 2),  # planes shorter than a byte of the mask
     (3, 5, 7),  # ... and across two bytes
     (7, 3, 9),  # planes of less than a vector for each lane
-    (9, 70),  # bytes of the mask across tiles of 32 channels
+    (9, 70),  # bytes of the mask across tiles of 8 channels
     (6, 44),  # channels: a multiple of 4, not of 8
     (3, 7, 5, 11),  # primes: nothing divides a warp
     (2, 16, 7, 7),  # planes of odd length: one in eight begins at a multiple of 8
@@ -35,11 +35,11 @@ SHAPES = [
     (70, 8, 3, 3),  # more planes than warps
     (37, 8, 7, 7),  # planes of 8, 16 or 32 lanes: several in a step, and steps that are not full
     (21, 8, 14, 14),  # planes of a whole warp or more, the last step not full
-    (1200, 16),  # more rows than one step of all blocks
-    (40, 256),  # two blocks of which every thread has a sum to share
-    (500, 128),  # more blocks in a group than rows in a block
+    (1200, 16),  # on one multiprocessor, more rows than one step of all blocks
+    (40, 256),  # several tiles of channels, none of them shared
+    (500, 128),  # several tiles of channels, on 7 multiprocessors each shared by several blocks
     (19, 520),  # more channels than a block is wide
-    (1, 2, 40, 61),  # planes cut into pieces, of odd length
+    (1, 2, 40, 61),  # planes cut into pieces
     (2, 1, 97, 97),  # one channel over all blocks, odd planes in many pieces
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

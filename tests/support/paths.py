@@ -12,7 +12,7 @@ from syncbn.comm.way import MemoryOrGroup
 
 
 def over_the_group(patch: pytest.MonkeyPatch) -> None:
-    """From now on every group's collectives are used, as where no memory can be shared. Every rank calls it."""
+    """From now on CPU tensors are exchanged by their group's collectives, as where no memory can be shared. Every rank calls it."""
     sharing = Sharing()
     sharing.reason, sharing.ready = "turned off for this test", True
     way_of = exchange.way_of

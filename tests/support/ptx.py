@@ -1,7 +1,7 @@
 """PTX, what nvcc makes of a kernel, as C++ for the emulation: line by line, so that every message names a line of the PTX.
 
-An instruction becomes a call of the function of its name in kernels/ptx/ptx.h, a register an element of an array, and a kernel a
-function of the addresses of its parameters. Unknown instructions fail to compile.
+An instruction becomes a call of the function of its name in kernels/ptx, a register a variable or an element of an array, and a kernel
+a function of the addresses of its parameters. Unknown instructions fail to compile.
 """
 
 from __future__ import annotations

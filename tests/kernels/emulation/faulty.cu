@@ -1,4 +1,5 @@
-// A kernel with the fault of the given number, which the emulation must find. Two blocks of 64 threads with 64 bytes of shared memory.
+// A kernel with the fault of the given number, which the emulation must find. Two blocks of 64 threads, each with
+// 64 bytes of static and 64 of dynamic shared memory.
 #include "cuda_emulation.h"
 
 #include "scheduler.h"

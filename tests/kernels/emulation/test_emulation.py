@@ -57,7 +57,7 @@ def test_any_order_of_threads_and_blocks_gives_the_same_bits(kernels, op, case):
             assert bool(same.all())
 
 
-@pytest.mark.parametrize("op", CHECKS)
+@pytest.mark.parametrize("op", ["stats", "backward_reduce"])
 def test_a_group_may_have_more_blocks_than_partial_sums_read_in_one_step(kernels, op):
     CHECKS[op](replace(kernels, sm_count=MANY_BLOCKS[0]), MANY_BLOCKS[1])
 

@@ -70,7 +70,8 @@ def test_columns_get_the_tile_that_was_fastest(launch, op, bytes, shape, width):
 
 def test_blocks_with_sums_are_resident_together_whatever_the_shape(launch):
     """The workspace has a counter for each group of two blocks or more, and space for the partial sums of all resident blocks."""
-    shapes = [(n, c, inner) for n in (1, 3, 32, 500) for c in (1, 7, 130, 400, 530, 900, 1600, 5000) for inner in (2, 49, 196, 9409)]
+    layouts = [(n, inner) for n in (1, 3, 32, 500) for inner in (2, 49, 196, 9409)] + [(n, 1) for n in (1, 500, 100_000)]
+    shapes = [(n, c, inner) for n, inner in layouts for c in (1, 7, 130, 400, 530, 900, 1600, 5000)]
     rows = [(op, bytes, *shape) for op in ("stats", "backward_reduce") for bytes in (2, 4) for shape in shapes]
     for row, (threads, splits, _, groups) in zip(rows, launch(*rows), strict=True):
         if splits > 1:

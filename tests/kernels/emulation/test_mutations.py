@@ -105,6 +105,7 @@ CHANGED = [
     Mutant("reduce.cuh", "offset = width;", "offset = 1;", "stats"),
     Mutant("reduce.cuh", "counter, blocks - 1)", "counter, blocks)", "stats"),
     Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "backward_reduce", dtype="bfloat16"),
+    Mutant("reduce.cuh", "k += BATCH * rows", "k += 2 * BATCH * rows", "stats", dtype="bfloat16"),
     Mutant("reduce.cuh", "k += BATCH * rows", "k += rows", "stats", dtype="bfloat16"),
     Mutant("reduce.cuh", "k + u * rows", "k + u", "stats"),
     Mutant("reduce.cuh", "workspace.counters[walk.group]", "workspace.counters[0]", "stats"),
