@@ -21,8 +21,8 @@ METHODS = (
 
 @contextmanager
 def collectives():
-    """The collectives that Python code calls in this context, as [(operation, elements, dtype)] of what each writes; (operation, 0, None) if
-    that is nothing. Layers exchange CPU tensors over their group even if they could share memory, and verify nothing."""
+    """The collectives that Python code calls in this context, as [(operation, elements, dtype)] of what each writes; (operation, 0, None)
+    if that is nothing. Layers exchange CPU tensors over their group even if they could share memory, and verify nothing."""
     seen = []
     patched = pytest.MonkeyPatch()
     over_the_group(patched)
