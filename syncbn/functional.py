@@ -116,7 +116,7 @@ def batch_norm_eval(
     """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises the errors of `check`."""
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if saves and not torch.compiler.is_exporting():
+    if saves and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # whose graphs need no copies
         # Copies, because a training step may update the statistics before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):

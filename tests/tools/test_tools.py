@@ -134,6 +134,13 @@ def test_a_training_layer_is_traced_with_its_moving_statistics():
 
 
 @pytest.mark.world_size(1)
+def test_a_traced_eval_model_equals_the_model(model, x):
+    """torch.jit.trace checks by itself that a second trace, without gradients, gives the same graph."""
+    traced = torch.jit.trace(model.eval(), (x,))
+    assert torch.equal(traced(x), model(x))
+
+
+@pytest.mark.world_size(1)
 def test_onnx_export_of_a_reverted_model(model, x):
     onnx = pytest.importorskip("onnx", reason="ONNX export needs onnx and onnxscript")
     pytest.importorskip("onnxscript", reason="ONNX export needs onnx and onnxscript")
