@@ -7,6 +7,7 @@ activation(gamma * (W x + b - mean) / sqrt(var + eps) + beta)
 from __future__ import annotations
 
 import copy
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
         inputs = [*node.args, *node.kwargs.values()]
         layer, batch_norm = modules[str(source.target)], modules[str(node.target)]
         called_once = all(calls.count(m) == 1 and not is_observed(m) for m in (layer, batch_norm))
-        used_once = inputs.count(node.args[0]) == 1 and not _reads_tensors_of(graph, source, node)
+        used_once = inputs.count(node.args[0]) == 1 and not _reads_tensors_of(root, graph, layer, batch_norm)
         if called_once and used_once and _is_scale_and_shift(batch_norm, len(inputs)):
             fits, dim = _channels(layer, batch_norm)
             if fits:
@@ -104,10 +105,10 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
     return pairs
 
 
-def _reads_tensors_of(graph: fx.Graph, *calls: fx.Node) -> bool:
-    """Whether the graph uses a weight of the called modules outside the calls."""
-    prefixes = tuple(f"{call.target}." for call in calls)
-    return any(node.op == "get_attr" and str(node.target).startswith(prefixes) for node in graph.nodes)
+def _reads_tensors_of(root: nn.Module, graph: fx.Graph, *called: nn.Module) -> bool:
+    """Whether the graph uses a tensor of the called modules outside the calls. A tensor may have several names."""
+    tensors = {id(t) for module in called for t in (*module.parameters(), *module.buffers())}
+    return any(node.op == "get_attr" and id(attrgetter(str(node.target))(root)) in tensors for node in graph.nodes)
 
 
 def _is_scale_and_shift(batch_norm: nn.Module, inputs: int) -> bool:

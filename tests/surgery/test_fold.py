@@ -277,7 +277,16 @@ class Tied(nn.Module):
         return nn.functional.linear(self.bn(self.encode(x)).relu(), self.encode.weight.t())
 
 
-@pytest.mark.parametrize("make", [OptionalTap, Tied])
+class TiedUnderAnotherName(Tied):
+    """The first name of the weight is that in another layer."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.other, self.encode, self.bn = nn.Linear(3, 4), nn.Linear(3, 4), nn.BatchNorm1d(4)
+        self.encode.weight = self.other.weight
+
+
+@pytest.mark.parametrize("make", [OptionalTap, Tied, TiedUnderAnotherName])
 def test_not_folded_if_output_or_weight_is_used_elsewhere(make):
     model = make().eval()
     model.bn.running_mean.normal_()
