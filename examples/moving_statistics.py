@@ -52,7 +52,7 @@ def of_channel(stats: Tensor) -> tuple[float, float]:
 
 
 def train(synchronized: bool, images: Tensor, labels: Tensor, steps: int, batch_size: int) -> dict[str, list[list[float]]]:
-    """Rows of [step, mean, variance, ...] for each kind of statistic, with one pair for each rank."""
+    """Rows of [step, mean, variance, ...] for each kind of statistic. "batch" and "moving" have a pair for each rank."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     device = images.device
     model = network(synchronized).to(device)
@@ -67,7 +67,7 @@ def train(synchronized: bool, images: Tensor, labels: Tensor, steps: int, batch_
     order = torch.Generator().manual_seed(0)
     curves: dict[str, list[list[float]]] = {"batch": [], "group": [], "moving": [], "exact": []}
     for step in tqdm(range(steps), disable=rank > 0, desc="synchronized" if synchronized else "local"):
-        if step % (steps // 12) == 0:
+        if step % max(steps // 12, 1) == 0:
             exact = copy.deepcopy(model)
             syncbn.update_bn_stats(exact, images[rank::world_size].split(150), progress=False)
             curves["exact"].append([step, exact[LAYER].running_mean[CHANNEL].item(), exact[LAYER].running_var[CHANNEL].item()])

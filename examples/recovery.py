@@ -3,7 +3,7 @@
     RANKS=2 RESTARTS=3 launch/torchrun.sh examples/recovery.py
 
 The run ends with the same weights and moving statistics as an undisturbed one, because a checkpoint contains everything on which a step
-depends, and the random numbers of an epoch depend only on the epoch.
+depends, and the random numbers of an epoch depend only on the epoch and the rank.
 """
 
 from __future__ import annotations

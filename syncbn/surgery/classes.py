@@ -1,7 +1,7 @@
 """The class of a converted layer. Conversion changes the class of a module, so that the module stays the same object.
 
-Python allows this between classes whose instances have the same layout, as those of all modules have. An instance of a class that is made
-here at run time is pickled as one of the original class.
+Python allows this between classes whose instances have the same layout, as those of all modules have. The pickle of an instance of a class
+that is made here at run time names the original class.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None, *, fuse
 
     `BatchNorm1d/2d/3d`, lazy batch norms, and subclasses that keep torch's forward are converted and remain instances of their class. A
     `torch.nn.SyncBatchNorm` is converted, too, but is then no instance of its class, because DistributedDataParallel would refuse it on
-    the CPU. A subclass is left alone, with one warning that names it, if it overrides forward or has an attribute with the name of an
-    option of `SyncBatchNorm`, because its behaviour would be lost. So is a batch norm that torch.jit has scripted. timm's BatchNormAct2d
-    is converted, and keeps its own dropout and activation.
+    the CPU, as it does a subclass. A layer is left alone, with one warning that names its class, if it overrides forward or has an
+    attribute with the name of an option of `SyncBatchNorm`, because its behaviour would be lost. So is a batch norm that torch.jit has
+    scripted. timm's BatchNormAct2d and SyncBatchNormAct are converted, and keep their own dropout and activation.
 
     Args:
         module: a model, or a batch norm itself.

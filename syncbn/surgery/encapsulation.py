@@ -2,7 +2,7 @@
 
 It is for modules that torch.fx cannot trace. A submodule that the code only calls is a unit. So is each element of a container, if the code
 only calls the container's elements, in a loop or by index. Only the forward of a unit uses the layers inside, so two layers that are
-adjacent there may be fused. Any other use of `self` or of a submodule counts as access to the layers inside, as far as it can call them:
+adjacent there may be fused. Any other use of `self` or of a submodule counts as access to the layers inside, if it can call them:
 `self.parameters()` cannot.
 """
 

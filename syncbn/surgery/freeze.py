@@ -37,7 +37,7 @@ class Frozen:
         return super().train(False)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickles the layer as one of the class that was frozen: pickle could not import a class that was made at run time."""
+        """Names the class that was frozen, which `_rebuild` freezes again: pickle could not import a class that was made at run time."""
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, *state = reduced
         return _rebuild, (function, tuple(_original(a) if a is type(self) else a for a in arguments)), *state

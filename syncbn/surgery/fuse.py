@@ -1,7 +1,7 @@
 """Finds batch norms that are directly followed by an activation, and fuses the two.
 
 Only a trace can show that nothing else uses the intermediate value: no residual connection, no feature tap, and no second call of a
-shared activation. Modules with hooks are not fused.
+shared activation. Modules with hooks, or with a forward of the instance's own, are not fused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def _in_every_graph(region: Region) -> list[Fusible]:
 
 
 def fuse(pair: Fusible) -> None:
-    """Moves the activation into the batch norm, if that is a `SyncBatchNorm` without one. The activation module becomes an identity."""
+    """Moves the activation into the batch norm, if that is a `SyncBatchNorm` that ends with neither an activation nor code of its own. The
+    activation module becomes an identity."""
     batch_norm, activation = pair
     if not isinstance(batch_norm, SyncBatchNorm) or type(batch_norm).forward not in _FORWARDS:
         return

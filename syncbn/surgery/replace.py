@@ -28,7 +28,7 @@ def replace_torch() -> None:
     their own processes. Do it on every rank alike: torch's own layers exchange something else. A second call has no effect.
 
     Raises:
-        RuntimeError: Python refuses to change the base of torch's class; nothing is replaced.
+        RuntimeError: Python refuses to change the base of torch's class, as after the conversion of a subclass of it; nothing is replaced.
 
     >>> replace_torch()
     >>> layer = nn.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm2d(8))
@@ -44,8 +44,8 @@ def replace_torch() -> None:
         set_base_of_torchs_layer(SyncBatchNorm)
     except TypeError as error:
         raise RuntimeError(
-            f"torch.nn.SyncBatchNorm cannot be replaced with this version of Python or torch ({error}): convert models with"
-            " syncbn.convert_sync_batchnorm instead"
+            f"torch.nn.SyncBatchNorm cannot be replaced ({error}), because of the version of Python or torch, or because"
+            " syncbn.convert_sync_batchnorm has converted a subclass of it: replace it first, or convert models with that function"
         ) from error
     for name, value in list(vars(nn.SyncBatchNorm).items()):
         if isinstance(value, (types.FunctionType, classmethod)):

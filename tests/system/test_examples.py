@@ -42,7 +42,7 @@ def test_torchrun_port_learns(output):
 def test_the_example_of_moving_statistics_draws_its_plot(output, tmp_path):
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
-    output("moving_statistics.py", "--steps=12", "--out=plot.png", ranks=two_ranks())
+    output("moving_statistics.py", "--steps=6", "--out=plot.png", ranks=two_ranks())
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
