@@ -29,25 +29,26 @@ class Alarms:
     def __init__(self, signature: Callable[..., str]) -> None:
         self._signature = signature  # of an exchange's key, for errors
         self._pages: list[Tensor] = []
-        self._words: dict[tuple[Any, ...], Tensor] = {}
+        self._words: dict[tuple[bool, tuple[Any, ...]], Tensor] = {}  # by whether kernels write it, and the exchange
         self._flags: dict[tuple[Any, ...], Tensor] = {}
         weakref.finalize(self, _warn, self._pages, self._words, signature)
 
-    def word(self, key: tuple[Any, ...]) -> Tensor:
+    def word(self, key: tuple[Any, ...], of_kernels: bool = True) -> Tensor:
         """[1] int32 on the CPU, in pinned memory if there is a GPU: 0 until ranks have mixed this exchange with another. An exchange has
         the same word each time, because a captured graph keeps its address."""
-        word = self._words.get(key)
+        word = self._words.get((of_kernels, key))
         if word is None:
             number = len(self._words)
             if number == len(self._pages) * CAPACITY:
                 with torch.inference_mode(False):
                     self._pages.append(torch.zeros(CAPACITY, dtype=torch.int32, device="cpu", pin_memory=torch.cuda.is_available()))
-            word = self._words[key] = self._pages[-1][number % CAPACITY :][:1]
+            word = self._words[of_kernels, key] = self._pages[-1][number % CAPACITY :][:1]
         return word
 
     def compare(self, key: tuple[Any, ...], sums: Tensor, expected: tuple[float, float]) -> None:
-        """Does what the kernels do, for the sums [2] of a tag and its square in a payload that no kernel uses."""
-        word = self.word(key)
+        """Does what the kernels do, for the sums [2] of a tag and its square in a payload that no kernel uses. It has a word of its own,
+        because the copy would undo what a kernel has written."""
+        word = self.word(key, of_kernels=False)
         mixed = (sums[:1] != expected[0]) | (sums[1:] != expected[1])  # with floats: to copy a tensor of them would wait for the device
         flag = self._flags.get(key)
         if flag is None:
@@ -72,16 +73,16 @@ def _are_zero(pages: list[Tensor]) -> bool:
     return all(ctypes.string_at(page.data_ptr(), len(_ZEROS)) == _ZEROS for page in pages)
 
 
-def _message(words: dict[tuple[Any, ...], Tensor], signature: Callable[..., str]) -> str:
+def _message(words: dict[tuple[bool, tuple[Any, ...]], Tensor], signature: Callable[..., str]) -> str:
     """Names the exchanges whose word is set."""
     return (
         "the ranks have exchanged different things: another rank has added something else to"
-        + "".join(f"\n  {signature(*key)}" for key, word in words.items() if word.item())
+        + "".join(dict.fromkeys(f"\n  {signature(*key)}" for (_, key), word in words.items() if word.item()))
         + "\nThe sums have been used: go on from a checkpoint. SYNCBN_CHECK=always compares before each exchange, and names each rank's"
     )
 
 
-def _warn(pages: list[Tensor], words: dict[tuple[Any, ...], Tensor], signature: Callable[..., str]) -> None:
+def _warn(pages: list[Tensor], words: dict[tuple[bool, tuple[Any, ...]], Tensor], signature: Callable[..., str]) -> None:
     """Gives a RuntimeWarning if a word is set. Called when the group or the process ends; does not wait for the device."""
     if not _are_zero(pages):
         warnings.warn(_message(words, signature), RuntimeWarning, stacklevel=2)
