@@ -199,7 +199,7 @@ def sync_batch_norm(
 
     Raises:
         TypeError: the input is not float32, float64, float16 or bfloat16, or, while training, is a DTensor.
-        NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
+        NotImplementedError: while training, a transform of torch.func runs, torch.jit traces, or the input has a forward-mode tangent.
         ValueError: a tensor has the wrong shape, dtype or device, or another argument a value that is not allowed.
             This error and the two above are raised before any exchange.
         ValueError: while training, each channel has a single value over all ranks. Raised on every rank.
