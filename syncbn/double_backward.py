@@ -74,6 +74,7 @@ def differentiable_backward(
     centered = x.to(acc) - over(hi)
     sample_weight = 1 / max(samples_per_channel(x), 1) if rank_weighted else 1.0
     moments = sample_weight * torch.cat([channel_sum(centered), channel_sum(centered.square())])
+    moments.requires_grad_()  # although x may not: this rank joins the exchange of the others' derivatives
     known = torch.cat([offset * total_weight, (var + offset.square()) * total_weight])
     first, second = (GroupSum.apply(moments, exchange, known) / total_weight).chunk(2)
     invstd = (second - first.square() + eps).rsqrt()

@@ -195,6 +195,20 @@ def test_a_double_backward_has_the_same_collectives_on_every_rank(world):
     assert len(seen) == 3  # two for the derivative of the first backward pass, and one for y itself, through which dy depends on x
 
 
+@pytest.mark.world_size(2, 3)
+@pytest.mark.parametrize("some", ["no", "one", "every"])
+def test_a_derivative_does_not_depend_on_which_ranks_inputs_need_a_gradient(world, some):
+    """Every rank joins its exchanges, as those of a first backward pass."""
+    layer = syncbn.SyncBatchNorm(3, process_group=world.group, dtype=torch.float64)
+    plain = nn.BatchNorm1d(3, dtype=torch.float64)
+    whole = torch.randn(2 * world.size, 3, 4, dtype=torch.float64)
+    x = world.mine(whole, (2,) * world.size).requires_grad_(some == "every" or (some == "one" and world.rank == 0))
+    for model, batch in ((layer, x), (plain, whole)):
+        (dweight,) = torch.autograd.grad(model(batch).pow(3).sum(), model.weight, create_graph=True)
+        (dweight * torch.tensor([1.0, -2.0, 3.0])).sum().backward()  # linear, so that the ranks' gradients add up
+    assert_close(torch.stack(world.all_gather(layer.bias.grad)).sum(0), plain.bias.grad, TOLERANCE, "d2 of the bias")
+
+
 def test_the_error_of_forward_mode_suggests_an_alternative(world):
     x = torch.randn(4, 3, 5)
     layer = syncbn.SyncBatchNorm(3, process_group=world.group)
