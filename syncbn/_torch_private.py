@@ -2,7 +2,7 @@
 
 A private name is used if no public one does the same, or if the public one is slower. Each use says what happens with a torch that lacks
 the name. The names are in the sources of torch 2.11.0, 2.12.1, 2.13.0, 2.14.1 and 2.15.0; tests/house/test_torch_private.py checks what
-they do in the torch at hand, and each fallback.
+they do in the torch at hand, and most fallbacks.
 
 Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `Module._load_from_state_dict`.
 """

@@ -52,6 +52,7 @@ def update_bn_stats(
     Raises:
         ValueError: a lazy batch norm has not been built.
         TypeError: a batch is neither a tensor nor a tuple or list that begins with one, and there is no `forward`.
+        RankMismatchError: the other ranks are about to exchange something else; raised on every rank.
         RuntimeError: another rank has not called this within the group's timeout.
 
     Warns if the model has no running statistics to update, or if no rank has a batch; then nothing changes.

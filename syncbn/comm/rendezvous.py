@@ -220,6 +220,8 @@ def _pause_at_exit() -> None:
 
 def _meeting_point(here: RankInfo) -> tuple[str, int]:
     """The host of rank 0 and a port there: a free one if rank 0 chooses it, else one that all ranks compute."""
+    if here.world_size == 1:  # it meets nobody, so no launcher has to say where
+        return "127.0.0.1", _free_port()
     hosts = environment.get("SLURM_STEP_NODELIST")
     if here.launcher == "srun" and hosts:
         return _first_host(hosts), _port_of_job()
@@ -241,14 +243,18 @@ def _meeting_point(here: RankInfo) -> tuple[str, int]:
         )
     message = bytearray(256)
     if here.rank == 0:
-        with socket.socket() as s:
-            s.bind(("", 0))
-            host = "127.0.0.1" if here.local_world_size == here.world_size else socket.gethostname()
-            text = f"{host} {s.getsockname()[1]}"
+        host = "127.0.0.1" if here.local_world_size == here.world_size else socket.gethostname()
+        text = f"{host} {_free_port()}"
         message[: len(text)] = text.encode()
     MPI.COMM_WORLD.Bcast(message)
     host, port = message.rstrip(b"\0").decode().split()
     return host, int(port)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("", 0))
+        return int(s.getsockname()[1])
 
 
 def _job() -> str:

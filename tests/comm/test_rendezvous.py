@@ -82,6 +82,15 @@ def test_export_gives_srun_tasks_one_meeting_point(monkeypatch):
     assert len(seen) == 1 and seen.pop()[0] == "gpu03"
 
 
+@pytest.mark.world_size(1)
+def test_a_single_rank_needs_no_mpi4py_to_meet_itself(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    host, port = rendezvous._meeting_point(environment.RankInfo("MPICH", 0, 1, 0, 1))
+    assert host == "127.0.0.1" and port > 0
+    with pytest.raises(ValueError, match="install mpi4py"):
+        rendezvous._meeting_point(environment.RankInfo("MPICH", 0, 2, 0, 2))
+
+
 JOB = """
 import os, sys, torch, torch.distributed as dist, syncbn
 device = syncbn.init_process_group(timeout=30)

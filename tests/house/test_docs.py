@@ -1,4 +1,5 @@
-"""The documents are true: every block of Python in README.md and docs/ runs, commands name what exists, and relative links lead somewhere.
+"""The documents are true: every block of Python in README.md and docs/ runs or says why not, commands name what exists,
+and relative links lead somewhere.
 
 A block runs in this process, and always, unless a comment before it says otherwise:
 

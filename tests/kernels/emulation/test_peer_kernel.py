@@ -37,7 +37,7 @@ def values(count: int, lengths: list[int], seed: int) -> list[list[torch.Tensor]
     """What each rank sends in each exchange: magnitudes that make the order of additions visible, or bits equal to its number's."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda n: torch.randn(n, generator=generator, dtype=torch.float64) * 10.0 ** torch.randint(-8, 9, (n,), generator=generator)  # noqa: E731
-    return [[draw(n) if e % 3 else draw(n) * 0 + float(e) * 5e-324 for e, n in enumerate(lengths)] for _ in range(count)]
+    return [[draw(n) if e % 3 else draw(n) * 0 + float(e + 1) * 5e-324 for e, n in enumerate(lengths)] for _ in range(count)]
 
 
 def check_sums(ranks: Ranks, orders: int = 6) -> None:
