@@ -116,7 +116,7 @@ def check_transforms(layer: str, input: Tensor) -> None:
 
     Raises:
         TypeError: the input is a DTensor.
-        NotImplementedError: a transform of torch.func runs, torch.jit traces, or the input has a tangent of forward-mode differentiation.
+        NotImplementedError: a transform of torch.func runs, or the input has a tangent of forward-mode differentiation.
     """
     distributed = None if type(input) is Tensor else sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(input, distributed.DTensor):
@@ -124,8 +124,6 @@ def check_transforms(layer: str, input: Tensor) -> None:
             f"{layer}: a DTensor cannot be normalized in training mode. Give the layer this rank's samples, sharded along dimension 0:"
             " y = DTensor.from_local(layer(x.to_local()), x.device_mesh, x.placements), and leave it out of distribute_module"
         )
-    if torch.jit.is_tracing():  # its graph would have the step and also the op inside it, and move the statistics twice
-        raise NotImplementedError(f"{layer}: a layer in training mode cannot be traced by torch.jit: trace the model in eval mode")
     if is_transformed() or has_tangent(input):
         raise NotImplementedError(
             f"{layer}: synchronized batch norm in training mode has no forward-mode derivative and no torch.func transform (jvp, grad,"

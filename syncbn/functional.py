@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import ops, recompute
+from . import ops, recompute, reference
 from ._torch_private import eager_apply
 from .activation import Activation, activate
-from .arguments import Tensors, check, check_eager, check_memory, check_transforms, explain, plain
-from .autograd import Running, SyncBatchNormFunction
+from .arguments import Tensors, check, check_count, check_eager, check_memory, check_transforms, explain, plain
+from .autograd import NOTHING_TRACKED, Running, SyncBatchNormFunction
 from .comm import LOCAL, Communicator, resolve
 from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .comm.identity import LayerRecord
@@ -86,6 +86,8 @@ def _step(
         input = dense(input)
     if residual is not None:
         residual = dense_like(residual, input)
+    if comm is LOCAL and torch.jit.is_tracing():
+        return _traced(input, residual, weight, bias, (running[0], running[1], running[2]), options)
     if comm is LOCAL:
         exchange, anchor = UNSYNCHRONIZED, None
     else:
@@ -94,6 +96,18 @@ def _step(
         has_trainable = (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
         anchor = None if has_trainable else _ANCHOR
     return apply(input, residual, weight, bias, anchor, *running, exchange, options, in_one_call)
+
+
+def _traced(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, running: Running, options: Options
+) -> Tensor:
+    """A step of a single process for torch.jit: by the reference, which autograd differentiates. A graph of the autograd function would
+    contain the op inside it as well, and each would move the statistics."""
+    stats = reference.stats(input, options.rank_weighted, True)
+    if input.numel() <= input.shape[1]:
+        check_count(options.layer, stats, input, LOCAL)
+    reference.update_running_stats(stats.detach(), *running, options.momentum, options.unbiased)
+    return reference.normalize(input, stats, weight, bias, residual, *NOTHING_TRACKED, None, options.unbiased, *options.epilogue)[0]
 
 
 def _with_torch_function(tensors: Tensors, comm: Communicator, options: Options, record: LayerRecord | None) -> Tensor:
@@ -199,7 +213,7 @@ def sync_batch_norm(
 
     Raises:
         TypeError: the input is not float32, float64, float16 or bfloat16, or, while training, is a DTensor.
-        NotImplementedError: while training, a transform of torch.func runs, torch.jit traces, or the input has a forward-mode tangent.
+        NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
         ValueError: a tensor has the wrong shape, dtype or device, or another argument a value that is not allowed.
             This error and the two above are raised before any exchange.
         ValueError: while training, each channel has a single value over all ranks. Raised on every rank.

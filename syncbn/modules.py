@@ -119,7 +119,7 @@ class SyncBatchNorm(_BatchNorm):
         Raises:
             TypeError: the input is not float32, float64, float16 or bfloat16, or, while training, is a DTensor.
             ValueError: a tensor does not fit; while training, a single value per channel over all ranks (raised on every rank).
-            NotImplementedError: while training, a transform of torch.func runs, torch.jit traces, or the input has a forward-mode tangent.
+            NotImplementedError: while training, a transform of torch.func runs, or the input has a forward-mode tangent.
             RankMismatchError: the other ranks are about to exchange something else; raised on every rank.
             RuntimeError: another rank has not come within the group's timeout.
         """

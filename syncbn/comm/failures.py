@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -40,6 +41,8 @@ def ordinal(number: int) -> str:
 
 def check_possible(tensor: Tensor) -> None:
     """Raises RuntimeError if this tensor cannot be exchanged. Call it before the group is made, because the other ranks help to make it."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("an exchange with other ranks cannot be traced by torch.jit: trace the model in eval mode")
     if tensor.is_meta or (type(tensor) is not Tensor and is_fake(tensor)):
         raise RuntimeError(f"a {'meta' if tensor.is_meta else 'fake'} tensor has no values that the ranks could exchange")
     if is_batched(tensor):

@@ -125,12 +125,19 @@ def test_a_layer_is_one_call_in_a_traced_graph(layer):
 
 
 @pytest.mark.world_size(1)
-def test_a_training_layer_is_not_traced_and_its_moving_statistics_stay():
-    """The graph would have the autograd function and the op inside it, so each call would move the statistics twice."""
-    layer = syncbn.SyncBatchNorm(4)
-    with pytest.raises(NotImplementedError, match="SyncBatchNorm.* cannot be traced by torch.jit: trace the model in eval mode"):
-        torch.jit.trace(layer, (torch.randn(5, 4),), check_trace=False)
-    assert layer.num_batches_tracked == 0 and not layer.running_mean.any()
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_a_traced_training_layer_trains_as_the_layer_does(residual):
+    """A tool that counts operations, for example, traces a model in training mode."""
+    x = torch.randn(5, 4, requires_grad=True)
+    inputs = (x, torch.randn(5, 4)) if residual else (x,)
+    layer = syncbn.SyncBatchNorm(4, activation="relu")
+    other = copy.deepcopy(layer)
+    traced = torch.jit.trace(layer, inputs, check_trace=False)
+    layer.load_state_dict(other.state_dict())
+    for _ in range(2):
+        got, want = (torch.autograd.grad(m(*inputs).square().sum(), (x, m.weight)) for m in (traced, other))
+        torch.testing.assert_close(got, want)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
 
 
 @pytest.mark.world_size(1)
