@@ -48,6 +48,7 @@ _profiler_enabled = _private("autograd._profiler_enabled")
 _get_dispatch_mode = _private("_C._get_dispatch_mode")
 _proxy_mode_key = _private("_C._TorchDispatchModeKey.PROXY")
 _fake_tensor_class = _private("_subclasses.FakeTensor")
+_innermost_hooks = _private("_C._autograd._top_saved_tensors_default_hooks")
 
 
 def is_transformed() -> bool:
@@ -120,6 +121,14 @@ def version_of(t: Tensor) -> int:
     """How often t's memory has been changed in place. Fallback: 0. The change of an output, or of an input, after a layer's call is then
     not noticed by `recompute_outputs`."""
     return getattr(t, "_version", 0)
+
+
+def packs(pack: Callable[[Tensor], Any]) -> bool:
+    """Whether the innermost saved-tensor hooks, the only ones that torch applies, are those of `pack`.
+
+    Fallback: True. A checkpoint or a `save_on_cpu` inside `recompute_outputs` then frees no layer's input."""
+    hooks = (pack, None) if _innermost_hooks is None else _innermost_hooks(False)
+    return hooks is not None and hooks[0] is pack
 
 
 # ---- Autograd functions ------------------------------------------------------------------------------------------------------

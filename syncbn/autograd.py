@@ -101,9 +101,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         options: Options = ctx.options
         exchange: LayerExchanges = ctx.exchange
         needs_dx, needs_dresidual, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            grads = differentiable_backward(dy, *saved, *options.epilogue, options.rank_weighted, exchange)
-            return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *_NO_GRADIENTS
+        if not torch.compiler.is_compiling():
+            ctx.recipe = None  # it keeps x, which torch frees after this pass although the loss may still hold the graph
+            if torch.is_grad_enabled():  # create_graph=True
+                grads = differentiable_backward(dy, *saved, *options.epilogue, options.rank_weighted, exchange)
+                return *(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)), *_NO_GRADIENTS
         if not (dy.is_contiguous() and x.is_contiguous()):
             dy = dense_like(dy, x)
 

@@ -130,7 +130,7 @@ def batch_norm_eval(
     """Normalizes by the running statistics, without an exchange. Plain torch, so that it exports. Raises the errors of `check`."""
     check(options.layer, (input, residual, weight, bias, running_mean, running_var, None))
     saves = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias))
-    if saves and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # whose graphs need no copies
+    if saves := saves and not (torch.compiler.is_exporting() or torch.jit.is_tracing()):  # whose graphs need no copies
         # Copies, because a training step may update the statistics before the backward pass.
         running_mean, running_var = running_mean.clone(), running_var.clone()
     if any(t is not None and t.dtype != input.dtype for t in (running_mean, running_var, weight, bias)):
@@ -144,14 +144,15 @@ def batch_norm_eval(
     with recompute.saving() if remembers else nullcontext(()) as saved:
         z = _evaluated(running_mean, running_var, weight, bias, linear, input, residual)
         y = activate(z, epilogue.activation, epilogue.negative_slope)
-    if remembers:
+    node: Any = y.grad_fn
+    if remembers and node is not None:  # there is none in torch.vmap, nor in inference mode
         parameters = running_mean, running_var, recompute.copy_of(weight), recompute.copy_of(bias)
-        node: Any = y.grad_fn
         outputs = [(z, linear)] if y is z else [(z, linear), (y, epilogue)]  # both, since some activations save z, others y
-        node.metadata["syncbn"] = [
+        node.metadata["syncbn"] = recipes = [
             recompute.remember(output, partial(_evaluated, *parameters, applied), input, residual, saved=saved)
             for output, applied in outputs
         ]
+        node.register_prehook(lambda _: recipes.clear())  # they keep the input, which torch frees after the backward pass
     return y
 
 

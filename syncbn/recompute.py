@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ._torch_private import version_of
+from ._torch_private import packs, version_of
 
 _active: ContextVar[bool] = ContextVar("syncbn.recompute_outputs", default=False)
 _saved: ContextVar[list[_Kept] | None] = ContextVar("syncbn.recompute_outputs.saved", default=None)
@@ -74,8 +74,8 @@ def remember(output: Tensor, compute: Callable[..., Tensor], *inputs: Tensor | N
     """Notes, in the context, that `output` is `compute(*inputs)`, bitwise, as long as no input is changed in place.
 
     What else `compute` holds must be small and must not change. Tensors in `saved` that are the output, or views of it, are freed. The
-    caller keeps the returned recipe as long as the graph. If none is returned, nothing is noted or freed."""
-    if output.is_inference():
+    caller keeps the returned recipe until the layer's backward pass. If none is returned, nothing is noted or freed."""
+    if output.is_inference() or not packs(_pack):  # inside a checkpoint a recipe would keep the input, which the checkpoint frees
         return None
     kept = tuple(None if t is None else _pack(t.detach()) for t in inputs)
     chain = 1 + max((t.recipe.chain for t in kept if isinstance(t, _View)), default=0)

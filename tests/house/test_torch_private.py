@@ -163,6 +163,15 @@ def test_without_its_name_a_question_has_one_answer(monkeypatch, name, lacking, 
     assert in_backward_pass(getattr(module, name)) is fallback
 
 
+def test_packs_by_the_innermost_hooks(monkeypatch):
+    module = without(monkeypatch, "_C._autograd._top_saved_tensors_default_hooks")
+    with torch.autograd.graph.saved_tensors_hooks(abs, abs):
+        assert private.packs(abs) and not private.packs(id)
+        with torch.autograd.graph.save_on_cpu():
+            assert not private.packs(abs) and module.packs(abs)
+    assert not private.packs(abs)
+
+
 def test_without_its_names_nothing_is_batched(monkeypatch):
     module = without(monkeypatch, "_C._functorch.is_batchedtensor", "_C._functorch.is_legacy_batchedtensor")
     monkeypatch.undo()

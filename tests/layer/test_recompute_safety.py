@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.recompute import recompute_outputs
@@ -73,6 +74,51 @@ def test_a_kept_output_does_not_keep_the_input(training: bool) -> None:
     del x, y
     assert input() is None
     assert features.shape == (2, 4, 3, 3)
+
+
+def backward_pass(model: nn.Module, x: Tensor) -> Tensor:
+    loss = model(x).sum()
+    loss.backward()
+    return loss
+
+
+def checkpointed(model: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(model, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts).sum()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("loss", [backward_pass, checkpointed])
+def test_a_loss_does_not_keep_an_input_that_it_would_not_keep_without_the_context(
+    loss: Callable[[nn.Module, Tensor], Tensor], training: bool
+) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), syncbn.SyncBatchNorm(4, activation="relu"), nn.Conv2d(4, 4, 1)).train(training)
+    inputs = []
+    model[1].register_forward_pre_hook(lambda module, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+    with recompute_outputs():
+        value = loss(model, torch.randn(2, 4, 3, 3))
+    assert value.grad_fn is not None
+    assert [input() for input in inputs] == [None]
+
+
+def mapped(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.vmap(model)(x[None])[0]
+
+
+def in_inference_mode_with_gradients(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.enable_grad():
+        return model(x)
+
+
+def traced(model: nn.Module, x: Tensor) -> Tensor:
+    return torch.jit.trace(model, x)(x)
+
+
+@pytest.mark.parametrize("call", [mapped, in_inference_mode_with_gradients, traced])
+def test_eval_mode_accepts_the_same_calls_as_without_the_context(call: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    model, x = nn.Sequential(syncbn.SyncBatchNorm(4, activation="relu"), nn.Conv2d(4, 4, 1)).eval(), torch.randn(2, 4, 3, 3)
+    expected = call(model, x)
+    with recompute_outputs():
+        assert torch.equal(call(model, x), expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
