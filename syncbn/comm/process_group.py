@@ -36,7 +36,7 @@ class TorchCommunicator(SumsAboutZero):
     def among(self, ranks: list[int]) -> ProcessGroupCommunicator | None:
         """`Communicator.among`, over gloo."""
         rank = self.group.rank()
-        number = torch.tensor(secrets.randbits(62) if rank == ranks[0] else 0)
+        number = torch.tensor(secrets.randbits(62) if rank == ranks[0] else 0, device="cpu")
         all_reduce_(number, self.group)
         if rank not in ranks:
             return None

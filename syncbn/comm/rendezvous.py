@@ -26,7 +26,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
     RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
     Args:
-        backend: "nccl", "gloo" or another of torch's. None means NCCL if each rank of the host has a GPU of its own, else gloo.
+        backend: "nccl", "gloo" or another of torch's. None means NCCL if each rank has a GPU of its own, else gloo.
         timeout: how long a collective waits for a missing rank before it fails, in seconds or as a timedelta. None is torch's default.
 
     Returns:
@@ -59,7 +59,7 @@ def init_process_group(backend: str | None = None, timeout: datetime.timedelta |
         store = _store_of_this_group(here, timeout or dist.default_pg_timeout)
         here = _with_local_rank(here, store)
     device = _device(here)
-    backend = backend or _default_backend(here)
+    backend = _common_backend(backend, here, store)
     dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=timeout)
     if "gloo" in backend:
         _pause_at_exit()
@@ -122,9 +122,22 @@ def _default_backend(here: RankInfo) -> str:
         warnings.warn(
             f"{here.local_world_size} ranks share {_gpus()} GPUs, which NCCL refuses: using gloo, which is slow."
             " If each has a GPU of its own, pass backend='nccl'",
-            stacklevel=3,
+            stacklevel=4,
         )
     return "nccl" if private else "gloo"
+
+
+def _common_backend(backend: str | None, here: RankInfo, store: dist.Store) -> str:
+    """`backend`; if it is None, the default of this host, or gloo with a warning if that is another host's. Every rank calls it."""
+    choice = backend or _default_backend(here)
+    store.set(f"backend of rank {here.rank}", choice)
+    if backend is not None or choice == "gloo":
+        return choice
+    choices = [bytes(other) for other in store.multi_get([f"backend of rank {rank}" for rank in range(here.world_size)])]
+    if b"gloo" not in choices:
+        return choice
+    warnings.warn(f"rank {choices.index(b'gloo')} uses gloo, so this one does, too, although it has a GPU of its own", stacklevel=3)
+    return "gloo"
 
 
 def _sees_gpus_of_its_own() -> bool:

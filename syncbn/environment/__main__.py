@@ -26,7 +26,8 @@ def main(arguments: list[str]) -> None:
     if module:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
-        sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))  # Python would have put the script's folder there
+        if not getattr(sys.flags, "safe_path", False):  # since Python 3.11; else the first entry is one of the user's
+            sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))  # Python would have put the script's folder there
         runpy.run_path(arguments[0], run_name="__main__")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -35,36 +34,6 @@ NAMES = LAUNCHERS_NAMES | {"MASTER_ADDR", "MASTER_PORT"}
 )
 def test_the_first_host_of_a_slurm_list_is_found(nodes, first):
     assert rendezvous._first_host(nodes) == first
-
-
-GPUS = {  # (GPUs that a rank sees, ranks on its host, srun's variables): has it one of its own?
-    "none": ((0, 2, {}), False),
-    "one for one rank": ((1, 1, {}), True),
-    "two for two ranks": ((2, 2, {}), True),
-    "one for two ranks": ((1, 2, {}), False),
-    "two for four ranks": ((2, 4, {}), False),
-    "one for each task": ((1, 4, {"SLURM_GPUS_PER_TASK": "1"}), True),
-    "two for each task": ((2, 4, {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=2"}), True),
-    "cores for each task": ((1, 4, {"SLURM_TRES_PER_TASK": "cpu=8"}), False),
-    "none for each task": ((0, 4, {"SLURM_GPUS_PER_TASK": "1"}), False),
-}
-
-
-@pytest.mark.world_size(1)
-@pytest.mark.parametrize("name", GPUS)
-def test_nccl_is_the_default_if_each_rank_has_a_gpu_of_its_own(name, monkeypatch):
-    (gpus, ranks, variables), own = GPUS[name]
-    monkeypatch.setattr(rendezvous, "_gpus", lambda: gpus)
-    for variable in ("SLURM_GPUS_PER_TASK", "SLURM_TRES_PER_TASK"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable, value in variables.items():
-        monkeypatch.setenv(variable, value)
-    here = environment.RankInfo("srun", 0, ranks, 0, ranks)
-    assert rendezvous.has_a_gpu_of_its_own(here) is own
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        assert rendezvous._default_backend(here) == ("nccl" if own else "gloo")
-    assert [str(warning.message).split(",")[0] for warning in caught] == ([f"{ranks} ranks share {gpus} GPUs"] if gpus and not own else [])
 
 
 def test_export_gives_srun_tasks_one_meeting_point(monkeypatch):

@@ -171,6 +171,15 @@ def test_first_ranks_have_a_group_whatever_other_groups_there_are(world):
     torch.distributed.destroy_process_group(one_more)
 
 
+@pytest.mark.process_group
+def test_first_ranks_have_a_group_whatever_the_default_device_is(world):
+    group = torch.distributed.new_group()
+    with torch.device("meta"):
+        first_ranks = resolve(group).among([0])
+    assert (first_ranks is not None) == (world.rank == 0)
+    torch.distributed.destroy_process_group(group)
+
+
 @pytest.mark.process_group  # MPI forbids forks
 def test_workers_of_a_data_loader_come_and_go(world):
     layer = named("a", world)

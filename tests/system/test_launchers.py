@@ -108,6 +108,15 @@ def test_mpirun_runs_plain_torch_scripts(tmp_path, subprocess_env):
     assert done.returncode == 0 and "sum 2" in done.stdout and "['--lr', '0.2']" in done.stdout, done.stderr
 
 
+def test_environment_leaves_a_safe_path_as_it_is(tmp_path, subprocess_env):
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/of_the_user.py").touch()
+    (tmp_path / "train.py").write_text("import of_the_user")
+    path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{tmp_path / 'modules'}:{ROOT}"}
+    done = run([sys.executable, "-m", "syncbn.environment", str(tmp_path / "train.py")], env=subprocess_env | path, timeout=110)
+    assert done.returncode == 0, done.stderr
+
+
 def test_environment_without_a_script_prints_its_usage(tmp_path, forks, subprocess_env):
     script = tmp_path / "job.py"
     script.write_text("import runpy; runpy.run_module('syncbn.environment', run_name='__main__', alter_sys=True)")
