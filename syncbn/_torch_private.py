@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -262,6 +263,20 @@ def timeout_of_backend(group: dist.ProcessGroup, device: torch.device) -> timede
 def default_store() -> dist.Store:
     """The store over which the ranks of the default group met. No fallback: an AttributeError."""
     return dist.distributed_c10d._get_default_store()
+
+
+@contextmanager
+def join_configs_restored(joinables: Iterable[Any]) -> Iterator[None]:
+    """Gives the joinables of a `Join` that ends inside their configurations from before it. torch leaves them joined, and such a
+    DistributedDataParallel exchanges in each forward pass, in eval mode, too.
+
+    Fallback: as torch leaves them."""
+    before = [(joinable, joinable._join_config) for joinable in joinables if hasattr(joinable, "_join_config")]
+    try:
+        yield
+    finally:
+        for joinable, config in before:
+            joinable._join_config = config
 
 
 class SymmetricMemory(NamedTuple):

@@ -10,7 +10,7 @@ DDP's collectives, which a finished rank joins at the same time, can neither blo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
+from ._torch_private import join_configs_restored
 from .comm import resolve
 from .comm.duplicates import duplicate_of
 from .comm.process_group import DefaultGroupCommunicator, ProcessGroupCommunicator
@@ -60,14 +61,13 @@ def join(
     layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
     if any(isinstance(layer.process_group, RecordedCommunicator) for layer in layers):
         raise RuntimeError("syncbn.join is active for this model: it cannot be entered a second time before it has been left")
-    others = [model, *joinables] if isinstance(model, Joinable) else [*joinables]  # a DistributedDataParallel is one
-    if not layers or not enable:
-        with Join(others, enable, throw_on_early_termination, **kwargs) if others else nullcontext():
-            yield
-        return
-    joinable = _SyncBatchNorms(model, layers)
-    # First in the list, so that its notification precedes every collective of the model or the other joinables.
-    with joinable.recorded(), Join([joinable, *others], enable, throw_on_early_termination, **kwargs):
+    inside: AbstractContextManager[None] = nullcontext()
+    joined = [model, *joinables] if isinstance(model, Joinable) else [*joinables]  # a DistributedDataParallel is one
+    if layers and enable:
+        joinable = _SyncBatchNorms(model, layers)
+        inside = joinable.recorded()
+        joined.insert(0, joinable)  # first, so that its notification precedes every collective of the model or the other joinables
+    with inside, join_configs_restored(joined), Join(joined, enable, throw_on_early_termination, **kwargs) if joined else nullcontext():
         yield
 
 

@@ -134,6 +134,22 @@ def test_eval_passes_inside_join_exchange_nothing(world, numbers):
             model.module.train()
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@each_split
+def test_after_join_ddp_in_eval_mode_exchanges_nothing(world, numbers, frozen):
+    """Any rank may call it alone, as before join; without its broadcast of buffers."""
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net()), broadcast_buffers=False)
+    if frozen:
+        syncbn.freeze_bn(model)
+    with syncbn.join(model):
+        for x in batches(numbers)[world.rank]:
+            model(x).square().sum().backward()
+    model.eval()
+    with collectives() as seen:
+        model(x)
+    assert seen == []
+
+
 @several
 @pytest.mark.parametrize("with_ddp", [True, False], ids=["DDP", "plain"])
 def test_a_rank_without_any_batch_is_an_error_on_every_rank(world, with_ddp):
