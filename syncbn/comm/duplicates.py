@@ -82,4 +82,4 @@ def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
 
 def _device() -> str:
     """The device type whose tensors the default group exchanges."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return "cpu" if "cpu:" in dist.get_backend_config() else "cuda"  # such as cpu:gloo,cuda:nccl

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from support.oracle import assert_close
 from support.processes import outputs, two_ranks
-from syncbn.comm import resolve
+from syncbn.comm import duplicates, resolve
 from syncbn.comm.duplicates import duplicate_of
 
 several = pytest.mark.world_size(2, 3, 4)
@@ -212,3 +212,11 @@ def test_ranks_without_a_process_group_are_told_once_that_their_layers_are_unsyn
     assert all(
         "torchrun started 2 ranks, but torch.distributed is not initialized: the layers are unsynchronized" in text for text in warned
     )
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize(("backend", "device"), [("gloo", "cpu"), ("nccl", "cuda"), ("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")])
+def test_ranks_gather_numbers_on_a_device_that_the_default_group_has(backend, device, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "get_backend_config", lambda: str(dist.BackendConfig(dist.Backend(backend))))
+    assert duplicates._device() == device
