@@ -31,8 +31,10 @@ def named_tensors(weights: Mapping[str, Any] | Sequence[Any], center: bool, scal
     names = [name for name, is_present in present.items() if is_present]
     if isinstance(weights, Mapping):
         named = {key.split("/")[-1].split(":")[0]: value for key, value in weights.items()}  # "bn/gamma:0" -> "gamma"
-        if not {"moving_mean", "moving_variance"} <= set(named) <= set(TORCH_NAMES):
-            raise ValueError(f"weights must have moving_mean and moving_variance, and may have gamma and beta, got {list(weights)}")
+        if len(named) < len(weights) or not {"moving_mean", "moving_variance"} <= set(named) <= set(TORCH_NAMES):
+            raise ValueError(
+                f"weights must have moving_mean and moving_variance, and may have gamma and beta, each once, got {list(weights)}"
+            )
     elif len(weights) == len(names):
         named = dict(zip(names, weights, strict=True))
     else:

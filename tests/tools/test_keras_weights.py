@@ -47,6 +47,8 @@ def test_wrong_keras_weights_are_an_error():
         SyncBatchNorm.from_keras(list(weights.values()), center=False)
     with pytest.raises(ValueError, match="must have moving_mean and moving_variance"):
         SyncBatchNorm.from_keras({"gamma": weights["gamma"]})
+    with pytest.raises(ValueError, match=r"may have gamma and beta, each once, got \['bn/moving_mean:0'"):
+        SyncBatchNorm.from_keras({f"{layer}/{name}:0": array for name, array in list(weights.items())[2:] for layer in ("bn", "bn_1")})
     with pytest.raises(ValueError, match=r"gamma must be \[C\] like moving_mean \[3\], got \[2\]"):
         SyncBatchNorm.from_keras(weights | {"gamma": np.ones(2)})
     with pytest.raises(ValueError, match="need running statistics"):
