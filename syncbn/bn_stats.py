@@ -40,8 +40,8 @@ def update_bn_stats(
     batch and its rank. The variance is biased if the layer's is. All ranks get bitwise identical statistics.
 
     Args:
-        model: every batch norm in it that has running statistics is updated, plain or synchronized, unless `freeze_bn` has frozen it.
-            DistributedDataParallel is unwrapped.
+        model: every batch norm in it that has running statistics is updated, plain or synchronized, unless `freeze_bn` has frozen it
+            or its `trainable` is False. DistributedDataParallel is unwrapped.
         data_loader: this rank's batches. Their number may differ by rank, and be 0; a batch may be empty.
         num_iters: the maximum number of batches per rank; None for all.
         process_group: the ranks, as in `SyncBatchNorm`. Each of them has to call this function.
@@ -110,7 +110,8 @@ def update_bn_stats(
 def _with_running_stats(model: nn.Module) -> list[_BatchNorm]:
     batch_norms = []
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and not isinstance(module, Frozen):
+        is_frozen = isinstance(module, Frozen) or (isinstance(module, SyncBatchNormalization) and not module.trainable)
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not is_frozen:
             if is_lazy(module.running_mean):
                 raise ValueError(f"{name or type(module).__name__} has not been built: run the model on one batch first")
             batch_norms.append(module)

@@ -212,8 +212,10 @@ def test_frozen_layers_are_leaves_of_fx_graphs_and_compile_in_one_graph():
 
 
 @pytest.mark.world_size(1)
-def test_update_bn_stats_leaves_frozen_layers_alone():
-    model = nn.Sequential(freeze_bn(nn.BatchNorm1d(4)), nn.BatchNorm1d(4))
+@pytest.mark.parametrize("frozen", ["freeze_bn", "trainable"])
+def test_update_bn_stats_leaves_frozen_layers_alone(frozen):
+    layer = freeze_bn(nn.BatchNorm1d(4)) if frozen == "freeze_bn" else syncbn.SyncBatchNormalization(num_features=4, trainable=False)
+    model = nn.Sequential(layer, nn.BatchNorm1d(4))
     syncbn.update_bn_stats(model, [torch.randn(5, 4)], progress=False)
     assert torch.equal(model[0].running_mean, torch.zeros(4)) and not torch.equal(model[1].running_mean, torch.zeros(4))
 
