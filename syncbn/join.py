@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.algorithms.join import Join, Joinable, JoinHook
 
 from ._torch_private import join_configs_restored
-from .comm import resolve
+from .comm import LOCAL, resolve
 from .comm.duplicates import duplicate_of
 from .comm.process_group import DefaultGroupCommunicator, ProcessGroupCommunicator
 from .comm.recorded import Note, RecordedCommunicator
@@ -43,7 +43,8 @@ def join(
     Args:
         model: a model with synchronized layers, wrapped in DistributedDataParallel or not. The loop calls it once for each backward
             pass, always in the same way. In eval mode inside the loop call the unwrapped model.
-        joinables: other joinables, such as a ZeroRedundancyOptimizer. A DistributedDataParallel `model` joins without being listed.
+        joinables: other joinables, such as a ZeroRedundancyOptimizer, or a second model in DistributedDataParallel, which each step
+            calls after `model`. A DistributedDataParallel `model` joins without being listed.
         enable, throw_on_early_termination, kwargs: as in `torch.distributed.algorithms.Join`.
 
     Raises:
@@ -58,7 +59,9 @@ def join(
     ...         model(x).square().sum().backward()
     >>> torch.distributed.destroy_process_group()
     """
-    layers = [m for m in model.modules() if isinstance(m, SyncBatchNorm) and resolve(m.process_group).world_size > 1]
+    models = [model, *(other for other in joinables if isinstance(other, nn.Module))]
+    batch_norms = dict.fromkeys(m for each in models for m in each.modules() if isinstance(m, SyncBatchNorm))
+    layers = [m for m in batch_norms if _communicator(m.process_group) is not LOCAL]
     if any(isinstance(layer.process_group, RecordedCommunicator) for layer in layers):
         raise RuntimeError("syncbn.join is active for this model: it cannot be entered a second time before it has been left")
     inside: AbstractContextManager[None] = nullcontext()
@@ -72,7 +75,7 @@ def join(
 
 
 class _SyncBatchNorms(Joinable):
-    """The synchronized layers of a model. `calls` counts the model's training calls on this rank."""
+    """The synchronized layers of a model and of the models listed after it. `calls` counts the first one's training calls on this rank."""
 
     def __init__(self, model: nn.Module, layers: list[SyncBatchNorm]) -> None:
         super().__init__()
@@ -84,10 +87,10 @@ class _SyncBatchNorms(Joinable):
     def recorded(self) -> Iterator[None]:
         """Inside, the layers exchange in duplicated groups, and `exchanges` lists the exchanges of the model's last call."""
         before = [layer.process_group for layer in self.layers]
+        groups = [_group_inside(_communicator(group)) for group in before]  # first, so that an error leaves the model unchanged
         handle = self.model.register_forward_pre_hook(_CallHook(self), prepend=True)
-        for layer in self.layers:
-            group = _group_inside(resolve(layer.process_group))
-            layer.process_group = RecordedCommunicator(group, self.exchanges, layer.process_group)
+        for layer, inside, outside in zip(self.layers, groups, before, strict=True):
+            layer.process_group = RecordedCommunicator(inside, self.exchanges, outside)
         try:
             yield
         finally:
@@ -97,7 +100,7 @@ class _SyncBatchNorms(Joinable):
 
     def call(self) -> None:
         """Runs before each call of the model: notifies the finished ranks and starts a new list of exchanges."""
-        if not any(module.training for module in (self.model, *self.layers)):
+        if not any(m.training for m in self.model.modules() if m is self.model or isinstance(m, SyncBatchNorm)):
             return
         with self.waiting(f"before call {self.calls + 1} of the model"):
             work = Join.notify_join_context(self)
@@ -199,6 +202,19 @@ class _CallHook:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CallHook:
         return _CallHook(None)
+
+    def __reduce__(self) -> Any:
+        return _CallHook, (None,)
+
+
+def _communicator(process_group: Any) -> Any:
+    """As `resolve`, but a group of one rank is not LOCAL: other ranks' groups may be larger, and their `join` needs every rank."""
+    comm = resolve(process_group)
+    if comm is LOCAL and process_group is not None:
+        group = process_group.get_group() if hasattr(process_group, "get_group") else process_group  # a DeviceMesh has one
+        if isinstance(group, dist.ProcessGroup):
+            return ProcessGroupCommunicator(group)
+    return comm
 
 
 def _group_inside(comm: Any) -> dist.ProcessGroup:

@@ -34,6 +34,10 @@ class RecordedCommunicator(ProcessGroupCommunicator):
     outside: Any  # the layer's process_group outside of join, which a copy of the layer gets
     compares = False  # a finished rank answers with zeros, and with the exchanges of its last call, so it cannot take part in a comparison
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the layer's process_group outside of join."""
+        return (type(None), ()) if self.outside is None else self.outside.__reduce_ex__(protocol)
+
     def all_reduce_(self, tensor: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             raise RuntimeError("syncbn.join cannot see the exchanges of a compiled model: use it with the model that is not compiled")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Iterable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,7 +47,7 @@ def train_together(numbers: tuple[int, ...], world_size: int, epochs: int, model
     return model
 
 
-def normalized_together(numbers: tuple[int, ...], rank: int, step: int, group: range) -> torch.Tensor:
+def normalized_together(numbers: tuple[int, ...], rank: int, step: int, group: Iterable[int]) -> torch.Tensor:
     """`net()`'s output, in one process, for a rank's batch, normalized with those that ranks of `group` still have in this step."""
     active = [other for other in group if step < numbers[other]]
     y = net()(torch.cat([batches(numbers)[other][step] for other in active]))
@@ -75,6 +78,20 @@ def test_ddp_with_uneven_numbers_of_batches_trains_like_one_process(world, numbe
 
 
 @each_split
+def test_two_ddp_models_that_each_step_calls_in_turn_both_train_like_one_process(world, numbers):
+    models = [DistributedDataParallel(syncbn.convert_sync_batchnorm(net())) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=LR) for model in models]
+    with syncbn.join(*models):
+        for x in batches(numbers)[world.rank]:
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+    for model in models:
+        check_same(model.module, train_together(numbers, world.size, 1))
+
+
+@each_split
 def test_if_every_layer_is_frozen_ddp_still_trains_like_one_process(world, numbers):
     """The layers exchange nothing, but DDP's collectives need the finished ranks."""
     model = DistributedDataParallel(syncbn.freeze_bn(syncbn.convert_sync_batchnorm(net())))
@@ -102,17 +119,19 @@ def test_without_ddp_active_ranks_share_statistics(world, numbers):
 
 
 @pytest.mark.parametrize(
-    ("ranks_per_group", "numbers"),
+    ("groups", "numbers"),
     [
-        pytest.param(1, (3, 1), marks=pytest.mark.world_size(2)),
-        pytest.param(2, (3, 1, 1, 2), marks=pytest.mark.world_size(4)),
+        pytest.param(((0,), (1,)), (3, 1), marks=pytest.mark.world_size(2)),
+        pytest.param(((0, 1), (2,)), (2, 3, 1), marks=pytest.mark.world_size(3)),
+        pytest.param(((0, 1), (2,)), (2, 3, 4), marks=pytest.mark.world_size(3)),
+        pytest.param(((0, 1), (2, 3)), (3, 1, 1, 2), marks=pytest.mark.world_size(4)),
     ],
 )
-def test_a_group_whose_other_ranks_have_left_continues(world, ranks_per_group, numbers):
+def test_a_group_whose_other_ranks_have_left_continues(world, groups, numbers):
     """Each group normalizes with the ranks that it still has, also after all ranks of another group have left."""
-    first = world.rank // ranks_per_group * ranks_per_group
-    group = range(first, first + ranks_per_group)
-    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net(), syncbn.new_group(ranks_per_group)))
+    made = {group: dist.new_group(list(group)) for group in groups}
+    group = next(group for group in groups if world.rank in group)
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(net(), made[group]))
     with syncbn.join(model):
         for step, x in enumerate(batches(numbers)[world.rank]):
             y = model(x)
@@ -182,13 +201,14 @@ def test_a_disabled_join_changes_nothing(world):
 
 
 @several
-def test_a_copy_made_inside_is_not_part_of_join(world):
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_a_copy_made_inside_is_not_part_of_join(world, duplicate):
     """A copy has the groups of a copy made outside. Rank 0 calls it by itself: this notifies no other rank."""
     model = syncbn.convert_sync_batchnorm(net())
     with syncbn.join(model):
         for step in range(2 + world.rank):
             if step == 0:
-                inside = copy.deepcopy(model)
+                inside = duplicate(model)
                 assert [m.process_group for m in inside.modules() if isinstance(m, syncbn.SyncBatchNorm)] == [None, None]
                 if world.rank == 0:
                     inside.eval()(torch.randn(2, 2, 5, dtype=torch.float64))

@@ -170,12 +170,24 @@ def test_a_null_communicator_is_an_error_only_if_it_is_used(world):
         layer.train()(torch.randn(5, 4))
 
 
+@pytest.mark.world_size(2)
+def test_join_refuses_a_group_of_mpi_and_leaves_the_model_unchanged(world):
+    if world.group is None:
+        pytest.skip("under torchrun there is no MPI communicator")
+    model = convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4)), world.group)
+    with pytest.raises(ValueError, match="belongs to torch.distributed"), syncbn.join(model):
+        pass
+    assert model(torch.randn(5, 4)).isfinite().all()
+
+
 @pytest.mark.process_group
 def test_pickling_a_layer_with_a_process_group_names_the_layer_and_the_remedy(world):
     group = dist.new_group(list(range(world.size)))
     model = convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), group)
     for save in (pickle.dumps, lambda m: torch.save(m, io.BytesIO())):
         with pytest.raises(TypeError, match=r'layer "1" \(SyncBatchNorm1d\(4\)\) .* save model.state_dict\(\)'):
+            save(model)
+        with pytest.raises(TypeError, match=r'layer "1" \(SyncBatchNorm1d\(4\)\) '), syncbn.join(model):
             save(model)
     assert copy.copy(model[1]).process_group is group and copy.deepcopy(model)[1].process_group is group
     model[1].process_group = None
