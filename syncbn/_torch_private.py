@@ -9,6 +9,7 @@ Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -194,11 +195,28 @@ def class_below_parametrization(module: nn.Module) -> Any:
 
 
 def change_class(module: nn.Module, cls: Any) -> None:
-    """Makes `module` a `cls`, parametrized as before: the class on top holds nothing but properties. No fallback."""
+    """Makes `module` a `cls`, parametrized as before: the class on top holds properties, a refusal of pickle, and a way to deepcopy
+    nevertheless. No fallback."""
     if parametrize.is_parametrized(module):
-        properties = {name: value for name, value in vars(type(module)).items() if isinstance(value, property)}
-        cls = type(f"Parametrized{cls.__name__}", (cls,), properties)
+        kept = {name: value for name, value in vars(type(module)).items() if isinstance(value, property) or name == "__getstate__"}
+        if not hasattr(cls, "__deepcopy__"):
+            kept["__deepcopy__"] = _deepcopy_of_attributes
+        cls = type(f"Parametrized{cls.__name__}", (cls,), kept)
     module.__class__ = cls
+
+
+def _deepcopy_of_attributes(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = type(module).__new__(type(module))
+    memo[id(module)] = new
+    vars(new).update(copy.deepcopy(vars(module), memo))
+    return new
+
+
+def forget_compiled(module: nn.Module) -> None:
+    """Makes a copy of a module forget the code of `module.compile()`, which would call the original. torch leaves it out of pickles, too.
+
+    Fallback: none is needed. Under another name the code stays."""
+    vars(module).pop("_compiled_call_impl", None)
 
 
 # ---- torch.nn.SyncBatchNorm, for replace_torch -------------------------------------------------------------------------------

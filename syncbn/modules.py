@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
-from ._torch_private import _BatchNorm, tensors_of
+from ._torch_private import _BatchNorm, forget_compiled, tensors_of
 from .autograd import NOTHING_TRACKED
 from .comm import LOCAL, check_type, resolve
 from .comm.identity import description_of, record_of
@@ -244,6 +244,7 @@ class SyncBatchNorm(_BatchNorm):
     def __copy__(self) -> SyncBatchNorm:  # else copy.copy would ask __reduce_ex__, as pickle does
         new = type(self).__new__(type(self))
         new.__dict__.update(self.__dict__)
+        forget_compiled(new)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
@@ -256,6 +257,7 @@ class SyncBatchNorm(_BatchNorm):
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        forget_compiled(new)
         return new
 
 

@@ -216,6 +216,22 @@ def test_pickle_and_deepcopy_of_a_converted_model():
         assert [type(m) for m in copied] == [nn.Linear, nn.BatchNorm1d, nn.ReLU]
 
 
+def test_a_copy_of_a_compiled_layer_does_not_call_the_original():
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(4))
+    layer.compile(backend="eager")
+    for copied in (copy.deepcopy(layer), copy.copy(layer)):
+        copied.eval()(torch.randn(5, 4))
+        assert layer.training and layer.num_batches_tracked == 0
+
+
+def test_a_parametrized_layer_can_be_deepcopied_before_and_after_reversal():
+    layer = convert_sync_batchnorm(nn.BatchNorm1d(4))
+    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    for change in (convert_sync_batchnorm, revert_sync_batchnorm, convert_sync_batchnorm):
+        copied = copy.deepcopy(change(layer))
+        assert type(copied) is type(layer) and torch.equal(copied.weight, layer.weight)
+
+
 def test_a_bad_group_is_refused_before_anything_changes():
     model = nn.Sequential(nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="process_group"):

@@ -184,9 +184,12 @@ def test_a_parametrized_layer_freezes_and_stays_parametrized():
     parametrize.register_parametrization(layer, "weight", Double())
     for _ in range(2):
         freeze_bn(layer, parameters=True).train()
+        assert torch.equal(copy.deepcopy(layer).weight, layer.weight)
         assert not layer.training and torch.equal(layer.weight, torch.full((4,), 2.0)) and not layer.weight.requires_grad
         unfreeze_bn(layer)
         assert layer.training and torch.equal(layer.weight, torch.full((4,), 2.0)) and layer.weight.requires_grad
+    with pytest.raises(RuntimeError, match="parametrized modules is only supported through state_dict"):
+        pickle.dumps(freeze_bn(layer))
 
 
 @pytest.mark.world_size(1)
