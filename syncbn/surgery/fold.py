@@ -7,7 +7,6 @@ activation(gamma * (W x + b - mean) / sqrt(var + eps) + beta)
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +107,9 @@ def _find_foldable(root: nn.Module, graph: fx.Graph) -> list[Foldable]:
 def _reads_tensors_of(root: nn.Module, graph: fx.Graph, *called: nn.Module) -> bool:
     """Whether the graph uses a tensor of the called modules outside the calls. A tensor may have several names."""
     tensors = {id(t) for module in called for t in (*module.parameters(), *module.buffers())}
-    return any(node.op == "get_attr" and id(attrgetter(str(node.target))(root)) in tensors for node in graph.nodes)
+    named = (*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False))
+    names = {name for name, t in named if id(t) in tensors}
+    return any(node.op == "get_attr" and node.target in names for node in graph.nodes)
 
 
 def _is_scale_and_shift(batch_norm: nn.Module, inputs: int) -> bool:

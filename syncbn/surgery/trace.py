@@ -35,14 +35,17 @@ def record_in_fx_graph(module: nn.Module, *inputs: Any) -> Any:
 def regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
     """The parts of `root` that contain a batch norm and that torch.fx can trace, and a message for each line where tracing failed.
 
-    `modes` are the training flags to trace with. Afterwards each module has its own training flag again.
+    `modes` are the training flags to trace with. Afterwards each module has its own training flag again, and its other attributes: the
+    model's code may set some to traced values, and torch.fx keeps constants in the model.
     """
-    flags = {m: m.training for m in root.modules()}
+    before = {m: (m.training, dict(vars(m))) for m in root.modules()}
     try:
         return _regions(root, modes)
     finally:
-        for m, training in flags.items():
-            m.training = training
+        for m, (training, attributes) in before.items():
+            vars(m).clear()
+            vars(m).update(attributes)
+            m.training = training  # a scripted module does not have it in vars()
 
 
 def _regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], list[str]]:
@@ -56,7 +59,7 @@ def _regions(root: nn.Module, modes: tuple[bool, ...]) -> tuple[list[Region], li
         try:
             graphs = [graph for mode in modes for graph in _traces(module, mode)]
         except Exception as error:  # the model's code may raise anything when it gets a traced value
-            if has_forward(module):
+            if has_forward(module) or "forward" in vars(module):
                 line = _line(error)
                 failures[line] = f"{type(module).__name__}{line}: {str(error).partition(chr(10))[0]}"
             pending += [unit for _, unit in units(module)]
@@ -97,6 +100,16 @@ def _line(error: Exception) -> str:
 
 
 class Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # else the model's code would change its buffers, and values computed from them would be constants
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Does not call the hooks of a module that is traced through, which would get traced values. A node stands for them."""
+        if not has_hooks(m) or self.is_leaf_module(m, self.path_of_module(m)):
+            return super().call_module(m, forward, args, kwargs)
+        output = super().call_module(m, m.forward, args, kwargs)
+        self.create_proxy("call_function", has_hooks, (args, kwargs, output), {})
+        return output
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 

@@ -168,6 +168,8 @@ class Tapped(nn.Module):
             return self.bn(y) + self.conv(x * 2)
         if self.use == "batch norm called twice":
             return self.bn(self.bn(y))
+        if self.use == "statistics used outside":
+            return self.bn(y) / (self.bn.running_var[:, None] + 1)
         return self.bn(torch.relu(y))
 
 
@@ -205,6 +207,7 @@ STAYS = {  # (model, names of the batch norms that stay)
     "forward of the batch norm replaced": (lambda: replaced(1), ["1"]),
     "forward of an identity between replaced": (lambda: replaced(1, nn.Identity()), ["2"]),
     "hook on an identity between": (lambda: hooked(1, nn.Identity()), ["2"]),
+    "hook on a container between": (lambda: hooked(1, nn.Sequential(nn.Identity())), ["2"]),
     "features on another axis": (lambda: nn.Sequential(nn.Conv1d(3, 5, 1), SyncBatchNormalization(num_features=5)), ["1"]),
     "weights computed from others": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv1d(3, 3, 1)), nn.BatchNorm1d(3)),
@@ -213,7 +216,8 @@ STAYS = {  # (model, names of the batch norms that stay)
     "training=True": (TrainingArgument, ["bn"]),
     "alone": (lambda: nn.BatchNorm1d(3), [""]),
     **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("used again", "twice the same input", "layer called twice")},
-    **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("batch norm called twice", "function between")},
+    **{use: (lambda use=use: Tapped(use), ["bn"]) for use in ("batch norm called twice", "statistics used outside")},
+    "function between": (lambda: Tapped("function between"), ["bn"]),
 }
 
 

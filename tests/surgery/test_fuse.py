@@ -63,6 +63,13 @@ def hooked(i=0, *between):
     return model
 
 
+def hooked_container(register):
+    """A hook of a container sees the value between batch norm and activation."""
+    layers = [nn.Sequential(nn.BatchNorm2d(4)), nn.Sequential(nn.ReLU())]
+    getattr(layers["pre" in register], register)(lambda *args: None)
+    return nn.Sequential(*layers)
+
+
 def replaced(i, *between):
     """One instance has a forward of its own."""
     model = nn.Sequential(nn.BatchNorm2d(4), *between, nn.ReLU())
@@ -80,6 +87,8 @@ FUSED = {  # model: number of activations that become part of their batch norm
     "a feature tap": (Tap, 0),
     "a path that eval does not take": (OnlyInTraining, 0),
     "a hook in between": (hooked, 0),
+    "a hook on a container that ends in between": (lambda: hooked_container("register_forward_hook"), 0),
+    "a hook on a container that begins in between": (lambda: hooked_container("register_forward_pre_hook"), 0),
     "identities in between": (lambda: nn.Sequential(nn.BatchNorm2d(4), nn.Identity(), nn.Identity(), nn.ReLU()), 1),
     "a hook on an identity in between": (lambda: hooked(1, nn.Identity()), 0),
     "a feature tap on an identity in between": (TappedIdentity, 0),
@@ -116,6 +125,36 @@ def test_what_cannot_be_traced_is_not_fused_and_the_warning_names_the_line():
     with pytest.warns(UserWarning, match=r"fuse_activation: torch.fx cannot trace .*Untraceable, test_fuse.py:\d+ .*x.sum\(\) > 0"):
         model = convert_sync_batchnorm(Untraceable(), fuse_activation=True)
     assert model.bn.activation is None and type(model.act) is nn.ReLU and model.training
+
+
+class Remembering(Tap):
+    """Its forward changes a buffer and an attribute, and makes a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.ones(4))
+        self.last = None
+
+    def forward(self, x):
+        self.average.mul_(0.9).add_(x.mean((0, 2, 3)), alpha=0.1)
+        self.last = self.act(self.bn(x)) * torch.tensor(2.0)
+        return self.last
+
+
+def test_tracing_leaves_nothing_in_the_model():
+    root, calls = nn.Sequential(model := Remembering()), []
+    attributes = set(vars(root))
+    model.register_forward_hook(lambda *args: calls.append(args))
+    convert_sync_batchnorm(root, fuse_activation=True)
+    assert model.bn.activation == "relu"
+    assert set(vars(root)) == attributes and model.last is None and torch.equal(model.average, torch.ones(4))
+    assert not calls
+
+
+def test_a_compiled_model_is_not_fused_and_a_warning_says_so():
+    with pytest.warns(UserWarning, match="fuse_activation: torch.fx cannot trace .*OptimizedModule: .* this instance replaces it"):
+        convert_sync_batchnorm(torch.compile(model := nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), backend="eager"), fuse_activation=True)
+    assert model[0].activation is None
 
 
 def test_reverting_a_part_brings_its_activation_back():
