@@ -109,7 +109,12 @@ def all_reduce_(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     options = dist.AllreduceOptions()
     # reduceOp is SUM unless set
     options.asyncOp = False  # NCCL then runs on the current stream, with no event to wait for
-    work = group.allreduce([tensor], options)
+    try:
+        work = group.allreduce([tensor], options)
+    except RuntimeError as error:
+        if dist.get_debug_level() == dist.DebugLevel.DETAIL:  # the call has waited for the other ranks, and compared them
+            raise Incomplete(error) from error
+        raise
     if work is not None:
         try:
             work.wait()

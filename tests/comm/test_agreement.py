@@ -16,6 +16,7 @@ import torch.nn as nn
 
 import syncbn
 from support.divergence import another_group, named
+from support.paths import over_the_group
 from syncbn import RankMismatchError, SyncBatchNorm, environment
 from syncbn.comm import agreement, debug, identity, resolve
 
@@ -248,6 +249,21 @@ def test_the_clock_of_the_log_waits_for_the_device_unless_a_graph_is_captured(mo
     monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
     debug.now(SimpleNamespace(is_cuda=True, device="cuda:0"))
     assert waits == ([] if capturing else ["cuda:0"])
+
+
+@pytest.mark.process_group
+@several
+def test_a_mismatch_that_torchs_debug_level_detects_is_not_called_this_ranks_own(world, monkeypatch):
+    """With TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares the ranks before it starts a collective."""
+    over_the_group(monkeypatch)
+    level = torch.distributed.get_debug_level()
+    torch.distributed.set_debug_level(torch.distributed.DebugLevel.DETAIL)
+    try:
+        group = another_group(world)
+        with pytest.raises(RuntimeError, match=r"(?s)mismatch between collectives.*could not complete its forward exchange"):
+            syncbn.sync_batch_norm(batch(5 if world.rank else 3), None, None, process_group=group)
+    finally:
+        torch.distributed.set_debug_level(level)
 
 
 @several
