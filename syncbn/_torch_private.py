@@ -9,7 +9,6 @@ Two methods of torch are overridden besides: `_BatchNorm._check_input_dim` and `
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +21,6 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as functional_collectives
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.utils import parametrize
 
 try:
     # The base that torch's batch norms share. DistributedDataParallel, FSDP and every converter recognize a batch norm by it.
@@ -187,29 +185,6 @@ def remove_lazy_hooks(module: nn.Module) -> None:
     for hook in ("_load_hook", "_initialize_hook"):
         if hook in vars(module):
             getattr(module, hook).remove()
-
-
-def class_below_parametrization(module: nn.Module) -> Any:
-    """The module's class; if torch.nn.utils.parametrize has put one on top of it, the only base of that one. No fallback."""
-    return type(module).__bases__[0] if parametrize.is_parametrized(module) else type(module)
-
-
-def change_class(module: nn.Module, cls: Any) -> None:
-    """Makes `module` a `cls`, parametrized as before: the class on top holds properties, a refusal of pickle, and a way to deepcopy
-    nevertheless. No fallback."""
-    if parametrize.is_parametrized(module):
-        kept = {name: value for name, value in vars(type(module)).items() if isinstance(value, property) or name == "__getstate__"}
-        if not hasattr(cls, "__deepcopy__"):
-            kept["__deepcopy__"] = _deepcopy_of_attributes
-        cls = type(f"Parametrized{cls.__name__}", (cls,), kept)
-    module.__class__ = cls
-
-
-def _deepcopy_of_attributes(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new = type(module).__new__(type(module))
-    memo[id(module)] = new
-    vars(new).update(copy.deepcopy(vars(module), memo))
-    return new
 
 
 def forget_compiled(module: nn.Module) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._torch_private import _BatchNorm, _LazyNormBase, change_class, class_below_parametrization, registered_names
+from .._torch_private import _BatchNorm, _LazyNormBase, registered_names
 from ..comm import check_type
 from ..guards import options_of_ours
 from ..modules import SyncBatchNorm
 from .classes import SYNCHRONIZED, plain_class, synchronized_class
 from .freeze import thawed
 from .fuse import Fusible, find_fusible, fuse, unfuse
-from .record import Conversion
+from .record import Conversion, change_class, class_below_parametrization
 from .tails import tail_of_class
 
 _TORCH_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)

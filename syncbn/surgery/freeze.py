@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .._torch_private import _BatchNorm, _LazyNormBase, change_class, class_below_parametrization
+from .._torch_private import _BatchNorm, _LazyNormBase
+from .record import change_class, class_below_parametrization
 
 
 @dataclass

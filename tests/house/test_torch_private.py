@@ -285,16 +285,3 @@ def test_without_its_hooks_a_lazy_module_is_not_built_by_a_call():
     with pytest.raises(ValueError, match="uninitialized"):  # torch's own words
         lazy.eval()(torch.ones(2, 3, 4, 4))
     private.remove_lazy_hooks(nn.BatchNorm2d(3))
-
-
-def test_a_parametrized_module_changes_its_class_below_the_parametrization():
-    layer = nn.BatchNorm2d(3)
-    assert private.class_below_parametrization(layer) is nn.BatchNorm2d
-    parametrize.register_parametrization(layer, "weight", nn.Softplus())
-    assert private.class_below_parametrization(layer) is nn.BatchNorm2d
-    weight = layer.weight
-    private.change_class(layer, nn.BatchNorm3d)
-    assert private.class_below_parametrization(layer) is nn.BatchNorm3d and isinstance(layer, nn.BatchNorm3d)
-    assert torch.equal(layer.weight, weight) and parametrize.is_parametrized(layer, "weight")
-    parametrize.remove_parametrizations(layer, "weight")
-    assert type(layer) is nn.BatchNorm3d

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 import syncbn
 from syncbn import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d, convert_sync_batchnorm, revert_sync_batchnorm
+from syncbn.surgery import record
 
 pytestmark = pytest.mark.world_size(1)
 
@@ -195,3 +197,16 @@ def test_tables_of_exact_classes_find_a_reverted_copy():
     assert by_exact_class(model) == []
     assert by_exact_class(revert_sync_batchnorm(copy.deepcopy(model))) == [nn.BatchNorm2d]
     assert isinstance(model[1], syncbn.SyncBatchNorm2d)
+
+
+def test_a_parametrized_module_changes_its_class_below_the_parametrization():
+    layer = nn.BatchNorm2d(3)
+    assert record.class_below_parametrization(layer) is nn.BatchNorm2d
+    parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    assert record.class_below_parametrization(layer) is nn.BatchNorm2d
+    weight = layer.weight
+    record.change_class(layer, nn.BatchNorm3d)
+    assert record.class_below_parametrization(layer) is nn.BatchNorm3d and isinstance(layer, nn.BatchNorm3d)
+    assert torch.equal(layer.weight, weight) and parametrize.is_parametrized(layer, "weight")
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.BatchNorm3d
