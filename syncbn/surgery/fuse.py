@@ -58,6 +58,9 @@ def fuse(pair: Fusible) -> None:
         return
     if batch_norm.activation is not None:
         return
+    bases = type(batch_norm).__mro__
+    if nn.SyncBatchNorm in bases[: bases.index(SyncBatchNorm)]:  # only while torch's class is replaced: later nothing would activate
+        return
     batch_norm.activation = NAME_OF_MODULE[type(activation)]
     batch_norm.negative_slope = getattr(activation, "negative_slope", SyncBatchNorm.negative_slope)
     conversion = batch_norm._conversion or Conversion(None, {})

@@ -139,13 +139,20 @@ def test_torchs_converter_names_the_layers_and_keeps_what_is_ours(replaced):
 @pytest.mark.world_size(1)
 def test_conversion_and_its_reversal_leave_replaced_layers_as_they_are(replaced):
     model = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU())
-    syncbn.convert_sync_batchnorm(model, fuse_activation=True)
-    assert model[0].activation == "relu" and type(model[0]) is nn.SyncBatchNorm
-    syncbn.revert_sync_batchnorm(model)
-    assert [type(m) for m in model] == [nn.SyncBatchNorm, nn.ReLU] and model[0].activation is None
+    for change in (lambda: syncbn.convert_sync_batchnorm(model, fuse_activation=True), lambda: syncbn.revert_sync_batchnorm(model)):
+        change()
+        assert [type(m) for m in model] == [nn.SyncBatchNorm, nn.ReLU] and model[0].activation is None
 
 
 @pytest.mark.world_size(1)
+def test_an_activation_after_a_replaced_layer_is_there_without_the_replacement(replaced):
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.SyncBatchNorm(3), nn.ReLU()), fuse_activation=True).eval()
+    x = -torch.rand(4, 3, 5)
+    y = model(x)
+    restore_torch()
+    assert torch.equal(model(x), y)
+
+
 def test_another_converter_may_not_drop_an_activation(replaced):
     model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), fuse_activation=True)
 
