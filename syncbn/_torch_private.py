@@ -37,7 +37,7 @@ def _private(path: str) -> Any:
     return value
 
 
-# ---- Where a call comes from -------------------------------------------------------------------------------------------------
+# ---- Where a call comes from, and autograd -----------------------------------------------------------------------------------
 
 _peek_interpreter_stack = _private("_C._functorch.peek_interpreter_stack")
 _is_batched: list[Callable[[Tensor], bool]] = [
@@ -59,9 +59,8 @@ def is_transformed() -> bool:
 
 
 def has_tangent(t: Tensor) -> bool:
-    """Whether t is a dual number of forward-mode differentiation.
-
-    Outside of `dual_level`, `_current_level` saves the call of `unpack_dual`, 1 µs. Fallback: `unpack_dual`, which is public."""
+    """Whether t is a dual number of forward-mode differentiation. Outside of `dual_level`, `_current_level` saves a call of `unpack_dual`,
+    1 µs. Fallback: `unpack_dual`, which is public."""
     return getattr(forward_ad, "_current_level", 0) >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
@@ -77,9 +76,7 @@ def is_batched(t: Tensor) -> bool:
 
 def is_fake(t: Tensor) -> bool:
     """Whether t is a FakeTensor, which has a shape but no values. Fallback: by the name of its class."""
-    if _fake_tensor_class is not None:
-        return isinstance(t, _fake_tensor_class)
-    return any(cls.__name__ == "FakeTensor" for cls in type(t).__mro__)
+    return isinstance(t, _fake_tensor_class) if _fake_tensor_class else any(cls.__name__ == "FakeTensor" for cls in type(t).__mro__)
 
 
 def is_traced_by_make_fx() -> bool:
@@ -129,9 +126,6 @@ def packs(pack: Callable[[Tensor], Any]) -> bool:
     Fallback: True. A checkpoint or a `save_on_cpu` inside `recompute_outputs` then frees no layer's input."""
     hooks = (pack, None) if _innermost_hooks is None else _innermost_hooks(False)
     return hooks is not None and hooks[0] is pack
-
-
-# ---- Autograd functions ------------------------------------------------------------------------------------------------------
 
 
 def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:

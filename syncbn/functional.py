@@ -144,8 +144,8 @@ def batch_norm_eval(
     with recompute.saving() if remembers else nullcontext(()) as saved:
         z = _evaluated(running_mean, running_var, weight, bias, linear, input, residual)
         y = activate(z, epilogue.activation, epilogue.negative_slope)
-    node: Any = y.grad_fn
-    if remembers and node is not None:  # there is none in torch.vmap, nor in inference mode
+    node: Any = y.grad_fn if remembers else None
+    if node is not None:  # there is none in torch.vmap, nor in inference mode
         parameters = running_mean, running_var, recompute.copy_of(weight), recompute.copy_of(bias)
         outputs = [(z, linear)] if y is z else [(z, linear), (y, epilogue)]  # both, since some activations save z, others y
         node.metadata["syncbn"] = recipes = [
