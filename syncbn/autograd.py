@@ -90,6 +90,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             activation = epilogue.activation
             mask = mask if keeps_mask(activation, True) else None
             residual = residual if keeps_residual(activation, True) else None
+            ctx.contiguous = x.is_contiguous()
         ctx.save_for_backward(x, stats, weight, bias, residual, mask)
         ctx.exchange, ctx.options = exchange, options
         return y
@@ -97,6 +98,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved: Saved = ctx.saved_tensors
+        if saved[4] is not None or saved[5] is not None:  # the residual or the mask
+            saved = _as_in_forward(saved, ctx.contiguous)
         x, stats, weight, bias, residual, mask = saved
         options: Options = ctx.options
         exchange: LayerExchanges = ctx.exchange
@@ -162,6 +165,15 @@ def _exchanged_stats(x: Tensor, exchange: LayerExchanges, options: Options) -> t
     ticket = exchange.ticket(x, "forward", 2 * x.shape[1] + 2)
     shifted = exchange.merges(x)
     return exchange.all_reduce_stats_(ops.stats(x, options.rank_weighted, shifted, ticket.tag), x.shape[1], shifted), ticket
+
+
+def _as_in_forward(saved: Saved, contiguous: bool) -> Saved:
+    """`saved` with x and residual in the memory format of the forward pass, whose order the mask's bits have. A hook may have changed it:
+    `save_on_cpu(pin_memory=True)` makes every tensor contiguous."""
+    x, stats, weight, bias, residual, mask = saved
+    if x.is_contiguous() is not contiguous:
+        x = x.contiguous() if contiguous else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x, stats, weight, bias, None if residual is None else dense_like(residual, x), mask
 
 
 def _normalization(stats: Tensor, weight: Tensor | None, bias: Tensor | None, options: Options) -> Callable[..., Tensor]:

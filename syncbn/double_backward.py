@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .activation import Activation, derivative, needs_only_sign
-from .comm.exchange import LayerExchanges
+from .comm.exchange import UNSYNCHRONIZED, LayerExchanges
 from .layout import samples_per_channel
 from .moments import acc_type, effective_count, finalize, parts, split_mean
 from .reference import through_activation
@@ -28,7 +28,9 @@ class GroupSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, exchange: LayerExchanges, known: Tensor | None = None) -> Tensor:
         ctx.exchange = exchange
-        return exchange.sum(local, "double backward") if known is None else known.clone()
+        if known is None and exchange is not UNSYNCHRONIZED:
+            return exchange.sum(local, "double backward")
+        return (local if known is None else known).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

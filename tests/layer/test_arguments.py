@@ -209,3 +209,20 @@ def test_a_dtensor_in_training_is_an_error_that_names_the_layer_and_the_remedy(w
         layer(x)
     y = DTensor.from_local(layer(x.to_local()), x.device_mesh, x.placements)
     assert y.shape == (4 * world.size, 3, 5) and float(y.detach().full_tensor().mean().abs()) < 1e-6
+
+
+@pytest.mark.world_size(1)
+@pytest.mark.parametrize("create_graph", [False, True], ids=["", "twice"])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("size", [2, 3], ids=["as many pixels as channels", "more pixels"])
+def test_a_hook_may_change_the_memory_format_of_what_the_layer_saves(implementation, activation, size, create_graph):
+    """With pinned memory `save_on_cpu` gives back contiguous tensors."""
+    x, residual, dy = (torch.randn(2, 4, size, size, dtype=torch.float64).to(memory_format=torch.channels_last) for _ in range(3))
+    gradients = []
+    for context in (nullcontext(), torch.autograd.graph.save_on_cpu(pin_memory=True)):
+        leaves = [t.clone().requires_grad_() for t in (x, residual)]
+        with context:
+            y = syncbn.sync_batch_norm(leaves[0], None, None, residual=leaves[1], activation=activation)
+        gradients.append(torch.autograd.grad(y, leaves, dy, create_graph=create_graph))
+    for got, want in zip(*gradients, strict=True):
+        assert torch.equal(got, want)

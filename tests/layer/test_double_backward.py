@@ -151,6 +151,16 @@ def test_third_derivative_is_right(world):
     assert gradgradcheck(gradient, (leaf(6, 2),))
 
 
+@pytest.mark.world_size(1)
+def test_a_hessian_may_be_computed_by_rows_together():
+    def loss(x):
+        return syncbn.sync_batch_norm(x, None, None, activation="silu").sin().sum()
+
+    x = leaf(4, 2, 3)
+    by_row, together = (torch.autograd.functional.hessian(loss, x, vectorize=vectorize) for vectorize in (False, True))
+    assert torch.allclose(by_row, together, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_gradients_of_gradients_keep_their_types(world, dtype):
     x = torch.randn(4, 3, 5).to(dtype).requires_grad_()
