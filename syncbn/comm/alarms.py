@@ -22,6 +22,8 @@ from .agreement import RankMismatchError
 CAPACITY = 1024  # words of a page, one for each exchange
 _ZEROS = bytes(4 * CAPACITY)
 
+Words = dict[tuple[bool, tuple[Any, ...]], Tensor]  # by whether kernels write it, and the exchange
+
 
 class Alarms:
     """The words of a group's exchanges."""
@@ -29,7 +31,7 @@ class Alarms:
     def __init__(self, signature: Callable[..., str]) -> None:
         self._signature = signature  # of an exchange's key, for errors
         self._pages: list[Tensor] = []
-        self._words: dict[tuple[bool, tuple[Any, ...]], Tensor] = {}  # by whether kernels write it, and the exchange
+        self._words: Words = {}
         self._flags: dict[tuple[Any, ...], Tensor] = {}
         weakref.finalize(self, _warn, self._pages, self._words, signature)
 
@@ -73,7 +75,7 @@ def _are_zero(pages: list[Tensor]) -> bool:
     return all(ctypes.string_at(page.data_ptr(), len(_ZEROS)) == _ZEROS for page in pages)
 
 
-def _message(words: dict[tuple[bool, tuple[Any, ...]], Tensor], signature: Callable[..., str]) -> str:
+def _message(words: Words, signature: Callable[..., str]) -> str:
     """Names the exchanges whose word is set."""
     return (
         "the ranks have exchanged different things: another rank has added something else to"
@@ -82,7 +84,7 @@ def _message(words: dict[tuple[bool, tuple[Any, ...]], Tensor], signature: Calla
     )
 
 
-def _warn(pages: list[Tensor], words: dict[tuple[bool, tuple[Any, ...]], Tensor], signature: Callable[..., str]) -> None:
+def _warn(pages: list[Tensor], words: Words, signature: Callable[..., str]) -> None:
     """Gives a RuntimeWarning if a word is set. Called when the group or the process ends; does not wait for the device."""
     if not _are_zero(pages):
         warnings.warn(_message(words, signature), RuntimeWarning, stacklevel=2)

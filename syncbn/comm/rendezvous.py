@@ -233,7 +233,7 @@ def _pause_at_exit() -> None:
 
 def _meeting_point(here: RankInfo) -> tuple[str, int]:
     """The host of rank 0 and a port there: a free one if rank 0 chooses it, else one that all ranks compute."""
-    if here.world_size == 1:  # it meets nobody, so no launcher has to say where
+    if here.world_size == 1:  # there is no other rank to meet, so no launcher has to say where
         return "127.0.0.1", _free_port()
     hosts = environment.get("SLURM_STEP_NODELIST")
     if here.launcher == "srun" and hosts:

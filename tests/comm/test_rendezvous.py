@@ -136,7 +136,7 @@ def test_ranks_that_do_not_meet_suspect_another_rank(rank, cause, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(environment, "settings", environment.settings)
     with socket.socket() as s:
-        s.bind(("", 0))  # and does not listen: rank 0 cannot use the port, and nobody answers rank 1
+        s.bind(("", 0))  # and does not listen: rank 0 cannot use the port, and rank 1 gets no answer
         for name, value in (two_ranks()[rank] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1])}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(RuntimeError, match=rf"rank {rank} of 2 could not meet the others at .* \(timeout 1 s\): {cause} not started"):

@@ -72,9 +72,11 @@ class CallsByName(Untraceable):
 
 
 class Nested(Untraceable):
+    kind: type = Calls
+
     def __init__(self):
         super().__init__()
-        self.inner = Calls()
+        self.inner = self.kind()
 
     def forward(self, x):
         return self.branch(self.inner(x))
@@ -98,13 +100,8 @@ class Dictionary(nn.ModuleDict):
         return self["b"](self["a"](x))
 
 
-class CallsADictionary(Untraceable):
-    def __init__(self):
-        super().__init__()
-        self.inner = Dictionary()
-
-    def forward(self, x):
-        return self.branch(self.inner(x))
+class CallsADictionary(Nested):
+    kind = Dictionary
 
 
 # ---- The code looks inside ------------------------------------------------------------------------------------------------------------
